@@ -1,0 +1,73 @@
+"""What a floating-point format can hold, read off the format itself."""
+
+import dataclasses
+import functools
+import math
+
+import ml_dtypes
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatFormat:
+    """A floating-point format and the binades it reaches.
+
+    A *binade* is the set of magnitudes in `[2**e, 2**(e + 1))`; it is named by
+    its exponent `e`. Every figure is derived from `ml_dtypes.finfo`.
+
+    Args:
+        name: String. A dtype name that `ml_dtypes.finfo` knows, such as
+            `"float16"`, `"bfloat16"`, `"float32"` or `"float8_e5m2"`.
+
+    Raises:
+        ValueError: If `name` is not a floating-point dtype.
+    """
+
+    name: str
+
+    def __post_init__(self):
+        try:
+            ml_dtypes.finfo(self.name)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "Expected the name of a floating-point dtype. "
+                f"Received: name={self.name!r}. Use for example 'float16'."
+            ) from error
+
+    @functools.cached_property
+    def largest(self):
+        """Largest finite value."""
+        return float(ml_dtypes.finfo(self.name).max)
+
+    @functools.cached_property
+    def smallest_normal(self):
+        """Smallest positive value that has the format's full precision."""
+        return float(ml_dtypes.finfo(self.name).smallest_normal)
+
+    @functools.cached_property
+    def smallest_subnormal(self):
+        """Smallest positive value."""
+        return float(ml_dtypes.finfo(self.name).smallest_subnormal)
+
+    @property
+    def max_exponent(self):
+        """Binade of the largest value."""
+        return _exponent(self.largest)
+
+    @property
+    def min_normal_exponent(self):
+        """Binade of the smallest normal value."""
+        return _exponent(self.smallest_normal)
+
+    @property
+    def min_exponent(self):
+        """Binade of the smallest subnormal value."""
+        return _exponent(self.smallest_subnormal)
+
+    @property
+    def exponents(self):
+        """All binades from `min_exponent` to `max_exponent`, a `range`."""
+        return range(self.min_exponent, self.max_exponent + 1)
+
+
+def _exponent(value):
+    return math.frexp(value)[1] - 1

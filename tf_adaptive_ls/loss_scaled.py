@@ -1,0 +1,410 @@
+"""`LossScaled`: one layer, and the scale that its backward pass works at."""
+
+import contextlib
+import contextvars
+import functools
+import numbers
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from tf_adaptive_ls import scale_plan, scale_state
+from tf_adaptive_ls.gradient_tap import gradient_tap
+from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, Row
+from tf_adaptive_ls.spectrum import Spectrum
+
+_neutral = contextvars.ContextVar("neutral_scales", default=False)
+
+
+@contextlib.contextmanager
+def neutral_scales():
+    """Makes every `LossScaled` layer that is called inside it transparent.
+
+    Such a call is exactly a call of the layer itself: gradients pass at the scale
+    of the surroundings, nothing is measured, and derivatives of any order are
+    right. Use it around forward passes whose gradients are differentiated again:
+
+    ```python
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        with als.neutral_scales():
+            score = critic(x)
+    penalty = (tf.norm(tape.gradient(score, x)) - 1) ** 2
+    ```
+
+    In compiled code it counts when the code is traced.
+    """
+    token = _neutral.set(True)
+    try:
+        yield
+    finally:
+        _neutral.reset(token)
+
+
+@keras.saving.register_keras_serializable("tf_adaptive_ls")
+class LossScaled(keras.layers.Wrapper):
+    """Runs the backward pass of a layer at a loss scale of its own.
+
+    With S the scale of the surroundings (the optimizer's loss scale, or that of
+    an enclosing wrapper) the layer works at S * 2**r. Everything that crosses
+    its border is shifted there, and nothing else is touched:
+
+        gradient of an output    * 2**(r - r_out)   coming in
+        gradient of an input     * 2**(r_in - r)    going out
+        gradient of a weight     * 2**-r            in float32
+        loss added by the layer  * 2**r
+
+    r_in and r_out are 0 unless the plan of a model that runs its graph says
+    otherwise. Forward, a call is a call of `layer`: same signature, outputs,
+    masks and updates, bit for bit.
+
+    `AdaptiveLossScaleOptimizer` chooses r from what the backward pass saw; under
+    any other optimizer it becomes and stays 0.
+
+    Args:
+        layer: The `keras.layers.Layer` to scale. It keeps its weights, and lends
+            the wrapper its name.
+        name: String, defaults to `layer.name`.
+        trainable: Boolean, as for any layer.
+
+    Raises:
+        ValueError: If `layer` is not a layer, is a `LossScaled` layer, or is
+            inside one already.
+
+    Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
+    Training", 2019 (arXiv 1910.12385).
+    """
+
+    def __init__(self, layer, *, name=None, trainable=True):
+        _check_can_be_wrapped(layer)
+
+        # Keras learns from the signature of `call` which arguments are tensors,
+        # masks or flags: it has to be the layer's.
+        @functools.wraps(layer.call)
+        def call(*args, **kwargs):
+            return self._scaled_call(*args, **kwargs)
+
+        object.__setattr__(self, "call", call)
+        # One dtype for computing and for weights, so that nothing is cast on the
+        # way to the layer, which casts for itself.
+        super().__init__(
+            layer,
+            name=name or layer.name,
+            trainable=trainable,
+            dtype=layer.variable_dtype,
+            autocast=False,
+        )
+        self.supports_masking = True
+        self.supports_jit = layer.supports_jit
+        self._allow_non_tensor_positional_args = True
+        self.state = self.add_weight(
+            shape=scale_state.SHAPE,
+            initializer=scale_state.initial,
+            dtype="float32",
+            autocast=False,
+            overwrite_with_gradient=True,
+            name="loss_scale_state",
+        )
+        self.state.loss_scaled = self
+        layer._loss_scaled = _Owner(self)
+        self.built = layer.built
+
+    @property
+    def log2_scale(self):
+        """r, an int: the layer works at 2**r times the scale of its surroundings.
+
+        Assignable between steps, from -60 to 60. It changes no gradient but for
+        rounding in float16.
+        """
+        return int(ops.convert_to_numpy(self.state.value)[Row.HEADER, LOG2_SCALE])
+
+    @log2_scale.setter
+    def log2_scale(self, value):
+        if not isinstance(value, numbers.Integral) or abs(value) > MAX_LOG2_SCALE:
+            raise ValueError(
+                "Expected `log2_scale` to be a whole number from "
+                f"{-MAX_LOG2_SCALE} to {MAX_LOG2_SCALE}. Received: "
+                f"log2_scale={value!r} for layer '{self.name}'. It is an exponent: "
+                "3 stands for a scale of 8."
+            )
+        state = np.array(ops.convert_to_numpy(self.state.value))
+        state[Row.HEADER, LOG2_SCALE] = value
+        self.state.assign(state)
+
+    def log2_scale_tensor(self):
+        """r as it is in the running computation, a scalar float32 tensor."""
+        return self.state.value[Row.HEADER, LOG2_SCALE]
+
+    @property
+    def spectrum(self):
+        """`Spectrum` of the gradients last measured, at the layer's scale."""
+        state = ops.convert_to_numpy(self.state.value)
+        return Spectrum(np.array(state[Row.PRODUCED]), FORMAT)
+
+    def _scaled_call(self, *args, **kwargs):
+        if _neutral.get():
+            with scale_plan.running(None):
+                return self.layer(*args, **kwargs)
+
+        border = scale_plan.border_of(self)
+        state = self.state.value
+        r = state[Row.HEADER, LOG2_SCALE]
+        measure = state[Row.HEADER, MEASURE] > 0
+
+        def to_inside(consumers):
+            """Shift from the scale of a class to S * 2**r, `None` for none."""
+            if consumers is None:
+                return r
+            return None if consumers == (self,) else r - scale_plan.log2_scale(consumers)
+
+        def to_outside(consumers):
+            shift = to_inside(consumers)
+            return None if shift is None else -shift
+
+        # Going in. Backward, this is where the layer's gradients come out.
+        arguments = _Arguments(args, kwargs, border)
+        weights = [v for v in self.layer.trainable_variables if _is_scaled_weight(v)]
+        tensors = [*arguments.tensors, *(v.value for v in weights)]
+        if tensors:
+            shifts = [*map(to_outside, arguments.classes), *(-r for _ in weights)]
+            tensors = gradient_tap(
+                tensors,
+                shifts,
+                state,
+                lambda produced, _: scale_state.report(measure, produced=produced),
+            )
+        args, kwargs = arguments.replaced(tensors[: len(arguments.tensors)])
+
+        # The layer itself, on tapped weights, with its updates held back.
+        others = _others(self.layer, weights)
+        held = [*zip(weights, tensors[len(arguments.tensors) :], strict=True)]
+        held += [(v, v.value) for v in others]
+        with scale_plan.running(None), _Held(held, self.layer) as scope:
+            outputs = self.layer(*args, **kwargs)
+            losses = list(scope.losses)
+            self.layer._clear_losses()
+        scope.assign_updates()
+        for loss in losses:
+            self.add_loss(_tapped_loss(loss, r, state, measure))
+
+        # Coming out. Backward, this is where gradients arrive.
+        leaves = tree.flatten(outputs)
+        classes = border.outputs if border else [None] * len(leaves)
+        tapped = [i for i, leaf in enumerate(leaves) if _is_float_tensor(leaf)]
+        if tapped:
+            at_s = [classes[i] is None for i in tapped]
+
+            def report(gradients, shifted):
+                return scale_state.report(
+                    measure,
+                    arrived=[g for g, s in zip(gradients, at_s, strict=True) if s],
+                    passing=[g for g, s in zip(gradients, at_s, strict=True) if not s],
+                    origin=[
+                        g if s is None else s for g, s in zip(gradients, shifted, strict=True)
+                    ],
+                )
+
+            results = gradient_tap(
+                [leaves[i] for i in tapped],
+                [to_inside(classes[i]) for i in tapped],
+                state,
+                report,
+            )
+            for i, result in zip(tapped, results, strict=True):
+                leaves[i] = _with_mask_of(leaves[i], result)
+        return tree.pack_sequence_as(outputs, leaves)
+
+    # From here on the wrapper is its layer, as far as Keras can see.
+
+    def _maybe_build(self, call_spec):
+        if not self.layer.built:
+            self.layer._maybe_build(call_spec)
+        self.built = True
+
+    def _open_name_scope(self):
+        # The layer opens its own: paths of weights read as without a wrapper.
+        return contextlib.nullcontext()
+
+    def build(self, *args, **kwargs):
+        if not self.layer.built:
+            self.layer.build(*args, **kwargs)
+        self.built = True
+
+    def get_build_config(self):
+        return self.layer.get_build_config()
+
+    def build_from_config(self, config):
+        if not self.layer.built:
+            self.layer.build_from_config(config)
+        self.built = True
+
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_output_spec(self, *args, **kwargs):
+        plain = keras.layers.Layer
+        kind = type(self.layer)
+        if (
+            kind.compute_output_shape is plain.compute_output_shape
+            and kind.compute_output_spec is plain.compute_output_spec
+        ):
+            # Only a call tells, and only `__call__` knows the layer's dtypes.
+            return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        return self.layer.compute_output_spec(*args, **kwargs)
+
+    def compute_mask(self, inputs, previous_mask):
+        if not self.layer.supports_masking:
+            return None
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "layer": keras.saving.serialize_keras_object(self.layer),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        layer = keras.saving.deserialize_keras_object(
+            config.pop("layer"), custom_objects=custom_objects
+        )
+        return cls(layer, **config)
+
+
+def wrapper_of(layer):
+    """The `LossScaled` layer around `layer`, or `None`."""
+    owner = layer.__dict__.get("_loss_scaled")
+    return owner and owner.wrapper
+
+
+class _Owner:
+    """Leads from a layer to its wrapper, without Keras taking that for a sublayer."""
+
+    def __init__(self, wrapper):
+        self.wrapper = wrapper
+
+
+class _Arguments:
+    """The arguments of a call, and the floating-point tensors among them."""
+
+    def __init__(self, args, kwargs, border):
+        self._args, self._kwargs = args, kwargs
+        self._leaves = []
+        classes = []
+        for name, value in [(None, args), *kwargs.items()]:
+            leaves = tree.flatten(value)
+            planned = border and (border.args if name is None else border.kwargs.get(name))
+            self._leaves += leaves
+            classes += planned or [None] * len(leaves)
+        self._places = [i for i, leaf in enumerate(self._leaves) if _is_float_tensor(leaf)]
+        self.tensors = [self._leaves[i] for i in self._places]
+        self.classes = [classes[i] for i in self._places]
+
+    def replaced(self, tensors):
+        """`(args, kwargs)` with `tensors` in place of `self.tensors`."""
+        leaves = list(self._leaves)
+        for i, tensor in zip(self._places, tensors, strict=True):
+            leaves[i] = _with_mask_of(leaves[i], tensor)
+        leaves = iter(leaves)
+
+        def refilled(value):
+            return tree.pack_sequence_as(value, [next(leaves) for _ in tree.flatten(value)])
+
+        return refilled(self._args), {name: refilled(v) for name, v in self._kwargs.items()}
+
+
+class _Held(keras.StatelessScope):
+    """Runs a layer on given values of its variables and holds back its updates."""
+
+    def __init__(self, mapping, layer):
+        super().__init__(mapping, collect_losses=True)
+        self._layer_name = layer.name
+        self._variables = [variable for variable, _ in mapping]
+        self._given = dict(self.state_mapping)
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and variable._value is not None:
+            if _is_scaled_weight(variable):
+                raise ValueError(
+                    "Expected a LossScaled layer to use only trainable weights that it "
+                    f"tracks. Received: layer '{self._layer_name}' reading "
+                    f"'{variable.path}', whose gradient would come out at the wrong "
+                    "scale. Make the weight, or the layer that owns it, an attribute of "
+                    f"'{self._layer_name}'."
+                )
+            if self.original_scope is not None:
+                return self.original_scope.get_current_value(variable)
+        return value
+
+    def assign_updates(self):
+        for variable in self._variables:
+            value = self.state_mapping[id(variable)]
+            if value is not self._given[id(variable)]:
+                variable.assign(value)
+
+
+def _tapped_loss(loss, r, state, measure):
+    narrow = keras.backend.result_type(loss.dtype, "float32") != loss.dtype
+
+    def report(gradients, shifted):
+        return scale_state.report(measure, origin=shifted if narrow else ())
+
+    (tapped,) = gradient_tap([loss], [r], state, report)
+    return tapped
+
+
+def _others(layer, weights):
+    """The variables of `layer` besides `weights`: statistics, seeds, metrics, …"""
+    known = {id(v) for v in weights}
+    others = {id(v): v for v in [*layer.variables, *layer.metrics_variables]}
+    return [v for key, v in others.items() if key not in known]
+
+
+def _is_scaled_weight(variable):
+    """Whether `variable` has a gradient that bears a scale."""
+    return (
+        variable.trainable
+        and not variable.overwrite_with_gradient
+        and keras.backend.is_float_dtype(variable.dtype)
+    )
+
+
+def _is_float_tensor(x):
+    return (
+        ops.is_tensor(x)
+        and keras.backend.is_float_dtype(x.dtype)
+        # Sparse and ragged tensors carry data, not gradients.
+        and not hasattr(x, "dense_shape")
+        and not hasattr(x, "row_splits")
+    )
+
+
+def _with_mask_of(original, tensor):
+    mask = getattr(original, "_keras_mask", None)
+    if mask is not None:
+        tensor._keras_mask = mask
+    return tensor
+
+
+def _check_can_be_wrapped(layer):
+    if not isinstance(layer, keras.layers.Layer):
+        raise ValueError(
+            f"Expected a keras.layers.Layer to wrap. Received: {layer!r} (of type "
+            f"{type(layer).__name__}). Create the layer first: "
+            "LossScaled(keras.layers.Dense(8))."
+        )
+    if isinstance(layer, LossScaled):
+        raise ValueError(
+            "Expected a layer that is not scaled yet. Received: the LossScaled layer "
+            f"'{layer.name}'. Use it as it is."
+        )
+    if wrapper_of(layer) is not None:
+        raise ValueError(
+            "Expected a layer that is not scaled yet. Received: layer "
+            f"'{layer.name}', which a LossScaled layer already wraps. Call that "
+            "wrapper, also where the layer is shared."
+        )

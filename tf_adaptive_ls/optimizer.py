@@ -1,0 +1,311 @@
+"""`AdaptiveLossScaleOptimizer`: a loss scale, and one more for every layer."""
+
+import math
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls import scale_state, spectrum
+from tf_adaptive_ls.gradient_tap import power_of_two
+from tf_adaptive_ls.scale_rules import QuantileRule, ScaleRule
+from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, Row
+
+# Keras's own default, for models without `LossScaled` layers.
+_KERAS_GROWTH_STEPS = 2000
+_NEVER = 0  # a step counter that counts from 1 never gets there
+
+
+@keras.saving.register_keras_serializable("tf_adaptive_ls")
+class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+    """A `LossScaleOptimizer` that also chooses the scales of `LossScaled` layers.
+
+    On every step, with S the loss scale, r the log2 scale of a layer, and
+    `gradients` those of S * loss:
+
+        if all weight gradients are finite:
+            apply gradients / S with the inner optimizer
+            if this step was measured:
+                change of each r    = rule(spectrum that the layer produced)
+                change of log2(S)   = rule(spectrum that arrived anywhere at S)
+                r = r + change of r - change of log2(S)
+        else:
+            skip the step
+            lower r of each layer that made finite gradients non-finite
+            if there is no such layer: halve S
+        measure the next step if it is the `update_every`-th, or if scales were
+        just lowered by an overflow or moved by more than one binade
+
+    A change of S by measurement is taken back from every r, so that it moves no
+    layer. Scales stay whole powers of two, S and every 2**r within 2**-60 … 2**60.
+
+    Use it in `compile`, or in a custom loop through `scale_loss` and `apply`:
+
+    ```python
+    with tf.GradientTape() as tape:
+        loss = optimizer.scale_loss(loss_fn(y, model(x, training=True)))
+    variables = model.trainable_variables
+    optimizer.apply(tape.gradient(loss, variables), variables)
+    ```
+
+    For a model without `LossScaled` layers it is Keras's `LossScaleOptimizer`.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` that updates the weights,
+            or its name. Clipping, weight decay, averaging and accumulation are its
+            business, and see unscaled gradients of weights alone.
+        initial_scale: Float, a power of two. The first S.
+        rule: A `ScaleRule`, defaults to `QuantileRule()`.
+        update_every: Int >= 1. Steps from one measurement to the next once the
+            scales have settled. Scales change slowly, measuring is not free.
+        name: String.
+
+    Raises:
+        ValueError: If an argument is not as said, or if `inner_optimizer` scales
+            losses itself.
+
+    Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
+    Training", 2019 (arXiv 1910.12385).
+    """
+
+    def __init__(
+        self, inner_optimizer, initial_scale=2.0**15, rule=None, update_every=10, name=None
+    ):
+        inner_optimizer = _checked_inner_optimizer(inner_optimizer)
+        _check_initial_scale(initial_scale)
+        rule = QuantileRule() if rule is None else rule
+        if not isinstance(rule, ScaleRule):
+            raise ValueError(
+                "Expected `rule` to be a ScaleRule. "
+                f"Received: rule={rule!r} (of type {type(rule).__name__}). "
+                "Use for example QuantileRule(headroom=4)."
+            )
+        if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
+            raise ValueError(
+                "Expected `update_every` to be a whole number of steps, at least 1. "
+                f"Received: update_every={update_every!r}."
+            )
+        super().__init__(inner_optimizer, initial_scale=float(initial_scale), name=name)
+        self.rule = rule
+        self.update_every = update_every
+
+    @property
+    def loss_scale(self):
+        """S, the scale of the loss: a float, readable between steps."""
+        return float(ops.convert_to_numpy(self.dynamic_scale)) if self.built else self.initial_scale
+
+    @property
+    def skipped_steps(self):
+        """How many steps were skipped so far: an int, readable between steps."""
+        return int(ops.convert_to_numpy(self._skipped_steps)) if self.built else 0
+
+    @property
+    def last_step_skipped(self):
+        """Whether the last step was skipped: a bool, readable between steps."""
+        return bool(ops.convert_to_numpy(self._last_step_skipped)) if self.built else False
+
+    def build(self, var_list):
+        states = [v for v in var_list if _is_state(v)]
+        _warn_if_useless(states)
+        super().build([v for v in var_list if not _is_state(v)])
+        self.dynamic_growth_steps = _NEVER if states else _KERAS_GROWTH_STEPS
+        self._skipped_steps = self._add_counter("skipped_steps")
+        self._last_step_skipped = self._add_counter("last_step_skipped")
+        self._steps_to_measurement = self._add_counter("steps_to_measurement")
+        # Past Keras, which would take the variables for the optimizer's own.
+        object.__setattr__(self, "_model_variables", list(var_list))
+
+    def _add_counter(self, name):
+        return self.add_variable(
+            shape=(), dtype="int32", initializer="zeros", aggregation="none", name=name
+        )
+
+    def apply(self, grads, trainable_variables=None):
+        """Updates weights and scales from the gradients of the scaled loss.
+
+        Args:
+            grads: List of gradients, one per variable.
+            trainable_variables: List of variables, those of the `LossScaled`
+                layers among them: all of `model.trainable_variables`. Defaults to
+                those that the optimizer was built with.
+
+        Raises:
+            ValueError: If no variables are given to an optimizer not built yet.
+        """
+        if trainable_variables is None:
+            if not self.built:
+                raise ValueError(
+                    "Expected the variables of the model with the first gradients. "
+                    "Received: trainable_variables=None. Pass them, or call "
+                    "`optimizer.build(model.trainable_variables)` before."
+                )
+            trainable_variables = self._model_variables
+        trainable_variables = list(trainable_variables)
+        if not self.built:
+            with keras.name_scope(self.name, caller=self):
+                self.build(trainable_variables)
+
+        weights, states = _split(grads, trainable_variables)
+        gradients, variables = map(list, zip(*weights, strict=True))
+        log2_scale = _log2(self.dynamic_scale)
+        finite = self.check_finite(gradients)
+        super().apply(gradients, variables)
+        self._update_scales(states, finite, log2_scale)
+
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        """`apply` without side effects, see `keras.optimizers.Optimizer`."""
+        if not self.built:
+            return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        values = dict(zip(map(id, self._model_variables), trainable_variables, strict=True))
+        own_values = dict(zip(map(id, self.variables), optimizer_variables, strict=True))
+        weights, states = _split(grads, self._model_variables)
+        gradients, variables = map(list, zip(*weights, strict=True))
+        log2_scale = _log2(own_values[id(self.dynamic_scale)])
+        finite = self.check_finite(gradients)
+        new_weights, optimizer_variables = super().stateless_apply(
+            optimizer_variables, gradients, [values[id(v)] for v in variables]
+        )
+        values.update(zip(map(id, variables), new_weights, strict=True))
+        mapping = [
+            *((v, values[id(v)]) for v in self._model_variables),
+            *zip(self.variables, optimizer_variables, strict=True),
+        ]
+        with keras.StatelessScope(mapping) as scope:
+            self._update_scales(states, finite, log2_scale)
+        return (
+            [scope.get_current_value(v) for v in self._model_variables],
+            [scope.get_current_value(v) for v in self.variables],
+        )
+
+    def _update_scales(self, reports_and_states, finite, log2_scale):
+        """Counts the step and moves all scales. `log2_scale` is that of the step."""
+        skipped = ops.logical_not(finite)
+        self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
+        self._last_step_skipped.assign(ops.cast(skipped, "int32"))
+        reports_and_states = [(g, v) for g, v in reports_and_states if g is not None]
+        if not reports_and_states:
+            return
+        reports = ops.stack([report for report, _ in reports_and_states])
+        states = ops.stack([state.value for _, state in reports_and_states])
+        r = states[:, Row.HEADER, LOG2_SCALE]
+        asked = states[:, Row.HEADER, MEASURE] > 0
+        measured = ops.logical_and(asked, finite)
+
+        arrived_broken = reports[:, Row.ARRIVED_PEAK, spectrum.NONFINITE] > 0
+        produced_broken = reports[:, Row.PRODUCED_PEAK, spectrum.NONFINITE] > 0
+        at_fault = ops.logical_and(produced_broken, ops.logical_not(arrived_broken))
+        s_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(at_fault)))
+        backoff = float(self.rule.backoff)
+
+        # Each layer moves by what it produced, S by what arrived anywhere at S.
+        change = self.rule(reports[:, Row.PRODUCED], reports[:, Row.PRODUCED_PEAK], FORMAT)
+        change = ops.where(at_fault, -backoff, ops.where(measured, change, 0.0))
+        at_s = ops.sum(reports, axis=0, keepdims=True)
+        change_of_s = self.rule(at_s[:, Row.ARRIVED], at_s[:, Row.ARRIVED_PEAK], FORMAT)[0]
+        change_of_s = ops.where(
+            s_at_fault, -min(backoff, 1.0), ops.where(finite, change_of_s, 0.0)
+        )
+
+        new_log2_scale = _bounded(log2_scale + change_of_s)
+        taken_back = ops.where(finite, new_log2_scale - log2_scale, 0.0)
+        new_r = _bounded(r + change - taken_back)
+
+        moved = ops.maximum(ops.max(ops.abs(change)), ops.abs(change_of_s))
+        wait = ops.where(
+            ops.any(asked), self.update_every - 1, self._steps_to_measurement.value - 1
+        )
+        wait = ops.where(ops.logical_or(skipped, moved > 1), 0, ops.maximum(wait, 0))
+
+        spectra = ops.where(measured[:, None, None], reports[:, 1:], states[:, 1:])
+        header = scale_state.header(new_r, ops.cast(ops.equal(wait, 0), "float32"))
+        states = ops.concatenate([header, spectra], axis=1)
+        for i, (_, variable) in enumerate(reports_and_states):
+            variable.assign(states[i])
+        self.dynamic_scale.assign(power_of_two(new_log2_scale))
+        self._steps_to_measurement.assign(wait)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "initial_scale": self.initial_scale,
+            "rule": keras.saving.serialize_keras_object(self.rule),
+            "update_every": self.update_every,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        for name in ("inner_optimizer", "rule"):
+            config[name] = keras.saving.deserialize_keras_object(
+                config[name], custom_objects=custom_objects
+            )
+        return cls(**config)
+
+
+def _is_state(variable):
+    return hasattr(variable, "loss_scaled")
+
+
+def _split(grads, variables):
+    """Pairs `(gradient, variable)` of weights, and those of scale states."""
+    pairs = list(zip(grads, variables, strict=True))
+    return (
+        [(g, v) for g, v in pairs if not _is_state(v)],
+        [(g, v) for g, v in pairs if _is_state(v)],
+    )
+
+
+def _log2(scale):
+    return ops.round(ops.log2(ops.convert_to_tensor(scale)))
+
+
+def _bounded(log2_scale):
+    return ops.clip(log2_scale, -float(MAX_LOG2_SCALE), float(MAX_LOG2_SCALE))
+
+
+def _checked_inner_optimizer(inner_optimizer):
+    inner_optimizer = keras.optimizers.get(inner_optimizer)
+    if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "Expected an `inner_optimizer` that does not scale the loss. Received: a "
+            f"{type(inner_optimizer).__name__}. Pass the optimizer inside it: "
+            "`inner_optimizer.inner_optimizer`."
+        )
+    if getattr(inner_optimizer, "loss_scale_factor", None) is not None:
+        raise ValueError(
+            "Expected an `inner_optimizer` that does not scale the loss. Received: "
+            f"one with loss_scale_factor={inner_optimizer.loss_scale_factor}. Leave "
+            "that out; the first loss scale is `initial_scale`."
+        )
+    return inner_optimizer
+
+
+def _check_initial_scale(scale):
+    usable = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
+    if usable and math.isfinite(scale) and scale > 0:
+        mantissa, exponent = math.frexp(scale)
+        if mantissa == 0.5 and abs(exponent - 1) <= MAX_LOG2_SCALE:
+            return
+    raise ValueError(
+        f"Expected `initial_scale` to be a power of two from 2**-{MAX_LOG2_SCALE} to "
+        f"2**{MAX_LOG2_SCALE}. Received: initial_scale={scale!r}. The default is 2.0**15."
+    )
+
+
+def _warn_if_useless(states):
+    if not states:
+        warnings.warn(
+            "AdaptiveLossScaleOptimizer was given a model without trainable LossScaled "
+            "layers: it works like keras.optimizers.LossScaleOptimizer. Wrap the model "
+            "with `wrap_model`, or its layers with `LossScaled`.",
+            stacklevel=3,
+        )
+    elif all(state.loss_scaled.layer.compute_dtype != FORMAT.name for state in states):
+        warnings.warn(
+            "Loss scales do nothing for this model: none of its LossScaled layers "
+            f"computes in {FORMAT.name}. Set the dtype policy before you build it: "
+            f'keras.config.set_dtype_policy("mixed_{FORMAT.name}").',
+            stacklevel=3,
+        )

@@ -1,0 +1,280 @@
+"""At which scale each tensor's gradient travels through a model's graph.
+
+By default a gradient returns to the scale S of the surroundings between any two
+`LossScaled` layers. Inside a Functional or Sequential model it need not: it can
+travel from layer to layer at a scale of the layers' own. Tensors that layers
+without weights connect (activation, pooling, add, concatenate, …) must share one,
+because such a layer hands the scale of its output's gradient on to its inputs.
+They form a class. A class travels at the smallest scale of its consumers, for
+each knows what its own input gradient can bear, or at S (`None` below) if it holds
+
+- an input or output of the model,
+- an input or output of a `LossScaled` layer that is called at several places, or
+- a tensor next to an operation that is not known to treat gradients linearly and
+  to have no gradients of its own: one with weights, or not of Keras.
+
+A plan is derived from the graph of one model and holds only while that model runs
+it: see `running`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+
+import keras
+from keras import ops, tree
+
+# Keras layers that run code Keras does not know.
+_FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
+
+_running = contextvars.ContextVar("running_scale_plan", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Border:
+    """The classes that one call of a `LossScaled` layer has at its border.
+
+    Each class is the tuple of its consumers, or `None` for S.
+    """
+
+    args: tuple = ()
+    kwargs: dict = dataclasses.field(default_factory=dict)
+    outputs: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScalePlan:
+    """Borders of the layers of a graph; made by `plan_of`.
+
+    Args:
+        borders: `Border` by `id` of the `LossScaled` layer.
+        models: The model and those nested in it that are planned with it, each
+            with the graph that the plan was derived from.
+    """
+
+    borders: dict
+    models: tuple
+
+    def covers(self, model):
+        return any(model is planned for planned, _ in self.models)
+
+    def is_current(self):
+        """Whether the models still have the graphs that were planned."""
+        return all(_graph(model) is graph for model, graph in self.models)
+
+
+class _Run:
+    """One run of a planned graph; computes the scale of a class once."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        self._log2_scales = {}
+
+    def log2_scale(self, consumers):
+        if consumers not in self._log2_scales:
+            scales = [consumer.log2_scale_tensor() for consumer in consumers]
+            self._log2_scales[consumers] = ops.min(ops.stack(scales))
+        return self._log2_scales[consumers]
+
+
+@contextlib.contextmanager
+def running(plan):
+    """Makes `plan` hold for the `LossScaled` layers called inside; `None` for none."""
+    token = _running.set(plan and _Run(plan))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def is_covered(model):
+    """Whether the plan that holds includes the graph of `model`."""
+    run = _running.get()
+    return run is not None and run.plan.covers(model)
+
+
+def border_of(layer):
+    """The `Border` of `layer` under the plan that holds, `None` if there is none."""
+    run = _running.get()
+    return run and run.plan.borders.get(id(layer))
+
+
+def log2_scale(consumers):
+    """Log2 scale, relative to S, of a class of the plan that holds: a scalar tensor."""
+    return _running.get().log2_scale(consumers)
+
+
+def plan_of(model, scaled_class):
+    """Derives the plan of a Functional or built Sequential model.
+
+    Args:
+        model: The model.
+        scaled_class: The class `LossScaled`.
+    """
+    calls, models = [], []
+    _collect_calls(model, calls, models)
+
+    times_called = {}
+    for call in calls:
+        if call.nested is not None:
+            continue  # its layers have calls of their own in the list
+        for layer in _scaled_layers(call.operation, scaled_class):
+            times_called[id(layer)] = times_called.get(id(layer), 0) + 1
+
+    classes = _Classes()
+    for nested, graph in models:
+        if nested is model:
+            classes.pin([*graph.inputs, *graph.outputs])
+    for call in calls:
+        operation, inputs, outputs = call.operation, call.inputs, call.outputs
+        if isinstance(operation, scaled_class):
+            if times_called[id(operation)] > 1:
+                classes.pin([*inputs, *outputs])
+            for tensor in inputs:
+                classes.add_consumer(tensor, operation)
+        elif call.nested is not None:
+            for outside, inside in zip(inputs, call.nested.inputs, strict=True):
+                classes.join([outside, inside])
+            for outside, inside in zip(outputs, call.nested.outputs, strict=True):
+                classes.join([outside, inside])
+        else:
+            classes.join([*inputs, *outputs])
+            if not _is_pure(operation):
+                classes.pin([*inputs, *outputs])
+
+    def travel(leaf):
+        return classes.consumers(leaf) if isinstance(leaf, keras.KerasTensor) else None
+
+    borders = {
+        id(call.operation): Border(
+            args=tuple(travel(leaf) for leaf in tree.flatten(call.args)),
+            kwargs={
+                name: tuple(travel(leaf) for leaf in tree.flatten(value))
+                for name, value in call.kwargs.items()
+            },
+            outputs=tuple(travel(tensor) for tensor in call.outputs),
+        )
+        for call in calls
+        if isinstance(call.operation, scaled_class) and times_called[id(call.operation)] == 1
+    }
+    return ScalePlan(borders, tuple(models))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One node of the graph; `nested` is the graph of a model planned inline."""
+
+    operation: object
+    args: tuple
+    kwargs: dict
+    inputs: list
+    outputs: list
+    nested: object = None
+
+
+def _collect_calls(model, calls, models):
+    """Lists the calls in `model`'s graph and those of models called once in it."""
+    graph = _graph(model)
+    models.append((model, graph))
+    nodes = [
+        node
+        for depth in sorted(graph._nodes_by_depth, reverse=True)
+        for node in graph._nodes_by_depth[depth]
+        if not node.is_input
+    ]
+    for node in nodes:
+        operation, arguments = node.operation, node.arguments
+        nested = None
+        if isinstance(operation, keras.Model) and _graph(operation) is not None:
+            shared = sum(other.operation is operation for other in nodes) > 1
+            seen = any(operation is other for other, _ in models)
+            plain = len(node.input_tensors) == len(_graph(operation).inputs)
+            if plain and not shared and not seen:
+                nested = _graph(operation)
+                _collect_calls(operation, calls, models)
+        calls.append(
+            _Call(
+                operation,
+                arguments.args,
+                arguments.kwargs,
+                node.input_tensors,
+                node.output_tensors,
+                nested,
+            )
+        )
+
+
+def _graph(model):
+    """The Functional graph that `model` runs, or `None`."""
+    if isinstance(model, keras.Sequential):
+        return model._functional
+    return model if hasattr(model, "_nodes_by_depth") else None
+
+
+def _scaled_layers(operation, scaled_class):
+    """The `LossScaled` layers that a call of `operation` may run at its border."""
+    if isinstance(operation, scaled_class):
+        return [operation]
+    if not isinstance(operation, keras.layers.Layer):
+        return []
+    return [layer for layer in operation._flatten_layers() if isinstance(layer, scaled_class)]
+
+
+def _is_pure(operation):
+    """Whether `operation` has a linear backward pass and no gradients of its own."""
+    if not isinstance(operation, keras.layers.Layer):
+        return _is_from_keras(operation)
+    return all(
+        _is_from_keras(layer)
+        and type(layer).__name__ not in _FOREIGN_CODE
+        and not layer.weights
+        and layer.activity_regularizer is None
+        for layer in operation._flatten_layers()
+    )
+
+
+def _is_from_keras(operation):
+    return type(operation).__module__.partition(".")[0] == "keras"
+
+
+class _Classes:
+    """Union-find over the tensors of a graph, with what is known of each class."""
+
+    def __init__(self):
+        self._parent = {}
+        self._pinned = set()
+        self._consumers = {}
+
+    def _find(self, tensor):
+        key = id(tensor)
+        root = self._parent.setdefault(key, key)
+        while self._parent[root] != root:
+            root = self._parent[root]
+        self._parent[key] = root
+        return root
+
+    def join(self, tensors):
+        if not tensors:
+            return
+        first, *others = (self._find(tensor) for tensor in tensors)
+        for root in others:
+            if root != first:
+                self._parent[root] = first
+                self._consumers.setdefault(first, []).extend(self._consumers.pop(root, []))
+                if root in self._pinned:
+                    self._pinned.add(first)
+
+    def pin(self, tensors):
+        """Lets the classes of `tensors` travel at S."""
+        self._pinned.update(self._find(tensor) for tensor in tensors)
+
+    def add_consumer(self, tensor, layer):
+        consumers = self._consumers.setdefault(self._find(tensor), [])
+        if layer not in consumers:
+            consumers.append(layer)
+
+    def consumers(self, tensor):
+        """The class of `tensor`: a tuple of consumers, or `None` for S."""
+        root = self._find(tensor)
+        consumers = self._consumers.get(root)
+        return tuple(consumers) if consumers and root not in self._pinned else None

@@ -1,0 +1,166 @@
+"""The exponent spectrum of a tensor, and what can be read off it.
+
+A spectrum is a float32 vector of counts, one *bin* each for
+
+    [zero, binade min_exponent, …, binade max_exponent, non-finite]
+
+of a `FloatFormat`. Counts add up: the spectrum of two tensors is the sum of
+their spectra, whether they are two calls of a layer, two replicas or two
+micro-batches. Values beyond the format's ends count in its outermost binade.
+"""
+
+import dataclasses
+
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.float_format import FloatFormat
+
+ZERO = 0
+NONFINITE = -1
+# Elements looked at per tensor. A share of 1e-3 is then about one element, and
+# the work stays far below that of the layer whose gradient it is.
+SAMPLE_SIZE = 1024
+
+_JITTER = np.random.default_rng(1910_12385).integers(0, 2**30, SAMPLE_SIZE, dtype=np.int32)
+
+
+def num_bins(float_format):
+    """Length of a spectrum of `float_format`."""
+    return len(float_format.exponents) + 2
+
+
+def magnitudes(x):
+    """Absolute values in float32, with NaN counted as infinite."""
+    x = ops.cast(x, "float32")
+    return ops.where(ops.isfinite(x), ops.abs(x), np.float32(np.inf))
+
+
+def sample(x):
+    """`SAMPLE_SIZE` elements spread over `x`, as a vector of `x`'s dtype.
+
+    One element is drawn from each of `SAMPLE_SIZE` equal stretches, at a fixed
+    pseudo-random place in it: a constant stride would visit only some channels
+    of a tensor whose row length it shares a factor with. Smaller tensors are
+    gone through repeatedly.
+    """
+    x = ops.reshape(x, (-1,))
+    size = ops.shape(x)[0]
+    stride = ops.maximum(size // SAMPLE_SIZE, 1)
+    indices = np.arange(SAMPLE_SIZE, dtype="int32") * stride + _JITTER % stride
+    return ops.take(x, indices % size)
+
+
+def peak(x):
+    """Largest magnitude of all of `x`; infinite if any element is not finite."""
+    return ops.max(magnitudes(x), initial=0.0)
+
+
+def has_nonfinite(x):
+    """Whether any element of `x` is infinite or NaN, as a float32 0 or 1."""
+    return 1.0 - ops.cast(ops.all(ops.isfinite(x)), "float32")
+
+
+def spectrum(values, float_format):
+    """Spectrum `[bins]` of the magnitudes `values`, a float32 vector."""
+    edges = np.ldexp(np.float32(1), float_format.exponents)
+    # The lowest binade also takes what is smaller still in float32, but for its
+    # subnormals: processors may flush those to zero.
+    edges[0] = 0.0
+    edges = np.maximum(edges, np.finfo(np.float32).tiny)
+    edges = np.append(edges, np.float32(np.inf))
+    reached = ops.sum(ops.cast(values[:, None] >= edges, "float32"), axis=0)
+    total = ops.cast(ops.shape(values)[0], "float32")
+    reached = ops.concatenate([ops.reshape(total, (1,)), reached], axis=0)
+    beyond = ops.concatenate([reached[1:], ops.zeros((1,))], axis=0)
+    return reached - beyond
+
+
+def nonzero_total(counts):
+    """How many finite, non-zero values `counts[..., bins]` holds, `[...]`."""
+    return ops.sum(counts[..., 1:NONFINITE], axis=-1)
+
+
+def top_exponent(counts, float_format):
+    """Highest occupied binade of `counts[..., bins]`, `[...]`.
+
+    `min_exponent - 1` where there is no finite, non-zero value.
+    """
+    exponents = np.asarray(float_format.exponents, "float32")
+    occupied = counts[..., 1:NONFINITE] > 0
+    return ops.max(ops.where(occupied, exponents, exponents[0] - 1), axis=-1)
+
+
+def quantile_exponent(counts, share, float_format):
+    """Lowest binade that more than `share` of the non-zero values do not exceed.
+
+    Args:
+        counts: Spectra `[..., bins]`.
+        share: Float in `[0, 1)`.
+
+    Returns:
+        Exponents `[...]`; `max_exponent + 1` where there is no finite, non-zero
+        value.
+    """
+    exponents = np.asarray(float_format.exponents, "float32")
+    up_to = ops.cumsum(counts[..., 1:NONFINITE], axis=-1)
+    enough = up_to > share * nonzero_total(counts)[..., None]
+    return ops.min(ops.where(enough, exponents, exponents[-1] + 1), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A spectrum as a person reads it.
+
+    Args:
+        counts: Float32 array `[bins]`, see the module.
+        float_format: The `FloatFormat` of the bins.
+    """
+
+    counts: np.ndarray
+    float_format: FloatFormat
+
+    @property
+    def zeros(self):
+        """Count of zeros: structural ones (a ReLU's) and underflow together."""
+        return float(self.counts[ZERO])
+
+    @property
+    def nonfinite(self):
+        """Count of infinities and NaNs."""
+        return float(self.counts[NONFINITE])
+
+    @property
+    def nonzero(self):
+        """Count of finite, non-zero values."""
+        return float(np.sum(self.counts[1:NONFINITE]))
+
+    @property
+    def binades(self):
+        """Lowest and highest occupied binade, or `None` if all is zero."""
+        occupied = np.flatnonzero(self.counts[1:NONFINITE])
+        if not occupied.size:
+            return None
+        lowest = self.float_format.min_exponent
+        return lowest + int(occupied[0]), lowest + int(occupied[-1])
+
+    @property
+    def subnormal_share(self):
+        """Share of the non-zero values that lack full precision, `nan` if none."""
+        normal = self.float_format.min_normal_exponent - self.float_format.min_exponent
+        return self._share(np.sum(self.counts[1 : 1 + normal]))
+
+    @property
+    def underflow_share(self):
+        """Estimated share of values lost to underflow, `nan` if nothing was seen.
+
+        Zeros cannot be counted: most are no loss but a ReLU's. What is lost is
+        inferred from the lowest binade, which rounding fills from
+        `[u/2, 3u/2)` (u the smallest subnormal) while `[0, u/2)` becomes zero:
+        half as wide, so half as many, for any density that is even near zero.
+        """
+        lost = 0.5 * self.counts[1]
+        return float(lost / (self.nonzero + lost)) if self.nonzero else float("nan")
+
+    def _share(self, count):
+        return float(count / self.nonzero) if self.nonzero else float("nan")
