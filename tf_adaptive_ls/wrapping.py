@@ -101,7 +101,10 @@ def strip_model(model):
     return result
 
 
-@keras.saving.register_keras_serializable(package="", name="LossScaledModel")
+_registered = keras.saving.register_keras_serializable("tf_adaptive_ls", "LossScaledModel")
+
+
+@_registered
 class LossScaledModel:
     """Mixin for models that run their graph under its scale plan.
 
@@ -156,9 +159,12 @@ class LossScaledModel:
 @functools.cache
 def _planned_class(base_class):
     """The class of wrapped models of `base_class`."""
-    name = LossScaledModel.__name__
-    members = {"base_class": base_class, "__qualname__": f"{name}[{base_class.__qualname__}]"}
-    return type(name, (LossScaledModel, base_class), members)
+    name = f"LossScaled{base_class.__name__}"
+    planned_class = type(name, (LossScaledModel, base_class), {"base_class": base_class})
+    # The name stands for the subclass when saving, for the mixin when loading.
+    _registered(planned_class)
+    _registered(LossScaledModel)
+    return planned_class
 
 
 def _plain_class(model):
