@@ -56,6 +56,20 @@ def gradient_tap(tensors, shifts, state, report):
     return list(identity(*tensors, exponents, state))
 
 
+def replaced(tensor, value):
+    """`value`, whose gradient goes to `tensor` instead."""
+
+    @keras.ops.custom_gradient
+    def replace(tensor, value):
+        def backward(*gradients):
+            (gradient,) = gradients
+            return gradient, ops.zeros_like(value)
+
+        return ops.convert_to_tensor(value), backward
+
+    return replace(tensor, ops.stop_gradient(value))
+
+
 def _multiply(x, factor):
     # In float16 the factor alone would overflow at 2**16.
     wide = keras.backend.result_type(x.dtype, "float32")

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from tf_adaptive_ls import scale_plan, scale_state
-from tf_adaptive_ls.gradient_tap import gradient_tap
+from tf_adaptive_ls.gradient_tap import gradient_tap, replaced
 from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, Row
 from tf_adaptive_ls.spectrum import Spectrum
 
@@ -117,7 +117,7 @@ class LossScaled(keras.layers.Wrapper):
         Assignable between steps, from -60 to 60. It changes no gradient but for
         rounding in float16.
         """
-        return int(ops.convert_to_numpy(self.state.value)[Row.HEADER, LOG2_SCALE])
+        return int(self.state.numpy()[Row.HEADER, LOG2_SCALE])
 
     @log2_scale.setter
     def log2_scale(self, value):
@@ -128,7 +128,7 @@ class LossScaled(keras.layers.Wrapper):
                 f"log2_scale={value!r} for layer '{self.name}'. It is an exponent: "
                 "3 stands for a scale of 8."
             )
-        state = np.array(ops.convert_to_numpy(self.state.value))
+        state = np.array(self.state.numpy())
         state[Row.HEADER, LOG2_SCALE] = value
         self.state.assign(state)
 
@@ -139,7 +139,7 @@ class LossScaled(keras.layers.Wrapper):
     @property
     def spectrum(self):
         """`Spectrum` of the gradients last measured, at the layer's scale."""
-        state = ops.convert_to_numpy(self.state.value)
+        state = self.state.numpy()
         return Spectrum(np.array(state[Row.PRODUCED]), FORMAT)
 
     def _scaled_call(self, *args, **kwargs):
@@ -178,13 +178,13 @@ class LossScaled(keras.layers.Wrapper):
 
         # The layer itself, on tapped weights, with its updates held back.
         others = _others(self.layer, weights)
-        held = [*zip(weights, tensors[len(arguments.tensors) :], strict=True)]
-        held += [(v, v.value) for v in others]
-        with scale_plan.running(None), _Held(held, self.layer) as scope:
+        tapped_weights = list(zip(weights, tensors[len(arguments.tensors) :], strict=True))
+        held = _Held(self.layer, tapped_weights, [(v, v.value) for v in others])
+        with scale_plan.running(None), held:
             outputs = self.layer(*args, **kwargs)
-            losses = list(scope.losses)
+            losses = list(held.losses)
             self.layer._clear_losses()
-        scope.assign_updates()
+        held.assign_updates()
         for loss in losses:
             self.add_loss(_tapped_loss(loss, r, state, measure))
 
@@ -317,13 +317,27 @@ class _Arguments:
 
 
 class _Held(keras.StatelessScope):
-    """Runs a layer on given values of its variables and holds back its updates."""
+    """Runs a layer on given values of its variables and holds back its updates.
 
-    def __init__(self, mapping, layer):
-        super().__init__(mapping, collect_losses=True)
+    Args:
+        layer: The layer.
+        weights: Pairs of a variable that gradients are taken by and its value.
+        others: Pairs of any other variable of the layer and its value.
+    """
+
+    def __init__(self, layer, weights, others):
+        super().__init__([*weights, *others], collect_losses=True)
         self._layer_name = layer.name
-        self._variables = [variable for variable, _ in mapping]
-        self._given = dict(self.state_mapping)
+        self._weights = {id(variable): value for variable, value in weights}
+        self._updates = {}
+
+    def add_update(self, update):
+        variable, value = update
+        self._updates[id(variable)] = variable, value
+        if id(variable) in self._weights:
+            # As outside, the gradient by a weight is that by its new value.
+            value = replaced(self._weights[id(variable)], value)
+        super().add_update((variable, value))
 
     def get_current_value(self, variable):
         value = super().get_current_value(variable)
@@ -341,10 +355,8 @@ class _Held(keras.StatelessScope):
         return value
 
     def assign_updates(self):
-        for variable in self._variables:
-            value = self.state_mapping[id(variable)]
-            if value is not self._given[id(variable)]:
-                variable.assign(value)
+        for variable, value in self._updates.values():
+            variable.assign(value)
 
 
 def _tapped_loss(loss, r, state, measure):

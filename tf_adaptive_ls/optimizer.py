@@ -93,17 +93,17 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     @property
     def loss_scale(self):
         """S, the scale of the loss: a float, readable between steps."""
-        return float(ops.convert_to_numpy(self.dynamic_scale)) if self.built else self.initial_scale
+        return float(self.dynamic_scale.numpy()) if self.built else self.initial_scale
 
     @property
     def skipped_steps(self):
         """How many steps were skipped so far: an int, readable between steps."""
-        return int(ops.convert_to_numpy(self._skipped_steps)) if self.built else 0
+        return int(self._skipped_steps.numpy()) if self.built else 0
 
     @property
     def last_step_skipped(self):
         """Whether the last step was skipped: a bool, readable between steps."""
-        return bool(ops.convert_to_numpy(self._last_step_skipped)) if self.built else False
+        return bool(self._last_step_skipped.numpy()) if self.built else False
 
     def build(self, var_list):
         states = [v for v in var_list if _is_state(v)]

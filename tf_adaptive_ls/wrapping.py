@@ -220,7 +220,7 @@ def _compile_like(model, result, make_optimizer):
     optimizer, loss_scale = model.optimizer, 2.0**15
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         if optimizer.built:
-            loss_scale = float(keras.ops.convert_to_numpy(optimizer.dynamic_scale))
+            loss_scale = float(optimizer.dynamic_scale.numpy())
         optimizer = optimizer.inner_optimizer
     copy = type(optimizer).from_config(optimizer.get_config())
     config = dict(model._compile_config.config)

@@ -1,0 +1,133 @@
+"""One step of a layer or model, and everything that can be told apart about it."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tf_adaptive_ls as als
+
+MODES = {
+    "eager": lambda function: function,
+    "graph": tf.function,
+    "xla": lambda function: tf.function(function, jit_compile=True),
+}
+
+
+@dataclasses.dataclass
+class Step:
+    """What a step computed, as NumPy arrays."""
+
+    outputs: list
+    gradients: dict  # by path of the weight, or place of the input
+    updates: dict  # values of all variables afterwards, by path
+
+
+def step(call, inputs, weights, others, losses=None, training=True, mode="eager", loss_scale=1.0):
+    """Runs `call(**inputs)` forward and backward and undoes its updates.
+
+    The loss is a fixed random linear function of the outputs, plus `losses()`.
+
+    Args:
+        call: A layer, model or function.
+        inputs: Dict of arrays or nested lists of arrays, passed by name; under the
+            name "args" a tuple to be passed by position.
+        weights: The variables to differentiate by.
+        others: The variables that the call may update.
+        losses: Function that returns losses added during the call.
+        training: Passed on, unless `None`.
+        mode: One of `MODES`.
+        loss_scale: Multiplies the loss.
+    """
+    before = [(v, v.numpy()) for v in [*weights, *others]]
+    inputs = keras.tree.map_structure(tf.convert_to_tensor, dict(inputs))
+    flat = keras.tree.flatten(inputs)
+    floats = [x for x in flat if x.dtype.is_floating]
+    # Fed from outside, lest the optimizer of graphs fold them into the gradients.
+    noise = tf.constant(np.random.default_rng(0).normal(size=10_000), "float32")
+
+    def compute(noise, *floats):
+        floats = iter(floats)
+        filled = [next(floats) if x.dtype.is_floating else x for x in flat]
+        watched = [x for x in filled if x.dtype.is_floating]
+        arguments = keras.tree.pack_sequence_as(inputs, filled)
+        if training is not None:
+            arguments["training"] = training
+        with tf.GradientTape() as tape:
+            tape.watch(watched)
+            outputs = keras.tree.flatten(call(*arguments.pop("args", ()), **arguments))
+            loss = tf.add_n([_linear(y, noise) for y in outputs])
+            for extra in losses() if losses else ():
+                loss += tf.cast(extra, tf.float32)
+            loss *= loss_scale
+        sources = [*watched, *(v.value for v in weights)]
+        gradients = tape.gradient(loss, sources)
+        # A missing gradient stays missing, a sparse one is made dense.
+        return outputs, [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+
+    outputs, gradients = MODES[mode](compute)(noise, *floats)
+    names = [*(f"input {i}" for i in range(len(floats))), *(v.path for v in weights)]
+    result = Step(
+        [np.array(y) for y in outputs],
+        {n: None if g is None else np.array(g) for n, g in zip(names, gradients, strict=True)},
+        {v.path: v.numpy() for v, _ in before},
+    )
+    for variable, value in before:
+        variable.assign(value)
+    return result
+
+
+def _linear(y, noise):
+    if not y.dtype.is_floating:
+        return tf.constant(0.0)
+    y = tf.reshape(tf.cast(y, tf.float32), [-1])
+    return tf.reduce_sum(y * noise[: tf.size(y)])
+
+
+def layer_step(layer, plain, inputs, **options):
+    """`step` of `layer`, with regard to the variables of the layer `plain` inside."""
+    weights, others = plain.trainable_variables, plain.non_trainable_variables
+    return step(layer, inputs, weights, others, losses=lambda: layer.losses, **options)
+
+
+def scaled_layers(model):
+    """All `LossScaled` layers of a model, nested ones too."""
+    layers = model._flatten_layers()
+    return [layer for layer in layers if isinstance(layer, als.LossScaled)]
+
+
+def randomize_scales(model, rng):
+    """Sets every log2 scale to a random value in [-8, 8]; all differ from 0."""
+    for layer in scaled_layers(model):
+        layer.log2_scale = int(rng.choice([r for r in range(-8, 9) if r]))
+
+
+def assert_equal(actual, expected):
+    """Bit for bit the same step."""
+    for y, y_expected in zip(actual.outputs, expected.outputs, strict=True):
+        np.testing.assert_array_equal(y, y_expected)
+    for name, value in expected.updates.items():
+        np.testing.assert_array_equal(actual.updates[name], value, err_msg=name)
+    assert_gradients_equal(actual, expected)
+
+
+def assert_gradients_equal(actual, expected):
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, value in expected.gradients.items():
+        if value is None:
+            assert actual.gradients[name] is None, name
+        else:
+            np.testing.assert_array_equal(actual.gradients[name], value, err_msg=name)
+
+
+def assert_gradients_within(actual, expected, ulps):
+    """Gradients that differ by at most `ulps` units of their tensor's largest element."""
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, value in expected.gradients.items():
+        if value is None:
+            assert actual.gradients[name] is None, name
+        else:
+            unit = np.spacing(np.max(np.abs(value), initial=0))
+            difference = np.max(np.abs(actual.gradients[name] - value), initial=0)
+            assert difference <= ulps * unit, f"{name}: {difference / unit} ulps"
