@@ -21,7 +21,7 @@ class Step:
 
     outputs: list
     gradients: dict  # by path of the weight, or place of the input
-    updates: dict  # values of all variables afterwards, by path
+    updates: dict  # values of all variables afterwards, by number and path
 
 
 def step(call, inputs, weights, others, losses=None, training=True, mode="eager", loss_scale=1.0):
@@ -71,7 +71,7 @@ def step(call, inputs, weights, others, losses=None, training=True, mode="eager"
     result = Step(
         [np.array(y) for y in outputs],
         {n: None if g is None else np.array(g) for n, g in zip(names, gradients, strict=True)},
-        {v.path: v.numpy() for v, _ in before},
+        {f"{i} {v.path}": v.numpy() for i, (v, _) in enumerate(before)},
     )
     for variable, value in before:
         variable.assign(value)
@@ -87,8 +87,15 @@ def _linear(y, noise):
 
 def layer_step(layer, plain, inputs, **options):
     """`step` of `layer`, with regard to the variables of the layer `plain` inside."""
-    weights, others = plain.trainable_variables, plain.non_trainable_variables
+    weights = plain.trainable_variables
+    others = plain.non_trainable_variables + rnn_states(plain)
     return step(layer, inputs, weights, others, losses=lambda: layer.losses, **options)
+
+
+def rnn_states(layer):
+    """The states of stateful recurrent layers, which Keras does not list as variables."""
+    layers = [each for each in layer._flatten_layers() if getattr(each, "stateful", False)]
+    return [state for each in layers for state in keras.tree.flatten(each.states)]
 
 
 def scaled_layers(model):

@@ -206,13 +206,9 @@ def _rebuilt(model, converted, model_class):
 
 
 def _fresh_input(tensor):
-    return keras.Input(
-        batch_shape=tensor.shape,
-        dtype=tensor.dtype,
-        sparse=tensor.sparse,
-        name=tensor.name,
-        optional=tensor._keras_history.operation.optional,
-    )
+    layer = tensor._keras_history.operation
+    tensor = keras.KerasTensor(tensor.shape, tensor.dtype, tensor.sparse, name=tensor.name)
+    return keras.Input(tensor=tensor, name=layer.name, optional=layer.optional)
 
 
 def _compile_like(model, result, make_optimizer):

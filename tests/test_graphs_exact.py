@@ -1,0 +1,94 @@
+"""Invariants 2, 3 and 4 for whole models."""
+
+import keras
+import numpy as np
+import pytest
+from graphs import FORKS, GRAPHS
+from steps import (
+    assert_equal,
+    assert_gradients_within,
+    layer_step,
+    randomize_scales,
+    scaled_layers,
+)
+
+import tf_adaptive_ls as als
+
+# A fork adds three gradients in another order: each sum rounds once more, and what
+# it feeds a few times over; measured 3 ulps of the largest element at most.
+FORK_ULPS = 16
+
+
+def step_of(model, plain, inputs, **options):
+    return layer_step(model, plain, {"args": inputs}, **options)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_any_scales_give_the_plain_model(name, mode, rng):
+    model, inputs = GRAPHS[name]()
+    plain = step_of(model, model, inputs, mode=mode)
+    wrapped = als.wrap_model(model)
+    assert scaled_layers(wrapped)
+    neutral = step_of(wrapped, model, inputs, mode=mode)
+    if name in FORKS:
+        assert_gradients_within(neutral, plain, ulps=FORK_ULPS)
+        neutral_gradients, neutral.gradients = neutral.gradients, plain.gradients
+        assert_equal(neutral, plain)
+        neutral.gradients = neutral_gradients
+    else:
+        assert_equal(neutral, plain)
+    for _ in range(3):
+        randomize_scales(wrapped, rng)
+        assert_equal(step_of(wrapped, model, inputs, mode=mode), neutral)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "nested", "encoder_decoder", "added_losses"])
+def test_any_scales_give_the_same_under_xla(name, rng):
+    model, inputs = GRAPHS[name]()
+    plain = step_of(model, model, inputs, mode="xla")
+    wrapped = als.wrap_model(model)
+    neutral = step_of(wrapped, model, inputs, mode="xla")
+    # XLA may tile reductions otherwise in the larger graph, on top of the forks.
+    assert_gradients_within(neutral, plain, ulps=2 * FORK_ULPS)
+    for _ in range(2):
+        randomize_scales(wrapped, rng)
+        assert_equal(step_of(wrapped, model, inputs, mode="xla"), neutral)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_forward_is_untouched_in_float16(name, training, rng, mixed_float16):
+    model, inputs = GRAPHS[name]()
+    plain = step_of(model, model, inputs, training=training)
+    wrapped = als.wrap_model(model)
+    randomize_scales(wrapped, rng)
+    result = step_of(wrapped, model, inputs, training=training)
+    result.gradients = plain.gradients
+    assert_equal(result, plain)
+    assert [y.dtype for y in result.outputs] == [y.dtype for y in plain.outputs]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_wrapping_and_stripping_keep_what_a_user_sees(name):
+    model, inputs = GRAPHS[name]()
+    wrapped = als.wrap_model(model)
+    stripped = als.strip_model(wrapped)
+    for other in (wrapped, stripped):
+        assert isinstance(other, type(model))
+        assert other.name == model.name
+        assert [layer.name for layer in other.layers] == [layer.name for layer in model.layers]
+        if not isinstance(model, keras.Sequential):
+            assert other.output_names == model.output_names
+            keras.tree.assert_same_structure(other.input, model.input)
+            keras.tree.assert_same_structure(other.output, model.output)
+        assert [t.name for t in other.inputs] == [t.name for t in model.inputs]
+        mine = [v for v in other.weights if not v.overwrite_with_gradient]
+        assert all(a is b for a, b in zip(mine, model.weights, strict=True))
+    assert type(stripped) is type(model)
+    assert not scaled_layers(stripped)
+    again = als.wrap_model(stripped)
+    kept = zip(scaled_layers(again), scaled_layers(wrapped), strict=True)
+    assert all(a is b for a, b in kept)
+    assert_equal(step_of(stripped, model, inputs), step_of(model, model, inputs))
+    np.testing.assert_equal(len(als.scale_table(wrapped)), len(als.scale_table(model)))
