@@ -223,18 +223,27 @@ def _scaled_layers(operation, scaled_class):
 def _is_pure(operation):
     """Whether `operation` has a linear backward pass and no gradients of its own."""
     if not isinstance(operation, keras.layers.Layer):
-        return _is_from_keras(operation)
+        return _is_from_keras(type(operation))
     return all(
-        _is_from_keras(layer)
-        and type(layer).__name__ not in _FOREIGN_CODE
+        is_plain_keras_layer(layer)
         and not layer.weights
         and layer.activity_regularizer is None
         for layer in operation._flatten_layers()
     )
 
 
-def _is_from_keras(operation):
-    return type(operation).__module__.partition(".")[0] == "keras"
+def is_plain_keras_layer(layer):
+    """Whether `layer` is one of Keras's own and runs only code of Keras."""
+    function = getattr(layer, "activation", None)
+    return (
+        _is_from_keras(type(layer))
+        and type(layer).__name__ not in _FOREIGN_CODE
+        and (function is None or _is_from_keras(function))
+    )
+
+
+def _is_from_keras(definition):
+    return definition.__module__.partition(".")[0] == "keras"
 
 
 class _Classes:

@@ -4,7 +4,6 @@ import functools
 import warnings
 
 import keras
-from keras import tree
 
 from tf_adaptive_ls import scale_plan
 from tf_adaptive_ls.loss_scaled import LossScaled, wrapper_of
@@ -14,8 +13,8 @@ from tf_adaptive_ls.optimizer import AdaptiveLossScaleOptimizer
 def wrap_model(model, *, layer_filter=None):
     """Gives every layer with trainable weights a loss scale of its own.
 
-    The result is a model of the same class around the same layers: weights are
-    shared with `model`, and inputs, outputs and names are as there. It runs its
+    The result is a model of the same class around the same layers: weights and
+    inputs are shared with `model`, outputs and names are as there. It runs its
     graph under a scale plan (see `scale_plan`), also after saving and loading. A
     compiled model comes back compiled, with an `AdaptiveLossScaleOptimizer` around
     a copy of its optimizer and of that one's state.
@@ -46,7 +45,7 @@ def wrap_model(model, *, layer_filter=None):
         if not isinstance(operation, keras.layers.Layer) or isinstance(operation, LossScaled):
             return operation
         if not operation.trainable_weights:
-            return operation
+            return _fresh_if_stateless(operation)
         if _why_not_a_graph(operation) is None:
             return rebuilt(operation)
         if layer_filter is not None and not layer_filter(operation):
@@ -87,9 +86,10 @@ def strip_model(model):
             operation = operation.layer
         elif isinstance(operation, keras.Model) and _why_not_a_graph(operation) is None:
             return rebuilt(operation)
-        if isinstance(operation, keras.layers.Layer):
-            _check_has_none_inside(operation)
-        return operation
+        if not isinstance(operation, keras.layers.Layer):
+            return operation
+        _check_has_none_inside(operation)
+        return _fresh_if_stateless(operation)
 
     def rebuilt(model):
         return _rebuilt(model, converted, _plain_class(model))
@@ -193,22 +193,25 @@ def _once_per_operation(convert):
 def _rebuilt(model, converted, model_class):
     """A `model_class` with the graph of `model`, each operation `converted`."""
     if isinstance(model, keras.Sequential):
-        inputs = _fresh_input(model.inputs[0])
-        layers = [converted(layer) for layer in model.layers]
-        return model_class([inputs, *layers], trainable=model.trainable, name=model.name)
+        layers = [model.inputs[0], *map(converted, model.layers)]
+        return model_class(layers, trainable=model.trainable, name=model.name)
     # By way of an uncompiled model, since cloning would compile anew.
     graph = keras.models.clone_model(
         keras.Model(model.input, model.output),
-        input_tensors=tree.map_structure(_fresh_input, model.input),
+        input_tensors=model.input,
         clone_function=converted,
     )
     return model_class(graph.input, graph.output, name=model.name, trainable=model.trainable)
 
 
-def _fresh_input(tensor):
-    layer = tensor._keras_history.operation
-    tensor = keras.KerasTensor(tensor.shape, tensor.dtype, tensor.sparse, name=tensor.name)
-    return keras.Input(tensor=tensor, name=layer.name, optional=layer.optional)
+def _fresh_if_stateless(layer):
+    """A layer like `layer`, if it is one of Keras without any state, or `layer` itself.
+
+    So that `layer.output` of a layer of the result belongs to the result's graph.
+    """
+    if not scale_plan.is_plain_keras_layer(layer) or layer.variables or layer._layers:
+        return layer
+    return type(layer).from_config(layer.get_config())
 
 
 def _compile_like(model, result, make_optimizer):
