@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import itertools
 import numbers
 
 import keras
@@ -14,6 +15,7 @@ from tf_adaptive_ls.gradient_tap import gradient_tap, replaced
 from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, Row
 from tf_adaptive_ls.spectrum import Spectrum
 
+_clock = itertools.count()
 _neutral = contextvars.ContextVar("neutral_scales", default=False)
 
 
@@ -107,6 +109,9 @@ class LossScaled(keras.layers.Wrapper):
             name="loss_scale_state",
         )
         self.state.loss_scaled = self
+        # When the layer was last called, or its call traced: tells which of two
+        # layers a gradient comes to first. Relative to other layers only.
+        self.called_at = -1
         layer._loss_scaled = _Owner(self)
         self.built = layer.built
 
@@ -147,6 +152,7 @@ class LossScaled(keras.layers.Wrapper):
             with scale_plan.running(None):
                 return self.layer(*args, **kwargs)
 
+        self.called_at = next(_clock)
         border = scale_plan.border_of(self)
         state = self.state.value
         r = state[Row.HEADER, LOG2_SCALE]

@@ -32,7 +32,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 r = r + change of r - change of log2(S)
         else:
             skip the step
-            lower r of each layer that made finite gradients non-finite
+            lower r of each layer that made finite gradients non-finite, unless
+                those that arrived at a later layer were not finite already
             if there is no such layer: halve S
         measure the next step if it is the `update_every`-th, or if scales were
         just lowered by an overflow or moved by more than one binade
@@ -194,7 +195,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         arrived_broken = reports[:, Row.ARRIVED_PEAK, spectrum.NONFINITE] > 0
         produced_broken = reports[:, Row.PRODUCED_PEAK, spectrum.NONFINITE] > 0
-        at_fault = ops.logical_and(produced_broken, ops.logical_not(arrived_broken))
+        called_at = np.array([v.loss_scaled.called_at for _, v in reports_and_states], "float32")
+        last_broken_arrival = ops.max(ops.where(arrived_broken, called_at, -1.0))
+        at_fault = ops.logical_and(produced_broken, called_at > last_broken_arrival)
         s_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(at_fault)))
         backoff = float(self.rule.backoff)
 
@@ -224,6 +227,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             variable.assign(states[i])
         self.dynamic_scale.assign(power_of_two(new_log2_scale))
         self._steps_to_measurement.assign(wait)
+
+    def finalize_variable_values(self, var_list):
+        super().finalize_variable_values([v for v in var_list if not _is_state(v)])
 
     def get_config(self):
         return {

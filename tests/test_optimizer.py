@@ -1,0 +1,210 @@
+"""`AdaptiveLossScaleOptimizer` trains like its inner optimizer alone.
+
+In float32 scaling and unscaling are exact, so that a wrapped model ends, bit for
+bit, where the plain one ends under the inner optimizer: whatever that one does
+with gradients, it does it to unscaled ones, and to those of weights alone.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from graphs import chain, floats
+from keras import layers, optimizers
+from steps import scaled_layers
+
+import tf_adaptive_ls as als
+
+pytestmark = pytest.mark.filterwarnings("ignore:Loss scales do nothing")
+
+X, Y = floats(16, 4), floats(16, 2, seed=1)
+
+INNER = {
+    "sgd": lambda: optimizers.SGD(0.1, momentum=0.9),
+    "name": lambda: "rmsprop",
+    "clipvalue": lambda: optimizers.Adam(0.1, clipvalue=1e-3),
+    "clipnorm": lambda: optimizers.SGD(0.1, clipnorm=1e-2),
+    "global_clipnorm": lambda: optimizers.SGD(0.1, global_clipnorm=1e-2),
+    "weight_decay": lambda: optimizers.AdamW(0.1, weight_decay=0.1),
+    "ema": lambda: optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3),
+    "accumulation": lambda: optimizers.Adam(0.1, gradient_accumulation_steps=3),
+    "schedule": lambda: optimizers.SGD(optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)),
+}
+
+
+def fitted(model, optimizer, **options):
+    keras.utils.set_random_seed(7)
+    options.setdefault("jit_compile", False)
+    model.compile(optimizer, loss="mse", **options)
+    model.fit(X, Y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    return model
+
+
+def weights_of(model):
+    return [v.numpy() for v in model.weights if not v.overwrite_with_gradient]
+
+
+def assert_all_equal(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("inner", INNER)
+def test_inner_optimizer_features_act_as_on_a_plain_model(inner, eager):
+    plain, _ = chain()
+    start = plain.get_weights()
+    fitted(plain, INNER[inner](), run_eagerly=eager)
+    end = weights_of(plain)
+    plain.set_weights(start)
+    wrapped = als.wrap_model(keras.Model(plain.input, plain.output))
+    for i, layer in enumerate(scaled_layers(wrapped)):
+        layer.log2_scale = i - 5
+    optimizer = als.AdaptiveLossScaleOptimizer(INNER[inner](), update_every=2)
+    fitted(wrapped, optimizer, run_eagerly=eager)
+    assert any(end[i].any() for i in range(len(end)))
+    assert_all_equal(weights_of(wrapped), end)
+    assert int(optimizer.iterations) == int(plain.optimizer.iterations)
+    if inner == "schedule":
+        assert float(optimizer.learning_rate) == float(plain.optimizer.learning_rate)
+    # One slot per weight and none for scales.
+    assert_all_equal(
+        [v.numpy() for v in optimizer.inner_optimizer.variables],
+        [v.numpy() for v in plain.optimizer.variables],
+    )
+
+
+def test_a_custom_loop_as_keras_documents_it():
+    plain, _ = chain()
+    start = plain.get_weights()
+    wrapped = als.wrap_model(plain)
+
+    def loop(model, optimizer):
+        @tf.function
+        def train_step(x, y):
+            with tf.GradientTape() as tape:
+                loss = keras.losses.MeanSquaredError()(y, model(x, training=True))
+                loss = optimizer.scale_loss(loss)
+            variables = model.trainable_variables
+            optimizer.apply(tape.gradient(loss, variables), variables)
+
+        optimizer.build(model.trainable_variables)
+        for _ in range(5):
+            train_step(X, Y)
+        result = weights_of(model)
+        plain.set_weights(start)
+        return result
+
+    expected = loop(plain, optimizers.Adam(0.1))
+    ours = als.AdaptiveLossScaleOptimizer(optimizers.Adam(0.1))
+    assert_all_equal(loop(wrapped, ours), expected)
+    # Variables may be left out once built, and the optimizer may build itself.
+    gradients = [tf.zeros(v.shape) for v in wrapped.trainable_variables]
+    ours.apply(gradients)
+    fresh = als.AdaptiveLossScaleOptimizer("sgd")
+    fresh.apply_gradients(zip(gradients, wrapped.trainable_variables, strict=True))
+    assert fresh.built and not fresh.last_step_skipped
+
+
+def test_figures_are_readable_before_and_after_the_first_step():
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd", initial_scale=2.0**10)
+    figures = optimizer.loss_scale, optimizer.skipped_steps, optimizer.last_step_skipped
+    assert figures == (1024.0, 0, False)
+    assert [type(figure) for figure in figures] == [float, int, bool]
+    fitted(als.wrap_model(chain()[0]), optimizer)
+    figures = optimizer.loss_scale, optimizer.skipped_steps, optimizer.last_step_skipped
+    assert [type(figure) for figure in figures] == [float, int, bool]
+
+
+def test_scales_are_measured_again_every_so_many_steps():
+    model = als.wrap_model(chain()[0])
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd", update_every=4)
+    model.compile(optimizer, loss="mse", jit_compile=False)
+    asked = []
+    for _ in range(24):
+        asked.append(int(scaled_layers(model)[0].state.numpy()[0, 1]))
+        model.train_on_batch(X, Y)
+    assert asked[0] == 1
+    settled = asked[12:]
+    assert sum(settled) == 3
+    first = settled.index(1)
+    assert settled[first::4] == [1, 1, 1]
+
+
+def test_a_layer_not_in_the_loss_keeps_its_scale_and_spectrum():
+    inputs = keras.Input((4,))
+    used, unused = als.LossScaled(layers.Dense(2)), als.LossScaled(layers.Dense(3))
+    model = keras.Model(inputs, [used(inputs), unused(inputs)])
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd")
+    unused.log2_scale = 3
+    with tf.GradientTape() as tape:
+        loss = optimizer.scale_loss(tf.reduce_sum(model(X)[0]))
+    variables = model.trainable_variables
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply(tape.gradient(loss, variables), variables)
+    assert unused.log2_scale == 3 and unused.spectrum.nonzero == 0
+    assert used.spectrum.nonzero > 0
+
+
+def test_without_scaled_layers_it_is_keras_own(mixed_float16):
+    def trained(make):
+        keras.utils.set_random_seed(3)
+        return weights_of(fitted(chain()[0], make(optimizers.Adam(0.1))))
+
+    with pytest.warns(UserWarning, match="without trainable LossScaled") as caught:
+        ours = trained(als.AdaptiveLossScaleOptimizer)
+    assert len(caught) == 1
+    assert_all_equal(ours, trained(optimizers.LossScaleOptimizer))
+
+
+def test_a_wrapped_model_under_another_optimizer_trains_and_warns_once():
+    plain, _ = chain()
+    start = plain.get_weights()
+    expected = weights_of(fitted(plain, optimizers.Adam(0.1)))
+    plain.set_weights(start)
+    wrapped = als.wrap_model(keras.Model(plain.input, plain.output))
+    scaled_layers(wrapped)[1].log2_scale = 5
+    with pytest.warns(UserWarning, match="compiled with Adam") as caught:
+        fitted(wrapped, optimizers.Adam(0.1))
+        wrapped.fit(X, Y, verbose=0, epochs=0)
+    assert len(caught) == 1
+    assert_all_equal(weights_of(wrapped), expected)
+    assert [layer.log2_scale for layer in scaled_layers(wrapped)] == [0, 0, 0, 0]
+
+
+@pytest.mark.filterwarnings("default:Loss scales do nothing")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_policy_without_float16_works_and_warns_once(policy):
+    keras.config.set_dtype_policy(policy)
+    with pytest.warns(UserWarning, match="none of its LossScaled layers") as caught:
+        fitted(als.wrap_model(chain()[0]), als.AdaptiveLossScaleOptimizer("sgd"))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("name", ["keras", "plain"])
+def test_wrapping_and_stripping_a_compiled_and_trained_model(name):
+    model, _ = chain()
+    inner = optimizers.Adam(0.1)
+    fitted(model, optimizers.LossScaleOptimizer(inner, 2.0**9) if name == "keras" else inner)
+    wrapped = als.wrap_model(model)
+    assert wrapped.compiled and wrapped.loss == "mse"
+    ours = wrapped.optimizer
+    assert isinstance(ours, als.AdaptiveLossScaleOptimizer)
+    assert ours.loss_scale == (2.0**9 if name == "keras" else 2.0**15)
+    stripped = als.strip_model(wrapped)
+    assert type(stripped.optimizer) is optimizers.Adam
+    for copy in (ours.inner_optimizer, stripped.optimizer):
+        assert copy is not inner
+        assert_all_equal(
+            [v.numpy() for v in copy.variables], [v.numpy() for v in inner.variables]
+        )
+    # All three go on alike from here.
+    start = model.get_weights()
+    ends = []
+    for each in (model, wrapped, stripped):
+        model.set_weights(start)
+        each.jit_compile = False
+        each.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+        ends.append(weights_of(each))
+    assert_all_equal(ends[1], ends[0])
+    assert_all_equal(ends[2], ends[0])

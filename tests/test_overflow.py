@@ -1,0 +1,214 @@
+"""Invariant 5: an overflow skips the step and lowers exactly the scale at fault."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from steps import scaled_layers
+
+import tf_adaptive_ls as als
+
+EAGER, GRAPH, XLA = {"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}
+X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+Y = X @ np.random.default_rng(1).normal(size=(4, 2)).astype("float32")
+
+
+class Faulty(layers.Dense):
+    """A Dense layer whose backward pass can be made to break."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.input_fault = self.add_weight(name="input_fault", initializer="zeros", trainable=False)
+        self.weight_fault = self.add_weight(
+            name="weight_fault", initializer="zeros", trainable=False
+        )
+
+    def call(self, x):
+        x = _broken(x, ops.cast(self.input_fault, x.dtype))
+        x = ops.matmul(x, _broken(self.kernel, ops.cast(self.weight_fault, x.dtype)))
+        return ops.relu(ops.add(x, self.bias))
+
+
+def _broken(x, fault):
+    @ops.custom_gradient
+    def identity(x, fault):
+        return ops.convert_to_tensor(x), lambda gradient: (gradient + fault, ops.zeros_like(fault))
+
+    return identity(x, fault)
+
+
+@pytest.fixture
+def mode():
+    return GRAPH
+
+
+@pytest.fixture
+def trained(mode, mixed_float16):
+    """A compiled model that has taken a few steps."""
+    x = inputs = keras.Input((4,))
+    for i in range(3):
+        x = Faulty(8, name=f"faulty_{i}")(x)
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(2)(x)))
+    fault = keras.Variable(1.0, trainable=False, name="loss_fault")
+
+    def loss(y, y_pred):
+        return ops.mean((y - y_pred) ** 2) * fault
+
+    optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.Adam(0.01))
+    model.compile(optimizer, loss=loss, **mode)
+    model.loss_fault = fault
+    model.fit(X, Y, batch_size=32, epochs=5, verbose=0)
+    assert optimizer.skipped_steps == 0
+    return model
+
+
+def state_of(model):
+    """Everything a skipped step must leave alone, and the scales."""
+    optimizer = model.optimizer
+    return {
+        "weights": [v.numpy() for v in model.variables if not v.overwrite_with_gradient],
+        "slots": [v.numpy() for v in optimizer.inner_optimizer.variables],
+        "r": {layer.name: layer.log2_scale for layer in scaled_layers(model)},
+        "S": optimizer.loss_scale,
+    }
+
+
+def one_step(model, x=X):
+    model.fit(x, Y, batch_size=32, verbose=0)
+
+
+def assert_skipped(model, before):
+    after = state_of(model)
+    assert model.optimizer.last_step_skipped
+    for kind in ("weights", "slots"):
+        for a, b in zip(after[kind], before[kind], strict=True):
+            np.testing.assert_array_equal(a, b)
+    return after
+
+
+@pytest.mark.parametrize("mode", [EAGER, GRAPH, XLA], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("place", ["data", "loss"])
+def test_a_fault_before_any_layer_halves_the_loss_scale(trained, place, value):
+    before = state_of(trained)
+    x = X.copy()
+    if place == "data":
+        x[3, 1] = value
+    else:
+        trained.loss_fault.assign(value)
+        before = state_of(trained)
+    one_step(trained, x)
+    after = assert_skipped(trained, before)
+    assert after["S"] == before["S"] / 2
+    assert after["r"] == before["r"]
+    assert trained.optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("kind", ["input_fault", "weight_fault"])
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("mode", [EAGER, GRAPH], ids=["eager", "graph"])
+def test_a_fault_inside_a_layer_lowers_its_scale(trained, at, kind, value):
+    getattr(trained.get_layer(f"faulty_{at}").layer, kind).assign(value)
+    before = state_of(trained)
+    one_step(trained)
+    after = assert_skipped(trained, before)
+    assert after["S"] == before["S"]
+    lowered = {name for name in before["r"] if after["r"][name] < before["r"][name]}
+    assert lowered == {f"faulty_{at}"}
+    others = before["r"].keys() - lowered
+    assert all(after["r"][name] == before["r"][name] for name in others)
+
+
+@pytest.mark.parametrize("mode", [XLA], ids=["xla"])
+def test_faults_inside_a_layer_under_xla(trained):
+    before = state_of(trained)
+    layer = trained.get_layer("faulty_1").layer
+    for fault in (layer.input_fault, layer.weight_fault):
+        fault.assign(np.inf)
+        before = state_of(trained)
+        one_step(trained)
+        after = assert_skipped(trained, before)
+        assert after["S"] == before["S"]
+        assert after["r"].pop("faulty_1") < before["r"].pop("faulty_1")
+        assert after["r"] == before["r"]
+        fault.assign(0)
+        one_step(trained)
+        assert not trained.optimizer.last_step_skipped
+
+
+def test_a_scale_that_is_too_large_is_lowered_alone(trained):
+    trained.get_layer("faulty_1").log2_scale = 40
+    before = state_of(trained)
+    one_step(trained)
+    after = assert_skipped(trained, before)
+    changed = {name for name in before["r"] if after["r"][name] != before["r"][name]}
+    assert changed == {"faulty_1"}
+
+
+@pytest.mark.parametrize("fault", ["loss", "layer"])
+def test_training_recovers_when_the_fault_stops(trained, fault):
+    layer = trained.get_layer("faulty_1").layer
+    variable, normal = (
+        (trained.loss_fault, 1.0) if fault == "loss" else (layer.weight_fault, 0.0)
+    )
+    variable.assign(np.inf)
+    trained.fit(X, Y, batch_size=32, epochs=25, verbose=0)
+    assert trained.optimizer.skipped_steps == 25
+    variable.assign(normal)
+    history = trained.fit(X, Y, batch_size=32, epochs=25, verbose=0).history["loss"]
+    assert trained.optimizer.skipped_steps == 25
+    assert history[-1] < history[0]
+    for each in scaled_layers(trained):
+        assert each.spectrum.underflow_share < 1e-2
+
+
+@pytest.mark.parametrize("fault", ["loss", "layer"])
+def test_scales_stay_within_bounds_whatever_happens(trained, fault):
+    layer = trained.get_layer("faulty_1").layer
+    (trained.loss_fault if fault == "loss" else layer.weight_fault).assign(np.nan)
+    trained.fit(X, Y, batch_size=32, epochs=150, verbose=0)
+    for each in scaled_layers(trained):
+        header = each.state.numpy()[0]
+        assert np.isfinite(each.state.numpy()).all()
+        assert header[0] == each.log2_scale and abs(each.log2_scale) <= 60
+    assert 2.0**-60 <= trained.optimizer.loss_scale <= 2.0**60
+    assert np.frexp(trained.optimizer.loss_scale)[0] == 0.5
+
+
+def test_a_vanished_chain_recovers(mixed_float16):
+    """17 layers of which each divides the gradient by 4, down to 1e-10."""
+
+    def build(policy):
+        x = inputs = keras.Input((32,))
+        for i in range(17):
+            # The bias keeps the signal up on the way forward.
+            small = keras.initializers.VarianceScaling(1 / 16, seed=i)
+            bias = keras.initializers.Constant(0.5)
+            x = layers.Dense(32, "relu", True, small, bias, dtype=policy)(x)
+        return keras.Model(inputs, x)
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 32)).astype("float32")
+    y = rng.normal(size=(64, 32)).astype("float32")
+    reference = build("float32")
+    model = als.wrap_model(build("mixed_float16"))
+    optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(1e-6))
+    model.compile(optimizer, loss="mse", jit_compile=False)
+    model.fit(x, y, batch_size=64, epochs=20, verbose=0)
+
+    kernels = [v for v in model.trainable_variables if v.name == "kernel"]
+    reference.set_weights([v.numpy() for v in als.strip_model(model).weights])
+
+    def gradients(model, variables, scale):
+        with tf.GradientTape() as tape:
+            loss = ops.mean((ops.cast(model(x, training=True), "float32") - y) ** 2) * scale
+        found = tape.gradient(loss, [v.value for v in variables])
+        return [np.asarray(g, "float64") / scale for g in found]
+
+    ours = gradients(model, kernels, optimizer.loss_scale)
+    true = gradients(reference, [v for v in reference.weights if v.name == "kernel"], 1.0)
+    assert np.max(np.abs(true[0])) < 1e-9
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, true, strict=True)]
+    assert max(errors) < 5e-3
