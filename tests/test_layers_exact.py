@@ -65,7 +65,9 @@ CASES = {
     "Dense": Case(lambda: layers.Dense(5, activation="gelu"), vector),
     "DepthwiseConv1D": Case(lambda: layers.DepthwiseConv1D(2), series),
     "DepthwiseConv2D": Case(lambda: layers.DepthwiseConv2D(2), image),
-    "EinsumDense": Case(lambda: layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d"), series),
+    "EinsumDense": Case(
+        lambda: layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d"), series
+    ),
     "Embedding": Case(lambda: layers.Embedding(7, 3, mask_zero=True), {"args": (tokens(2, 5),)}),
     "GRU": Case(lambda: layers.GRU(3, return_sequences=True, return_state=True), series),
     "GRUCell": Case(lambda: layers.GRUCell(3), {"args": (floats(2, 4), [floats(2, 3)])}),

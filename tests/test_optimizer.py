@@ -195,9 +195,7 @@ def test_wrapping_and_stripping_a_compiled_and_trained_model(name):
     assert type(stripped.optimizer) is optimizers.Adam
     for copy in (ours.inner_optimizer, stripped.optimizer):
         assert copy is not inner
-        assert_all_equal(
-            [v.numpy() for v in copy.variables], [v.numpy() for v in inner.variables]
-        )
+        assert_all_equal([v.numpy() for v in copy.variables], [v.numpy() for v in inner.variables])
     # All three go on alike from here.
     start = model.get_weights()
     ends = []

@@ -150,9 +150,7 @@ def test_a_scale_that_is_too_large_is_lowered_alone(trained):
 @pytest.mark.parametrize("fault", ["loss", "layer"])
 def test_training_recovers_when_the_fault_stops(trained, fault):
     layer = trained.get_layer("faulty_1").layer
-    variable, normal = (
-        (trained.loss_fault, 1.0) if fault == "loss" else (layer.weight_fault, 0.0)
-    )
+    variable, normal = (trained.loss_fault, 1.0) if fault == "loss" else (layer.weight_fault, 0.0)
     variable.assign(np.inf)
     trained.fit(X, Y, batch_size=32, epochs=25, verbose=0)
     assert trained.optimizer.skipped_steps == 25

@@ -1,5 +1,7 @@
 """The one custom-gradient op: identity forward, powers of two backward."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -33,9 +35,8 @@ def gradient_tap(tensors, shifts, state, report):
     zero = ops.zeros((), "float32")
     exponents = ops.stop_gradient(ops.stack([zero if s is None else s for s in shifts]))
 
-    @keras.ops.custom_gradient
-    def identity(*inputs):
-        *values, exponents, _ = inputs
+    def identity(exponents, *inputs):
+        *values, _ = inputs
 
         def backward(*gradients):
             if isinstance(gradients[0], (list, tuple)):  # JAX passes one tuple
@@ -49,11 +50,30 @@ def gradient_tap(tensors, shifts, state, report):
                 _first_order(gradient if wide is None else _cast_like(wide, gradient))
                 for gradient, wide in zip(gradients, shifted, strict=True)
             ]
-            return (*results, ops.zeros_like(exponents), report(list(gradients), shifted))
+            return (*results, report(list(gradients), shifted))
 
         return tuple(values), backward
 
-    return list(identity(*tensors, exponents, state))
+    return list(_custom_gradient(identity, exponents)(*tensors, state))
+
+
+def _custom_gradient(function, constant):
+    """Custom gradient of `function(constant, *inputs)` by `inputs`.
+
+    TensorFlow gathers all inputs of such a function in one `IdentityN` node, so that
+    even inference would compute `constant`, which only the backward pass needs: there
+    it must not be an input. JAX does not let the backward pass close over anything
+    that depends on what is differentiated: there it must be one.
+    """
+    if keras.backend.backend() != "jax":
+        return keras.ops.custom_gradient(lambda *inputs: function(constant, *inputs))
+
+    @keras.ops.custom_gradient
+    def with_constant(constant, *inputs):
+        outputs, backward = function(constant, *inputs)
+        return outputs, lambda *gradients: (ops.zeros_like(constant), *backward(*gradients))
+
+    return functools.partial(with_constant, constant)
 
 
 def replaced(tensor, value):

@@ -206,9 +206,7 @@ class LossScaled(keras.layers.Wrapper):
                     measure,
                     arrived=[g for g, s in zip(gradients, at_s, strict=True) if s],
                     passing=[g for g, s in zip(gradients, at_s, strict=True) if not s],
-                    origin=[
-                        g if s is None else s for g, s in zip(gradients, shifted, strict=True)
-                    ],
+                    origin=[g if s is None else s for g, s in zip(gradients, shifted, strict=True)],
                 )
 
             results = gradient_tap(
@@ -376,7 +374,7 @@ def _tapped_loss(loss, r, state, measure):
 
 
 def _others(layer, weights):
-    """The variables of `layer` besides `weights`: statistics, seeds, metrics, …"""
+    """The variables of `layer` besides `weights`: statistics, seeds, metrics."""
     known = {id(v) for v in weights}
     others = {id(v): v for v in [*layer.variables, *layer.metrics_variables]}
     return [v for key, v in others.items() if key not in known]

@@ -206,9 +206,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         change = ops.where(at_fault, -backoff, ops.where(measured, change, 0.0))
         at_s = ops.sum(reports, axis=0, keepdims=True)
         change_of_s = self.rule(at_s[:, Row.ARRIVED], at_s[:, Row.ARRIVED_PEAK], FORMAT)[0]
-        change_of_s = ops.where(
-            s_at_fault, -min(backoff, 1.0), ops.where(finite, change_of_s, 0.0)
-        )
+        change_of_s = ops.where(s_at_fault, -min(backoff, 1.0), ops.where(finite, change_of_s, 0.0))
 
         new_log2_scale = _bounded(log2_scale + change_of_s)
         taken_back = ops.where(finite, new_log2_scale - log2_scale, 0.0)

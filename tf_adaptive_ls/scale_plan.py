@@ -225,9 +225,7 @@ def _is_pure(operation):
     if not isinstance(operation, keras.layers.Layer):
         return _is_from_keras(type(operation))
     return all(
-        is_plain_keras_layer(layer)
-        and not layer.weights
-        and layer.activity_regularizer is None
+        is_plain_keras_layer(layer) and not layer.weights and layer.activity_regularizer is None
         for layer in operation._flatten_layers()
     )
 
