@@ -30,12 +30,12 @@ def build_model():
 
 def residual_block(x, filters, stride, name):
     """Two convolutions, normalised before each, around a short cut."""
-    y = layers.ReLU()(layers.BatchNormalization(name=f"{name}_norm1")(x))
+    y = layers.ReLU()(layers.BatchNormalization(momentum=0.9, name=f"{name}_norm1")(x))
     if stride > 1:
         x = layers.Conv2D(filters, 1, stride, use_bias=False, name=f"{name}_shortcut")(y)
     conv = {"padding": "same", "use_bias": False}
     y = layers.Conv2D(filters, 3, stride, name=f"{name}_conv1", **conv)(y)
-    y = layers.ReLU()(layers.BatchNormalization(name=f"{name}_norm2")(y))
+    y = layers.ReLU()(layers.BatchNormalization(momentum=0.9, name=f"{name}_norm2")(y))
     y = layers.Conv2D(filters, 3, name=f"{name}_conv2", **conv)(y)
     return layers.Add()([x, y])
 

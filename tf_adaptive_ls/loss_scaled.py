@@ -117,7 +117,7 @@ class LossScaled(keras.layers.Wrapper):
 
     @property
     def log2_scale(self):
-        """r, an int: the layer works at 2**r times the scale of its surroundings.
+        """The int r: the layer works at 2**r times the scale of its surroundings.
 
         Assignable between steps, from -60 to 60. It changes no gradient but for
         rounding in float16.
@@ -138,7 +138,7 @@ class LossScaled(keras.layers.Wrapper):
         self.state.assign(state)
 
     def log2_scale_tensor(self):
-        """r as it is in the running computation, a scalar float32 tensor."""
+        """`log2_scale` as it is in the running computation, a scalar float32 tensor."""
         return self.state.value[Row.HEADER, LOG2_SCALE]
 
     @property

@@ -46,9 +46,11 @@ def sample(x):
     """
     x = ops.reshape(x, (-1,))
     size = ops.shape(x)[0]
-    stride = ops.maximum(size // SAMPLE_SIZE, 1)
-    indices = np.arange(SAMPLE_SIZE, dtype="int32") * stride + _JITTER % stride
-    return ops.take(x, indices % size)
+    place = np.arange(SAMPLE_SIZE, dtype="int32")
+    stretch, rest = size // SAMPLE_SIZE, size % SAMPLE_SIZE
+    # place * size // SAMPLE_SIZE, without leaving int32
+    starts = place * stretch + place * rest // SAMPLE_SIZE
+    return ops.take(x, starts + _JITTER % ops.maximum(stretch, 1))
 
 
 def peak(x):
@@ -97,6 +99,7 @@ def quantile_exponent(counts, share, float_format):
     Args:
         counts: Spectra `[..., bins]`.
         share: Float in `[0, 1)`.
+        float_format: The `FloatFormat` of the bins.
 
     Returns:
         Exponents `[...]`; `max_exponent + 1` where there is no finite, non-zero
@@ -159,8 +162,8 @@ class Spectrum:
         `[u/2, 3u/2)` (u the smallest subnormal) while `[0, u/2)` becomes zero:
         half as wide, so half as many, for any density that is even near zero.
         """
-        lost = 0.5 * self.counts[1]
-        return float(lost / (self.nonzero + lost)) if self.nonzero else float("nan")
+        lost = 0.5 * float(self.counts[1])
+        return lost / (self.nonzero + lost) if self.nonzero else float("nan")
 
     def _share(self, count):
         return float(count / self.nonzero) if self.nonzero else float("nan")

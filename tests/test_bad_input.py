@@ -1,0 +1,159 @@
+"""Bad input is refused with what was expected, what was received and what to do."""
+
+import keras
+import numpy as np
+import pytest
+from graphs import chain, floats
+from keras import layers, optimizers
+from steps import scaled_layers
+
+import tf_adaptive_ls as als
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return x
+
+
+class OwnCall(keras.Model):
+    def call(self, x, training=None):
+        return 2 * super().call(x)
+
+
+def own_call():
+    inputs = keras.Input((4,))
+    return OwnCall(inputs, layers.Dense(2)(inputs))
+
+
+def hidden_wrapper():
+    class Holder(layers.Layer):
+        def __init__(self):
+            super().__init__(name="holder")
+            self.inside = als.LossScaled(layers.Dense(2))
+
+        def call(self, x):
+            return self.inside(x)
+
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, Holder()(inputs))
+
+
+def scaled_dense():
+    return als.LossScaled(layers.Dense(2, name="d"))
+
+
+REFUSED = {
+    "not a layer": (lambda: als.LossScaled("dense"), "Expected a keras.layers.Layer.*'dense'"),
+    "a wrapper": (lambda: als.LossScaled(scaled_dense()), "not scaled yet.*'d'. Use it as it is"),
+    "a wrapper's own layer": (
+        lambda: als.LossScaled(scaled_dense().layer),
+        "'d', which a LossScaled layer already wraps. Call that wrapper",
+    ),
+    "not a model": (lambda: als.wrap_model(42), "wrap_model` expected.*42.*not a model"),
+    "a layer for a model": (
+        lambda: als.wrap_model(layers.Dense(2)),
+        r"not a model. Wrap a single layer with `LossScaled\(layer\)`",
+    ),
+    "a subclassed model": (lambda: als.wrap_model(Subclassed()), "create them, in `__init__`"),
+    "stripping a subclassed model": (
+        lambda: als.strip_model(Subclassed()),
+        "strip_model` expected",
+    ),
+    "a call of one's own": (lambda: als.wrap_model(own_call()), "OwnCall has a `call`"),
+    "an unbuilt Sequential": (
+        lambda: als.wrap_model(keras.Sequential([layers.Dense(2)])),
+        "no graph yet. Start it with a `keras.Input`",
+    ),
+    "a filter that is none": (
+        lambda: als.wrap_model(chain()[0], layer_filter="dense"),
+        "layer_filter='dense'",
+    ),
+    "wrappers out of reach": (lambda: als.strip_model(hidden_wrapper()), "layer 'holder'"),
+    "an optimizer that scales": (
+        lambda: als.AdaptiveLossScaleOptimizer(optimizers.LossScaleOptimizer(optimizers.SGD())),
+        "Pass the optimizer inside it",
+    ),
+    "a loss scale factor": (
+        lambda: als.AdaptiveLossScaleOptimizer(optimizers.SGD(loss_scale_factor=8.0)),
+        "loss_scale_factor=8.0",
+    ),
+    "an unknown optimizer": (lambda: als.AdaptiveLossScaleOptimizer("sdg"), "sdg"),
+    "a rule that is none": (
+        lambda: als.AdaptiveLossScaleOptimizer("sgd", rule="quantile"),
+        "Expected `rule` to be a ScaleRule.*'quantile'",
+    ),
+    "no steps": (
+        lambda: als.AdaptiveLossScaleOptimizer("sgd", update_every=0),
+        "update_every=0",
+    ),
+    "half a step": (
+        lambda: als.AdaptiveLossScaleOptimizer("sgd", update_every=1.5),
+        "update_every=1.5",
+    ),
+    "no variables": (
+        lambda: als.AdaptiveLossScaleOptimizer("sgd").apply([1.0]),
+        "trainable_variables=None",
+    ),
+    "a table of nothing": (lambda: als.scale_table("model"), "Expected a model or layer"),
+    "a table with another optimizer": (
+        lambda: als.scale_table(chain()[0], optimizers.SGD()),
+        "AdaptiveLossScaleOptimizer. Received",
+    ),
+    "no format": (lambda: als.FloatFormat("float17"), "float17"),
+    "an integer format": (lambda: als.FloatFormat("int8"), "int8"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what):
+    attempt, message = REFUSED[what]
+    with pytest.raises(ValueError, match=f"(?s){message}") as caught:
+        attempt()
+    if what != "an unknown optimizer":  # Keras's own words
+        assert "Received" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "scale", [0, -2.0, 3.0, 2.0**15 + 1, np.inf, np.nan, 2.0**61, "2", None, True]
+)
+def test_an_initial_scale_that_is_no_power_of_two(scale):
+    with pytest.raises(ValueError, match="`initial_scale` to be a power of two"):
+        als.AdaptiveLossScaleOptimizer("sgd", initial_scale=scale)
+
+
+@pytest.mark.parametrize("scale", [1, 0.5, 2**10, np.float32(8), 2.0**-60, 2.0**60])
+def test_an_initial_scale_that_is_one(scale):
+    assert als.AdaptiveLossScaleOptimizer("sgd", initial_scale=scale).loss_scale == scale
+
+
+@pytest.mark.parametrize("rule", [als.QuantileRule, als.GaussianRule])
+@pytest.mark.parametrize(
+    "setting",
+    [{"underflow": s} for s in (0, 1, -0.1, 2, "x", None, True)]
+    + [{"headroom": h} for h in (-1, 29, 2.5, "x", None, True)],
+    ids=str,
+)
+def test_impossible_rule_settings(rule, setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"Expected `{name}`"):
+        rule(**setting)
+
+
+@pytest.mark.parametrize("value", [61, -61, 1.0, "3", None, np.float32(2)])
+def test_a_scale_out_of_bounds_changes_nothing(value):
+    layer = scaled_dense()
+    layer.log2_scale = np.int64(7)
+    before = layer.state.numpy()
+    with pytest.raises(ValueError, match=r"whole number from -60 to 60.*layer 'd'"):
+        layer.log2_scale = value
+    np.testing.assert_array_equal(layer.state.numpy(), before)
+    assert layer.log2_scale == 7 and type(layer.log2_scale) is int
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = own_call()
+    with pytest.raises(ValueError):
+        als.wrap_model(model)
+    assert not scaled_layers(model)
+    # In particular its layers are free to be wrapped.
+    assert als.LossScaled(model.layers[1])(floats(3, 4)).shape == (3, 2)

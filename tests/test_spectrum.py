@@ -1,0 +1,155 @@
+"""Formats, spectra and what is read off them, at their edges."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls import spectrum
+
+FLOAT16 = als.FloatFormat("float16")
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float8_e5m2", "float8_e4m3fn"])
+def test_formats_are_what_their_dtype_is(name):
+    float_format = als.FloatFormat(name)
+    dtype = np.dtype(name) if name in ("float16", "float32") else getattr(ml_dtypes, name)
+    for value in ("largest", "smallest_normal", "smallest_subnormal"):
+        value = getattr(float_format, value)
+        assert float(np.array(value, dtype)) == value
+    assert float(np.array(float_format.smallest_subnormal / 2, dtype)) == 0
+    assert (
+        2.0**float_format.max_exponent
+        <= float_format.largest
+        < 2.0 ** (float_format.max_exponent + 1)
+    )
+    assert 2.0**float_format.min_exponent == float_format.smallest_subnormal
+    assert 2.0**float_format.min_normal_exponent == float_format.smallest_normal
+
+
+def test_float16():
+    assert (FLOAT16.largest, FLOAT16.max_exponent) == (65504.0, 15)
+    assert (FLOAT16.min_normal_exponent, FLOAT16.min_exponent) == (-14, -24)
+    assert FLOAT16.exponents == range(-24, 16)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FLOAT16.name = "float32"
+
+
+def counts_of(*values, dtype="float32"):
+    magnitudes = spectrum.magnitudes(np.array(values, dtype))
+    counts = np.array(spectrum.spectrum(magnitudes, FLOAT16))
+    assert counts.shape == (spectrum.num_bins(FLOAT16),) == (42,)
+    assert counts.sum() == len(values)
+    return counts
+
+
+def bins(*values, dtype="float32"):
+    """Occupied bins by name: a binade, or "zero" or "nonfinite"."""
+    names = ["zero", *FLOAT16.exponents, "nonfinite"]
+    counts = counts_of(*values, dtype=dtype)
+    return {name: int(n) for name, n in zip(names, counts, strict=True) if n}
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (0.0, "zero"),
+        (-0.0, "zero"),
+        (2.0**-24, -24),  # the one smallest subnormal
+        (-(2.0**-24), -24),
+        (2.0**-14, -14),  # the smallest normal
+        (np.nextafter(np.float32(1), np.float32(0)), -1),
+        (1.0, 0),
+        (np.nextafter(np.float32(2), np.float32(0)), 0),
+        (65504.0, 15),
+        (np.inf, "nonfinite"),
+        (-np.inf, "nonfinite"),
+        (np.nan, "nonfinite"),
+        # Only a wider dtype has these.
+        (1e-30, -24),
+        (1e30, 15),
+    ],
+)
+def test_each_value_has_its_bin(value, name):
+    assert bins(value) == {name: 1}
+
+
+def test_every_float16_has_its_bin():
+    values = np.arange(2**16, dtype="uint16").view("float16")
+    expected = {"zero": 2, "nonfinite": 2 * 1024}
+    expected |= {e: 2 * 1024 for e in range(-14, 16)}  # the normal binades
+    expected |= {e: 2 * 2 ** (e + 24) for e in range(-24, -14)}
+    assert bins(*values, dtype="float16") == expected
+
+
+def test_spectra_add_up():
+    a, b = [0.0, 1.0, 3.0, np.inf], [1.5, 2.0**-20, np.nan]
+    np.testing.assert_array_equal(counts_of(*a) + counts_of(*b), counts_of(*a, *b))
+
+
+@pytest.mark.parametrize("size", [1, 7, 1023, 1024, 1025, 5000, 100_000])
+def test_a_sample_is_spread_over_the_tensor(size):
+    x = np.arange(size, dtype="float32").reshape(1, size, 1)
+    sample = np.array(spectrum.sample(x))
+    assert sample.shape == (spectrum.SAMPLE_SIZE,)
+    assert set(sample) <= set(range(size))
+    if size <= spectrum.SAMPLE_SIZE:
+        assert set(sample) == set(range(size))
+    else:
+        parts = np.unique((sample * 16 // size).astype(int))
+        assert len(parts) == 16
+
+
+@pytest.mark.parametrize("channels", [2, 10, 64])
+def test_a_sample_visits_all_channels_alike(channels):
+    x = np.broadcast_to(np.arange(channels, dtype="float32"), (128 * 1024 // channels, channels))
+    visits = np.bincount(np.array(spectrum.sample(x)).astype(int), minlength=channels)
+    expected = spectrum.SAMPLE_SIZE / channels
+    # Five standard deviations of a binomial count.
+    assert np.all(np.abs(visits - expected) < 5 * np.sqrt(expected))
+
+
+def test_the_peak_is_exact():
+    x = np.zeros((200, 200), "float16")
+    x[137, 31] = -65504.0
+    assert float(spectrum.peak(x)) == 65504.0
+    for value in (np.nan, np.inf, -np.inf):
+        x[12, 8] = value
+        assert float(spectrum.peak(x)) == np.inf
+        assert float(spectrum.has_nonfinite(x)) == 1.0
+    assert float(spectrum.has_nonfinite(np.float16([1, 65504]))) == 0.0
+
+
+def test_what_is_read_off():
+    counts = counts_of(0.0, 0.0, 2.0**-20, 2.0**-3, 1.0, 1.5, np.inf)
+    assert float(spectrum.nonzero_total(counts)) == 4
+    assert float(spectrum.top_exponent(counts, FLOAT16)) == 0
+    quantiles = [
+        float(spectrum.quantile_exponent(counts, s, FLOAT16)) for s in (0.0, 0.24, 0.25, 0.6)
+    ]
+    assert quantiles == [-20, -20, -3, 0]
+    nothing = counts_of(0.0, np.nan)
+    assert float(spectrum.top_exponent(nothing, FLOAT16)) == -25
+    assert float(spectrum.quantile_exponent(nothing, 0.5, FLOAT16)) == 16
+
+
+def test_as_a_person_reads_it():
+    seen = als.Spectrum(counts_of(0.0, 2.0**-24, 2.0**-15, 1.0, 1.0, np.nan), FLOAT16)
+    assert (seen.zeros, seen.nonfinite, seen.nonzero) == (1, 1, 4)
+    assert seen.binades == (-24, 0)
+    assert seen.subnormal_share == 0.5
+    assert seen.underflow_share == 0.5 / 4.5
+    nothing = als.Spectrum(counts_of(0.0), FLOAT16)
+    assert nothing.binades is None
+    assert np.isnan(nothing.underflow_share) and np.isnan(nothing.subnormal_share)
+
+
+def test_the_estimate_of_underflow():
+    """Against the share that really is lost, for gradients of even density near zero."""
+    x = np.random.default_rng(0).normal(size=200_000).astype("float32")
+    for exponent in (-21, -19, -17):
+        written = (x * 2.0**exponent).astype("float16")
+        estimate = als.Spectrum(counts_of(*written, dtype="float16"), FLOAT16).underflow_share
+        assert estimate == pytest.approx(np.mean(written == 0), rel=0.1)
