@@ -42,6 +42,17 @@ def scaled_dense():
     return als.LossScaled(layers.Dense(2, name="d"))
 
 
+def rematerialised():
+    with keras.RematScope(mode="full"):
+        return keras.Sequential([layers.Dense(2, name="r")]).layers[0]
+
+
+def wrapped_in_remat_scope():
+    layer = layers.Dense(2, name="r")
+    with keras.RematScope(mode="full"):
+        return als.LossScaled(layer)
+
+
 REFUSED = {
     "not a layer": (lambda: als.LossScaled("dense"), "Expected a keras.layers.Layer.*'dense'"),
     "a wrapper": (lambda: als.LossScaled(scaled_dense()), "not scaled yet.*'d'. Use it as it is"),
@@ -49,6 +60,8 @@ REFUSED = {
         lambda: als.LossScaled(scaled_dense().layer),
         "'d', which a LossScaled layer already wraps. Call that wrapper",
     ),
+    "a rematerialised layer": (lambda: als.LossScaled(rematerialised()), "RematScope"),
+    "a wrapper in a RematScope": (wrapped_in_remat_scope, "layer 'r', made or wrapped inside"),
     "not a model": (lambda: als.wrap_model(42), "wrap_model` expected.*42.*not a model"),
     "a layer for a model": (
         lambda: als.wrap_model(layers.Dense(2)),

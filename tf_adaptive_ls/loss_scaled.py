@@ -71,8 +71,8 @@ class LossScaled(keras.layers.Wrapper):
         trainable: Boolean, as for any layer.
 
     Raises:
-        ValueError: If `layer` is not a layer, is a `LossScaled` layer, or is
-            inside one already.
+        ValueError: If `layer` is not a layer, is a `LossScaled` layer, is inside
+            one already, or is rematerialised (`keras.RematScope`).
 
     Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
     Training", 2019 (arXiv 1910.12385).
@@ -97,6 +97,7 @@ class LossScaled(keras.layers.Wrapper):
             dtype=layer.variable_dtype,
             autocast=False,
         )
+        _check_is_not_rematerialised(self)
         self.supports_masking = True
         self.supports_jit = layer.supports_jit
         self._allow_non_tensor_positional_args = True
@@ -423,4 +424,15 @@ def _check_can_be_wrapped(layer):
             "Expected a layer that is not scaled yet. Received: layer "
             f"'{layer.name}', which a LossScaled layer already wraps. Call that "
             "wrapper, also where the layer is shared."
+        )
+
+
+def _check_is_not_rematerialised(scaled):
+    # Such a call runs once more in the backward pass, where neither tapped weights nor
+    # a scale plan are at hand: its gradients would be wrong.
+    if any(layer._remat_mode for layer in scaled._flatten_layers()):
+        raise ValueError(
+            "Expected a layer that is not rematerialised. Received: layer "
+            f"'{scaled.layer.name}', made or wrapped inside a `keras.RematScope`, which "
+            "LossScaled does not support. Make and wrap it outside of that scope."
         )
