@@ -24,10 +24,11 @@ class Step:
     updates: dict  # values of all variables afterwards, by number and path
 
 
-def step(call, inputs, weights, others, losses=None, training=True, mode="eager", loss_scale=1.0):
-    """Runs `call(**inputs)` forward and backward and undoes its updates.
+def stepper(call, inputs, weights, others, losses=None, training=True, mode="eager"):
+    """Returns a function that runs `call(**inputs)` forward and backward.
 
-    The loss is a fixed random linear function of the outputs, plus `losses()`.
+    It undoes the updates, and is compiled once, however often it is called. The
+    loss is a fixed random linear function of the outputs, plus `losses()`.
 
     Args:
         call: A layer, model or function.
@@ -38,9 +39,7 @@ def step(call, inputs, weights, others, losses=None, training=True, mode="eager"
         losses: Function that returns losses added during the call.
         training: Passed on, unless `None`.
         mode: One of `MODES`.
-        loss_scale: Multiplies the loss.
     """
-    before = [(v, v.numpy()) for v in [*weights, *others]]
     inputs = keras.tree.map_structure(tf.convert_to_tensor, dict(inputs))
     flat = keras.tree.flatten(inputs)
     floats = [x for x in flat if x.dtype.is_floating]
@@ -60,22 +59,27 @@ def step(call, inputs, weights, others, losses=None, training=True, mode="eager"
             loss = tf.add_n([_linear(y, noise) for y in outputs])
             for extra in losses() if losses else ():
                 loss += tf.cast(extra, tf.float32)
-            loss *= loss_scale
         sources = [*watched, *(v.value for v in weights)]
         gradients = tape.gradient(loss, sources)
         # A missing gradient stays missing, a sparse one is made dense.
         return outputs, [None if g is None else tf.convert_to_tensor(g) for g in gradients]
 
-    outputs, gradients = MODES[mode](compute)(noise, *floats)
+    compute = MODES[mode](compute)
     names = [*(f"input {i}" for i in range(len(floats))), *(v.path for v in weights)]
-    result = Step(
-        [np.array(y) for y in outputs],
-        {n: None if g is None else np.array(g) for n, g in zip(names, gradients, strict=True)},
-        {f"{i} {v.path}": v.numpy() for i, (v, _) in enumerate(before)},
-    )
-    for variable, value in before:
-        variable.assign(value)
-    return result
+
+    def run():
+        before = [(v, v.numpy()) for v in [*weights, *others]]
+        outputs, gradients = compute(noise, *floats)
+        result = Step(
+            [np.array(y) for y in outputs],
+            {n: None if g is None else np.array(g) for n, g in zip(names, gradients, strict=True)},
+            {f"{i} {v.path}": v.numpy() for i, (v, _) in enumerate(before)},
+        )
+        for variable, value in before:
+            variable.assign(value)
+        return result
+
+    return run
 
 
 def _linear(y, noise):
@@ -85,11 +89,11 @@ def _linear(y, noise):
     return tf.reduce_sum(y * noise[: tf.size(y)])
 
 
-def layer_step(layer, plain, inputs, **options):
-    """`step` of `layer`, with regard to the variables of the layer `plain` inside."""
+def layer_stepper(layer, plain, inputs, **options):
+    """`stepper` of `layer`, with regard to the variables of the layer `plain` inside."""
     weights = plain.trainable_variables
     others = plain.non_trainable_variables + rnn_states(plain)
-    return step(layer, inputs, weights, others, losses=lambda: layer.losses, **options)
+    return stepper(layer, inputs, weights, others, losses=lambda: layer.losses, **options)
 
 
 def rnn_states(layer):

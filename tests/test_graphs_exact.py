@@ -7,7 +7,7 @@ from graphs import FORKS, GRAPHS
 from steps import (
     assert_equal,
     assert_gradients_within,
-    layer_step,
+    layer_stepper,
     randomize_scales,
     scaled_layers,
 )
@@ -19,18 +19,19 @@ import tf_adaptive_ls as als
 FORK_ULPS = 16
 
 
-def step_of(model, plain, inputs, **options):
-    return layer_step(model, plain, {"args": inputs}, **options)
+def stepper_of(model, plain, inputs, **options):
+    return layer_stepper(model, plain, {"args": inputs}, **options)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_any_scales_give_the_plain_model(name, mode, rng):
     model, inputs = GRAPHS[name]()
-    plain = step_of(model, model, inputs, mode=mode)
+    plain = stepper_of(model, model, inputs, mode=mode)()
     wrapped = als.wrap_model(model)
     assert scaled_layers(wrapped)
-    neutral = step_of(wrapped, model, inputs, mode=mode)
+    run = stepper_of(wrapped, model, inputs, mode=mode)
+    neutral = run()
     if name in FORKS:
         assert_gradients_within(neutral, plain, ulps=FORK_ULPS)
         neutral_gradients, neutral.gradients = neutral.gradients, plain.gradients
@@ -40,30 +41,31 @@ def test_any_scales_give_the_plain_model(name, mode, rng):
         assert_equal(neutral, plain)
     for _ in range(3):
         randomize_scales(wrapped, rng)
-        assert_equal(step_of(wrapped, model, inputs, mode=mode), neutral)
+        assert_equal(run(), neutral)
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "nested", "encoder_decoder", "added_losses"])
 def test_any_scales_give_the_same_under_xla(name, rng):
     model, inputs = GRAPHS[name]()
-    plain = step_of(model, model, inputs, mode="xla")
+    plain = stepper_of(model, model, inputs, mode="xla")()
     wrapped = als.wrap_model(model)
-    neutral = step_of(wrapped, model, inputs, mode="xla")
+    run = stepper_of(wrapped, model, inputs, mode="xla")
+    neutral = run()
     # XLA may tile reductions otherwise in the larger graph, on top of the forks.
     assert_gradients_within(neutral, plain, ulps=2 * FORK_ULPS)
     for _ in range(2):
         randomize_scales(wrapped, rng)
-        assert_equal(step_of(wrapped, model, inputs, mode="xla"), neutral)
+        assert_equal(run(), neutral)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_forward_is_untouched_in_float16(name, training, rng, mixed_float16):
     model, inputs = GRAPHS[name]()
-    plain = step_of(model, model, inputs, training=training)
+    plain = stepper_of(model, model, inputs, training=training)()
     wrapped = als.wrap_model(model)
     randomize_scales(wrapped, rng)
-    result = step_of(wrapped, model, inputs, training=training)
+    result = stepper_of(wrapped, model, inputs, training=training)()
     result.gradients = plain.gradients
     assert_equal(result, plain)
     assert [y.dtype for y in result.outputs] == [y.dtype for y in plain.outputs]
@@ -90,5 +92,5 @@ def test_wrapping_and_stripping_keep_what_a_user_sees(name):
     again = als.wrap_model(stripped)
     kept = zip(scaled_layers(again), scaled_layers(wrapped), strict=True)
     assert all(a is b for a, b in kept)
-    assert_equal(step_of(stripped, model, inputs), step_of(model, model, inputs))
+    assert_equal(stepper_of(stripped, model, inputs)(), stepper_of(model, model, inputs)())
     np.testing.assert_equal(len(als.scale_table(wrapped)), len(als.scale_table(model)))

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from steps import assert_equal, assert_gradients_within, layer_step, randomize_scales
+from steps import assert_equal, assert_gradients_within, layer_stepper, randomize_scales
 
 import tf_adaptive_ls as als
 
@@ -149,27 +149,29 @@ def training_of(layer):
 def test_any_scale_gives_the_plain_layer(name, mode, rng):
     layer, inputs = built(CASES[name]), CASES[name].inputs
     options = {"mode": mode, "training": training_of(layer)}
-    plain = layer_step(layer, layer, inputs, **options)
+    plain = layer_stepper(layer, layer, inputs, **options)()
     scaled = als.LossScaled(layer)
-    assert_equal(layer_step(scaled, layer, inputs, **options), plain)
+    run = layer_stepper(scaled, layer, inputs, **options)
+    assert_equal(run(), plain)
     for _ in range(3):
         randomize_scales(scaled, rng)
-        assert_equal(layer_step(scaled, layer, inputs, **options), plain)
+        assert_equal(run(), plain)
 
 
 @pytest.mark.parametrize("name", WITH_XLA)
 def test_any_scale_gives_the_same_under_xla(name, rng):
     layer, inputs = built(CASES[name]), CASES[name].inputs
     options = {"mode": "xla", "training": training_of(layer)}
-    plain = layer_step(layer, layer, inputs, **options)
+    plain = layer_stepper(layer, layer, inputs, **options)()
     scaled = als.LossScaled(layer)
-    neutral = layer_step(scaled, layer, inputs, **options)
+    run = layer_stepper(scaled, layer, inputs, **options)
+    neutral = run()
     # XLA may tile a reduction otherwise in the larger graph; each of the sums here
     # has fewer than 256 terms of which each partial sum rounds once.
     assert_gradients_within(neutral, plain, ulps=8)
     for _ in range(3):
         randomize_scales(scaled, rng)
-        assert_equal(layer_step(scaled, layer, inputs, **options), neutral)
+        assert_equal(run(), neutral)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -177,10 +179,10 @@ def test_any_scale_gives_the_same_under_xla(name, rng):
 def test_forward_is_untouched_in_float16(name, training, rng, mixed_float16):
     layer, inputs = built(CASES[name]), CASES[name].inputs
     options = {"training": training_of(layer) and training}
-    plain = layer_step(layer, layer, inputs, **options)
+    plain = layer_stepper(layer, layer, inputs, **options)()
     scaled = als.LossScaled(layer)
     randomize_scales(scaled, rng)
-    result = layer_step(scaled, layer, inputs, **options)
+    result = layer_stepper(scaled, layer, inputs, **options)()
     result.gradients = plain.gradients
     assert_equal(result, plain)
     assert [y.dtype for y in result.outputs] == [y.dtype for y in plain.outputs]

@@ -146,6 +146,17 @@ def test_a_layer_not_in_the_loss_keeps_its_scale_and_spectrum():
     assert used.spectrum.nonzero > 0
 
 
+def test_only_scales_to_train():
+    model = als.wrap_model(chain()[0])
+    for layer in scaled_layers(model):
+        layer.layer.trainable = False
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd")
+    variables = model.trainable_variables
+    assert [v.name for v in variables] == ["loss_scale_state"] * 4
+    optimizer.apply([tf.zeros(v.shape) for v in variables], variables)
+    assert optimizer.skipped_steps == 0
+
+
 def test_without_scaled_layers_it_is_keras_own(mixed_float16):
     def trained(make):
         keras.utils.set_random_seed(3)

@@ -14,10 +14,10 @@ from keras import layers, ops
 from steps import (
     assert_equal,
     assert_gradients_equal,
-    layer_step,
+    layer_stepper,
     randomize_scales,
     scaled_layers,
-    step,
+    stepper,
 )
 
 import tf_adaptive_ls as als
@@ -30,17 +30,18 @@ def assert_right_at_any_scale(model, inputs, rng, plain=None, **options):
     weights = [v for v in model.trainable_variables if not v.overwrite_with_gradient]
     others = [v for v in model.non_trainable_variables if not v.overwrite_with_gradient]
 
-    def run(model, losses=lambda: model.losses):
-        return step(model, {"args": inputs}, weights, others, losses, **options)
+    def runner(model):
+        return stepper(model, {"args": inputs}, weights, others, lambda: model.losses, **options)
 
     for layer in scaled_layers(model):
         layer.log2_scale = 0
-    neutral = run(model)
+    run = runner(model)
+    neutral = run()
     if plain is not None:
-        assert_equal(neutral, run(plain, lambda: plain.losses))
+        assert_equal(neutral, runner(plain)())
     for _ in range(3):
         randomize_scales(model, rng)
-        assert_equal(run(model), neutral)
+        assert_equal(run(), neutral)
 
 
 class Subclassed(keras.Model):
@@ -150,9 +151,7 @@ def test_a_feature_extractor_and_its_model_in_one_loss(mode, rng):
 
     weights = model.trainable_variables
 
-    def run():
-        return step(both, {"args": inputs}, weights, [], mode=mode)
-
+    run = stepper(both, {"args": inputs}, weights, [], mode=mode)
     neutral = run()
     for _ in range(3):
         randomize_scales(wrapped, rng)
@@ -169,9 +168,10 @@ def test_a_layer_called_on_its_own_and_in_the_model(mode, rng):
         return [wrapped(x, training=training), layer(layer(ops.tile(x, (1, 2))[:, :5]))]
 
     weights = model.trainable_variables
-    neutral = step(both, {"args": inputs}, weights, [], mode=mode)
+    run = stepper(both, {"args": inputs}, weights, [], mode=mode)
+    neutral = run()
     randomize_scales(wrapped, rng)
-    assert_equal(step(both, {"args": inputs}, weights, [], mode=mode), neutral)
+    assert_equal(run(), neutral)
 
 
 class Borrower(layers.Layer):
@@ -258,11 +258,11 @@ def scaled_layers_in_order(model):
 
 def test_neutral_scales_make_layers_transparent(rng):
     model, inputs = chain()
-    plain = layer_step(model, model, {"args": inputs})
+    plain = layer_stepper(model, model, {"args": inputs})()
     wrapped = als.wrap_model(model)
     randomize_scales(wrapped, rng)
     with als.neutral_scales():
-        neutral = step(wrapped, {"args": inputs}, wrapped.trainable_variables, [])
+        neutral = stepper(wrapped, {"args": inputs}, wrapped.trainable_variables, [])()
     for layer in scaled_layers(wrapped):
         assert neutral.gradients.pop(layer.state.path) is None
     assert_gradients_equal(neutral, plain)

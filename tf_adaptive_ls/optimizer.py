@@ -148,10 +148,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 self.build(trainable_variables)
 
         weights, states = _split(grads, trainable_variables)
-        gradients, variables = map(list, zip(*weights, strict=True))
+        gradients = [gradient for gradient, _ in weights]
         log2_scale = _log2(self.dynamic_scale)
         finite = self.check_finite(gradients)
-        super().apply(gradients, variables)
+        super().apply(gradients, [variable for _, variable in weights])
         self._update_scales(states, finite, log2_scale)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
@@ -161,7 +161,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         values = dict(zip(map(id, self._model_variables), trainable_variables, strict=True))
         own_values = dict(zip(map(id, self.variables), optimizer_variables, strict=True))
         weights, states = _split(grads, self._model_variables)
-        gradients, variables = map(list, zip(*weights, strict=True))
+        gradients = [gradient for gradient, _ in weights]
+        variables = [variable for _, variable in weights]
         log2_scale = _log2(own_values[id(self.dynamic_scale)])
         finite = self.check_finite(gradients)
         new_weights, optimizer_variables = super().stateless_apply(
@@ -195,9 +196,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         arrived_broken = reports[:, Row.ARRIVED_PEAK, spectrum.NONFINITE] > 0
         produced_broken = reports[:, Row.PRODUCED_PEAK, spectrum.NONFINITE] > 0
-        called_at = np.array([v.loss_scaled.called_at for _, v in reports_and_states], "float32")
-        last_broken_arrival = ops.max(ops.where(arrived_broken, called_at, -1.0))
-        at_fault = ops.logical_and(produced_broken, called_at > last_broken_arrival)
+        called_at = [state.loss_scaled.called_at for _, state in reports_and_states]
+        turn = np.argsort(np.argsort(called_at)).astype("float32")
+        last_broken_arrival = ops.max(ops.where(arrived_broken, turn, -1.0))
+        at_fault = ops.logical_and(produced_broken, turn > last_broken_arrival)
         s_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(at_fault)))
         backoff = float(self.rule.backoff)
 

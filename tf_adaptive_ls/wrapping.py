@@ -1,6 +1,7 @@
 """`wrap_model` and `strip_model`: a model with a loss scale per layer, and back."""
 
 import functools
+import math
 import warnings
 
 import keras
@@ -17,7 +18,8 @@ def wrap_model(model, *, layer_filter=None):
     inputs are shared with `model`, outputs and names are as there. It runs its
     graph under a scale plan (see `scale_plan`), also after saving and loading. A
     compiled model comes back compiled, with an `AdaptiveLossScaleOptimizer` around
-    a copy of its optimizer and of that one's state.
+    a copy of its optimizer and of that one's state, unless its class has a
+    `compile` of its own.
 
     Layers that are wrapped already, in `model` or in another model, keep their
     wrapper. Nested Functional and Sequential models are wrapped in turn, any other
@@ -216,15 +218,19 @@ def _fresh_if_stateless(layer):
 
 def _compile_like(model, result, make_optimizer):
     """Compiles `result` as `model` is, with a copy of its optimizer and its state."""
+    if type(model).compile is not keras.Model.compile:
+        return  # only its author knows what it takes
+    config = dict(model._compile_config.config)
     optimizer, loss_scale = model.optimizer, 2.0**15
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         if optimizer.built:
-            loss_scale = float(optimizer.dynamic_scale.numpy())
+            loss_scale = 2.0 ** math.floor(math.log2(float(optimizer.dynamic_scale.numpy())))
         optimizer = optimizer.inner_optimizer
+    if optimizer is None:
+        result.compile(**config)
+        return
     copy = type(optimizer).from_config(optimizer.get_config())
-    config = dict(model._compile_config.config)
-    config["optimizer"] = make_optimizer(copy, initial_scale=loss_scale)
-    result.compile(**config)
+    result.compile(**{**config, "optimizer": make_optimizer(copy, initial_scale=loss_scale)})
     if optimizer.built:
         result.optimizer.build(result.trainable_variables)
         for variable, source in zip(copy.variables, optimizer.variables, strict=True):
