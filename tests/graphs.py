@@ -126,6 +126,42 @@ def encoder_decoder():
     return keras.Model([source, target], layers.Dense(3)(decoded)), ([tokens(2, 5), tokens(2, 4)],)
 
 
+@keras.saving.register_keras_serializable("tests")
+class Tokens(layers.Layer):
+    """Makes a mask inside that goes out with its output."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = layers.Embedding(7, 4, mask_zero=True)
+
+    def build(self, input_shape):
+        self.embedding.build(input_shape)
+
+    def call(self, x):
+        return self.embedding(x)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Reader(layers.Layer):
+    """Uses the mask of its input only inside."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.lstm = layers.LSTM(4)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        self.lstm.build(input_shape)
+
+    def call(self, x):
+        return self.lstm(x)
+
+
+def masks_inside():
+    inputs = keras.Input((5,), dtype="int32")
+    return keras.Model(inputs, Reader()(Tokens()(inputs))), (tokens(3, 5, high=3),)
+
+
 def regularized():
     x = inputs = keras.Input((4,))
     l2 = keras.regularizers.L2(0.1)
@@ -249,6 +285,7 @@ GRAPHS = {
         nested,
         attention,
         encoder_decoder,
+        masks_inside,
         regularized,
         added_losses,
         tied,

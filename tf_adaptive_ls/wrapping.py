@@ -177,7 +177,7 @@ def _plain_class(model):
 def _functional_class():
     """The class of Functional models, which Keras does not export."""
     tensor = keras.Input(())
-    return type(keras.Model(tensor, tensor))
+    return type(keras.Model(tensor, keras.layers.Identity()(tensor)))
 
 
 def _once_per_operation(convert):
