@@ -44,6 +44,11 @@ def weights_of(model):
     return [v.numpy() for v in model.weights if not v.overwrite_with_gradient]
 
 
+def times(message, caught):
+    """How often a warning was given; pytest records all others too."""
+    return sum(message in str(warning.message) for warning in caught)
+
+
 def assert_all_equal(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -164,7 +169,7 @@ def test_without_scaled_layers_it_is_keras_own(mixed_float16):
 
     with pytest.warns(UserWarning, match="without trainable LossScaled") as caught:
         ours = trained(als.AdaptiveLossScaleOptimizer)
-    assert len(caught) == 1
+    assert times("without trainable LossScaled", caught) == 1
     assert_all_equal(ours, trained(optimizers.LossScaleOptimizer))
 
 
@@ -178,7 +183,7 @@ def test_a_wrapped_model_under_another_optimizer_trains_and_warns_once():
     with pytest.warns(UserWarning, match="compiled with Adam") as caught:
         fitted(wrapped, optimizers.Adam(0.1))
         wrapped.fit(X, Y, verbose=0, epochs=0)
-    assert len(caught) == 1
+    assert times("compiled with Adam", caught) == 1
     assert_all_equal(weights_of(wrapped), expected)
     assert [layer.log2_scale for layer in scaled_layers(wrapped)] == [0, 0, 0, 0]
 
@@ -189,7 +194,7 @@ def test_a_policy_without_float16_works_and_warns_once(policy):
     keras.config.set_dtype_policy(policy)
     with pytest.warns(UserWarning, match="none of its LossScaled layers") as caught:
         fitted(als.wrap_model(chain()[0]), als.AdaptiveLossScaleOptimizer("sgd"))
-    assert len(caught) == 1
+    assert times("none of its LossScaled layers", caught) == 1
 
 
 @pytest.mark.parametrize("name", ["keras", "plain"])

@@ -185,14 +185,16 @@ class Borrower(layers.Layer):
         return ops.relu(self.borrowed(x))
 
 
-def test_a_scaled_layer_that_another_layer_calls_as_well(rng):
+@pytest.mark.parametrize("borrower_wrapped", [False, True])
+def test_a_scaled_layer_that_another_layer_calls_as_well(borrower_wrapped, rng):
     x = inputs = keras.Input((4,))
     shared = als.LossScaled(layers.Dense(4))
     x = layers.Dense(4)(Borrower(shared)(shared(layers.Dense(4)(x))))
     wrapped = als.wrap_model(
-        keras.Model(inputs, x), layer_filter=lambda layer: not isinstance(layer, Borrower)
+        keras.Model(inputs, x),
+        layer_filter=lambda layer: borrower_wrapped or not isinstance(layer, Borrower),
     )
-    assert len(scaled_layers(wrapped)) == 3
+    assert len(scaled_layers(wrapped)) == 3 + borrower_wrapped
     assert_right_at_any_scale(wrapped, (floats(3, 4),), rng)
 
 
