@@ -26,7 +26,7 @@ class ScaleRow:
         binades: Lowest and highest binade that its gradients were last seen to
             occupy, without any scale if `log2_total` is known and else at the
             layer's scale. `None` if none were seen.
-        underflow: Estimated share of its gradients still lost to underflow, `nan`
+        underflow: Estimated share of its gradients still lost to underflow, `None`
             if none were seen.
         note: Why the layer is not scaled; empty if it is.
     """
@@ -36,7 +36,7 @@ class ScaleRow:
     log2_scale: int | None
     log2_total: int | None
     binades: tuple | None
-    underflow: float
+    underflow: float | None
     note: str
 
 
@@ -62,7 +62,7 @@ class ScaleTable(list):
                 _power(row.log2_scale),
                 _power(row.log2_total),
                 f"{_power(row.binades[0])} … {_power(row.binades[1])}" if row.binades else "",
-                "" if math.isnan(row.underflow) else f"{row.underflow:.2%}",
+                "" if row.underflow is None else f"{row.underflow:.2%}",
                 row.note,
             )
         # Wide enough for anything: a table in a log file must not wrap.
@@ -118,7 +118,7 @@ def _rows(layers, prefix, log2_loss_scale):
                 if isinstance(each, LossScaled)
             ]
             note = f"has {len(inside)} scaled layers inside" if inside else _why_not(layer)
-            nothing = (None, None, None, math.nan)
+            nothing = (None, None, None, None)
             yield ScaleRow(name, type(layer).__name__, *nothing, note)
             yield from _rows(inside, f"{name}/", log2_loss_scale)
 
@@ -129,7 +129,8 @@ def _scaled_row(layer, name, log2_loss_scale):
     if binades and total is not None:
         binades = tuple(binade - total for binade in binades)
     kind = type(layer.layer).__name__
-    return ScaleRow(name, kind, r, total, binades, spectrum.underflow_share, "")
+    underflow = spectrum.underflow_share if spectrum.nonzero else None
+    return ScaleRow(name, kind, r, total, binades, underflow, "")
 
 
 def _why_not(layer):
