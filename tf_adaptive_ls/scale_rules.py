@@ -49,13 +49,51 @@ class ScaleRule(abc.ABC):
         return cls(**config)
 
 
+@dataclasses.dataclass(frozen=True)
+class _TailRule(ScaleRule):
+    """Moves a layer up as far as its tail needs and its largest gradient leaves room.
+
+        room   = (largest binade) - headroom - (binade of the largest gradient)
+        change = min(max(needed, 0), room)
+
+    What is `needed` tells the subclass. When both cannot hold, overflow wins. A layer
+    whose gradients all underflowed moves up by all the room there is.
+    """
+
+    underflow: float = 1e-3
+    headroom: int = 3
+
+    def __post_init__(self):
+        _check_share("underflow", self.underflow)
+        _check_headroom(self.headroom)
+
+    @property
+    def backoff(self):
+        return max(self.headroom, 1)
+
+    @abc.abstractmethod
+    def needed(self, samples, float_format):
+        """By how many binades to move up, `[layers]`, for spectra `[layers, bins]`."""
+
+    def __call__(self, samples, peaks, float_format):
+        top = ops.maximum(
+            spectrum.top_exponent(samples, float_format),
+            spectrum.top_exponent(peaks, float_format),
+        )
+        seen = top >= float_format.min_exponent
+        room = float_format.max_exponent - self.headroom - top
+        all_underflowed = spectrum.nonzero_total(samples) == 0
+        needed = ops.maximum(self.needed(samples, float_format), 0.0)
+        return ops.where(seen, ops.minimum(ops.where(all_underflowed, room, needed), room), 0.0)
+
+
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 @dataclasses.dataclass(frozen=True)
-class QuantileRule(ScaleRule):
-    """Moves up what is too small, as far as the largest value leaves room.
+class QuantileRule(_TailRule):
+    """Keeps all but a share of a layer's gradients at full precision.
 
-    With `q` the `underflow` quantile of a layer's non-zero gradients and `p` the
-    binade of its largest one:
+    With `q` the binade of the `underflow` quantile of a layer's non-zero gradients,
+    and `p` that of its largest one:
 
         needed = (smallest normal binade) - q
         room   = (largest binade) - headroom - p
@@ -77,26 +115,14 @@ class QuantileRule(ScaleRule):
         ValueError: If a setting is impossible.
     """
 
-    underflow: float = 1e-3
-    headroom: int = 3
-
-    def __post_init__(self):
-        _check_share("underflow", self.underflow)
-        _check_headroom(self.headroom)
-
-    @property
-    def backoff(self):
-        return max(self.headroom, 1)
-
-    def __call__(self, samples, peaks, float_format):
+    def needed(self, samples, float_format):
         lowest = spectrum.quantile_exponent(samples, self.underflow, float_format)
-        needed = float_format.min_normal_exponent - lowest
-        return _limited_by_room(needed, samples, peaks, self.headroom, float_format)
+        return float_format.min_normal_exponent - lowest
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 @dataclasses.dataclass(frozen=True)
-class GaussianRule(ScaleRule):
+class GaussianRule(_TailRule):
     """The rule of Zhao, Vogel and Ahmed (2019), for comparison.
 
     Takes the gradients as normal with mean zero and the measured second moment
@@ -105,8 +131,9 @@ class GaussianRule(ScaleRule):
 
         a = u / (sqrt(2) erfinv(underflow) s)          (arXiv 1910.12385, section 3)
 
-    rounded down to a power of two. Real gradients have heavier tails than that,
-    so that more of them underflow than asked for.
+    rounded down to a power of two, at least 1, and limited by the room there is.
+    Real gradients have heavier tails than that, so that more of them underflow
+    than asked for.
 
     Args:
         underflow: Float in (0, 1). Share of gradients that may underflow if they
@@ -117,18 +144,7 @@ class GaussianRule(ScaleRule):
         ValueError: If a setting is impossible.
     """
 
-    underflow: float = 1e-3
-    headroom: int = 3
-
-    def __post_init__(self):
-        _check_share("underflow", self.underflow)
-        _check_headroom(self.headroom)
-
-    @property
-    def backoff(self):
-        return max(self.headroom, 1)
-
-    def __call__(self, samples, peaks, float_format):
+    def needed(self, samples, float_format):
         # The mean square over a binade [v, 2v) of even density is 7/3 v**2. The
         # exponents are taken relative to the top, lest float32 leave its range.
         exponents = np.asarray(float_format.exponents, "float32")
@@ -140,9 +156,7 @@ class GaussianRule(ScaleRule):
         log2_s = top + 0.5 * ops.log2(ops.maximum(mean_square, 1e-30))
         # sqrt(2) erfinv(T) is the standard normal quantile at (1 + T) / 2.
         quantile = statistics.NormalDist().inv_cdf((1 + self.underflow) / 2)
-        log2_a = math.log2(float_format.smallest_subnormal / quantile) - log2_s
-        needed = ops.floor(log2_a)
-        return _limited_by_room(needed, samples, peaks, self.headroom, float_format)
+        return ops.floor(math.log2(float_format.smallest_subnormal / quantile) - log2_s)
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
@@ -156,18 +170,6 @@ class FixedRule(ScaleRule):
 
     def __call__(self, samples, peaks, float_format):
         return ops.zeros_like(samples[..., 0])
-
-
-def _limited_by_room(needed, samples, peaks, headroom, float_format):
-    top = ops.maximum(
-        spectrum.top_exponent(samples, float_format),
-        spectrum.top_exponent(peaks, float_format),
-    )
-    seen = top >= float_format.min_exponent
-    room = float_format.max_exponent - headroom - top
-    all_underflowed = spectrum.nonzero_total(samples) == 0
-    wanted = ops.where(all_underflowed, room, ops.maximum(needed, 0.0))
-    return ops.where(seen, ops.minimum(wanted, room), 0.0)
 
 
 def _check_share(name, value):
