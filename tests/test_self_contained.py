@@ -165,7 +165,7 @@ def test_a_layer_called_on_its_own_and_in_the_model(mode, rng):
     layer = wrapped.get_layer("dense_1")
 
     def both(x, training):
-        return [wrapped(x, training=training), layer(layer(ops.tile(x, (1, 2))[:, :5]))]
+        return [wrapped(x, training=training), layer(ops.tile(x, (1, 2))[:, :5])]
 
     weights = model.trainable_variables
     run = stepper(both, {"args": inputs}, weights, [], mode=mode)
