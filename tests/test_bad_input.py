@@ -163,6 +163,17 @@ def test_a_scale_out_of_bounds_changes_nothing(value):
     assert layer.log2_scale == 7 and type(layer.log2_scale) is int
 
 
+def test_a_model_refused_halfway_is_left_as_it_was():
+    x = inputs = keras.Input((4,))
+    first = layers.Dense(2)
+    with keras.RematScope(mode="full"):
+        second = layers.Dense(2)
+    model = keras.Model(inputs, second(first(x)))
+    with pytest.raises(ValueError, match="RematScope"):
+        als.wrap_model(model)
+    assert als.LossScaled(first).layer is first
+
+
 def test_a_refused_model_is_left_as_it_was():
     model = own_call()
     with pytest.raises(ValueError):

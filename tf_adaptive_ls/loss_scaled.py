@@ -285,6 +285,11 @@ def wrapper_of(layer):
     return owner and owner.wrapper
 
 
+def release(layer):
+    """Makes `layer` forget its wrapper, so that another may wrap it."""
+    layer.__dict__.pop("_loss_scaled")
+
+
 class _Owner:
     """Leads from a layer to its wrapper, without Keras taking that for a sublayer."""
 

@@ -7,7 +7,7 @@ import warnings
 import keras
 
 from tf_adaptive_ls import scale_plan
-from tf_adaptive_ls.loss_scaled import LossScaled, wrapper_of
+from tf_adaptive_ls.loss_scaled import LossScaled, release, wrapper_of
 from tf_adaptive_ls.optimizer import AdaptiveLossScaleOptimizer
 
 
@@ -52,15 +52,24 @@ def wrap_model(model, *, layer_filter=None):
             return rebuilt(operation)
         if layer_filter is not None and not layer_filter(operation):
             return operation
-        return wrapper_of(operation) or LossScaled(operation)
+        if wrapper_of(operation) is None:
+            LossScaled(operation)
+            newly_wrapped.append(operation)
+        return wrapper_of(operation)
 
     def rebuilt(model):
         return _rebuilt(model, converted, _planned_class(_plain_class(model)))
 
+    newly_wrapped = []
     converted = _once_per_operation(wrapped)
-    result = rebuilt(model)
-    if model.compiled:
-        _compile_like(model, result, AdaptiveLossScaleOptimizer)
+    try:
+        result = rebuilt(model)
+        if model.compiled:
+            _compile_like(model, result, AdaptiveLossScaleOptimizer)
+    except Exception:
+        for layer in newly_wrapped:
+            release(layer)
+        raise
     return result
 
 
