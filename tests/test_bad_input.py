@@ -152,6 +152,20 @@ def test_impossible_rule_settings(rule, setting):
         rule(**setting)
 
 
+@pytest.mark.parametrize("forget", [-0.1, np.inf, np.nan, "x", None, True])
+def test_an_impossible_rate_of_forgetting(forget):
+    with pytest.raises(ValueError, match="Expected `forget`"):
+        als.QuantileRule(forget=forget)
+
+
+def test_a_rule_that_remembers_too_much():
+    class Elephant(als.FixedRule):
+        memory_size = 41
+
+    with pytest.raises(ValueError, match="at most 40 numbers"):
+        als.AdaptiveLossScaleOptimizer("sgd", rule=Elephant())
+
+
 @pytest.mark.parametrize("value", [61, -61, 1.0, "3", None, np.float32(2)])
 def test_a_scale_out_of_bounds_changes_nothing(value):
     layer = scaled_dense()

@@ -90,7 +90,7 @@ def assert_skipped(model, before):
 @pytest.mark.parametrize("mode", [EAGER, GRAPH, XLA], ids=["eager", "graph", "xla"])
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 @pytest.mark.parametrize("place", ["data", "loss"])
-def test_a_fault_before_any_layer_halves_the_loss_scale(trained, place, value):
+def test_a_fault_before_any_layer_lowers_the_loss_scale(trained, place, value):
     before = state_of(trained)
     x = X.copy()
     if place == "data":
@@ -100,7 +100,7 @@ def test_a_fault_before_any_layer_halves_the_loss_scale(trained, place, value):
         before = state_of(trained)
     one_step(trained, x)
     after = assert_skipped(trained, before)
-    assert after["S"] == before["S"] / 2
+    assert after["S"] == before["S"] * 2.0**-10
     assert after["r"] == before["r"]
     assert trained.optimizer.skipped_steps == 1
 
@@ -117,6 +117,7 @@ def test_a_fault_inside_a_layer_lowers_its_scale(trained, at, kind, value):
     assert after["S"] == before["S"]
     lowered = {name for name in before["r"] if after["r"][name] < before["r"][name]}
     assert lowered == {f"faulty_{at}"}
+    assert after["r"][f"faulty_{at}"] == before["r"][f"faulty_{at}"] - 10
     others = before["r"].keys() - lowered
     assert all(after["r"][name] == before["r"][name] for name in others)
 
@@ -145,6 +146,65 @@ def test_a_scale_that_is_too_large_is_lowered_alone(trained):
     after = assert_skipped(trained, before)
     changed = {name for name in before["r"] if after["r"][name] != before["r"][name]}
     assert changed == {"faulty_1"}
+
+
+def test_before_anything_was_measured_the_loss_scale_gives_way_alone(mixed_float16):
+    """A deep model would otherwise skip one step, or more, for every layer."""
+    x = inputs = keras.Input((16,))
+    for _ in range(30):
+        x = layers.Dense(16)(x)
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(1, dtype="float32")(x)))
+    optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(1e-6), 2.0**30)
+    model.compile(optimizer, loss="mse", **GRAPH)
+    x, y = np.ones((8, 16), "float32"), np.ones((8, 1), "float32")
+    seen = []
+    for _ in range(20):
+        seen.append((optimizer.loss_scale, {e.log2_scale for e in scaled_layers(model)}))
+        model.train_on_batch(x, y)
+    assert seen[1] == (2.0**20, {0})
+    assert optimizer.skipped_steps == 2
+
+
+def test_growing_gradients_are_lowered_before_they_overflow(trained):
+    trained.optimizer.update_every = 10**6
+    for step in range(25):
+        trained.loss_fault.assign(4.0**step)
+        one_step(trained)
+    assert trained.optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("size", [2.0**8, 2.0**16])
+def test_after_an_outlier_all_is_as_before_within_five_steps(trained, size):
+    def scales():
+        log2_scale = np.log2(trained.optimizer.loss_scale)
+        return np.array([log2_scale + each.log2_scale for each in scaled_layers(trained)])
+
+    trained.fit(X, Y, batch_size=32, epochs=30, verbose=0)
+    before = scales()
+    trained.loss_fault.assign(size)
+    one_step(trained)
+    trained.loss_fault.assign(1.0)
+    trained.fit(X, Y, batch_size=32, epochs=5, verbose=0)
+    assert trained.optimizer.skipped_steps <= 1
+    for each in scaled_layers(trained):
+        assert each.spectrum.subnormal_share < 1e-2
+    if trained.optimizer.skipped_steps:
+        assert np.max(np.abs(scales() - before)) <= 2
+
+
+def test_the_loss_scale_returns_when_nothing_needs_it_low(mixed_float16):
+    inputs = keras.Input((4,))
+    outputs = layers.Dense(2, dtype="float32")(layers.Dense(8)(inputs))
+    model = als.wrap_model(keras.Model(inputs, outputs))
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd", 2.0**8), loss="mse", **GRAPH)
+    model.fit(X, Y, batch_size=32, verbose=0)
+    for _ in range(10):
+        one_step(model, np.full_like(X, np.nan))
+    assert model.optimizer.loss_scale == 2.0**-60
+    one_step(model)
+    assert model.optimizer.loss_scale == 2.0**8
+    one_step(model)
+    assert model.optimizer.skipped_steps == 10
 
 
 @pytest.mark.parametrize("fault", ["loss", "layer"])

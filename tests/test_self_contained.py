@@ -329,3 +329,29 @@ def test_two_gradients_of_a_persistent_tape(rng):
     randomize_scales(wrapped, rng)
     for a, b in zip(two(wrapped), plain, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("r", [-40, -20, 0, 20, 40])
+def test_a_float32_layer_rounds_the_gradient_of_a_float16_input_once_and_after_shifting(r, mode):
+    """As plain layers do, whatever the scale: not where r has sent it out of range."""
+    plain = layers.Dense(3, dtype="float32")
+    plain.build((8, 4))
+    x = tf.constant(floats(8, 4), "float16")
+
+    def gradients(layer):
+        def run():
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_sum(layer(x) ** 2) * 2.0**-12
+            return tape.gradient(loss, [x, plain.kernel.value])
+
+        return [g.numpy() for g in (tf.function(run) if mode == "graph" else run)()]
+
+    expected = gradients(plain)
+    wrapped = als.LossScaled(plain)
+    wrapped.log2_scale = r
+    found = gradients(wrapped)
+    assert found[0].dtype == np.float16
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -69,7 +69,9 @@ def bins(*values, dtype="float32"):
         (np.nan, "nonfinite"),
         # Only a wider dtype has these.
         (1e-30, -24),
-        (1e30, 15),
+        (np.nextafter(np.float32(2.0**16), np.float32(0)), 15),
+        (2.0**16, "nonfinite"),
+        (1e30, "nonfinite"),
     ],
 )
 def test_each_value_has_its_bin(value, name):

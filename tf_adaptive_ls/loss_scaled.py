@@ -5,6 +5,7 @@ import contextvars
 import functools
 import itertools
 import numbers
+import operator
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ from keras import ops, tree
 
 from tf_adaptive_ls import scale_plan, scale_state
 from tf_adaptive_ls.gradient_tap import gradient_tap, replaced
-from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, Row
+from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, MEMORY, Row
 from tf_adaptive_ls.spectrum import Spectrum
 
 _clock = itertools.count()
@@ -135,6 +136,7 @@ class LossScaled(keras.layers.Wrapper):
                 "3 stands for a scale of 8."
             )
         state = np.array(self.state.numpy())
+        state[Row.HEADER, MEMORY:] += value - state[Row.HEADER, LOG2_SCALE]
         state[Row.HEADER, LOG2_SCALE] = value
         self.state.assign(state)
 
@@ -173,14 +175,24 @@ class LossScaled(keras.layers.Wrapper):
         arguments = _Arguments(args, kwargs, border)
         weights = [v for v in self.layer.trainable_variables if _is_scaled_weight(v)]
         tensors = [*arguments.tensors, *(v.value for v in weights)]
+        limited = [_is_limited(self.layer)] * len(tensors)
+        for i, tensor in enumerate(arguments.tensors):
+            if not limited[i] and self.layer.autocast and scale_state.is_limited(tensor.dtype):
+                # As the layer would, but so that its gradient is still wide when it
+                # is shifted, and rounded only then.
+                tensors[i] = ops.cast(tensor, self.layer.compute_dtype)
+                limited[i] = True
         if tensors:
             shifts = [*map(to_outside, arguments.classes), *(-r for _ in weights)]
-            tensors = gradient_tap(
-                tensors,
-                shifts,
-                state,
-                lambda produced, _: scale_state.report(measure, produced=produced),
-            )
+
+            def report_produced(gradients, _):
+                return scale_state.report(
+                    measure,
+                    produced=list(itertools.compress(gradients, limited)),
+                    unlimited=list(itertools.compress(gradients, map(operator.not_, limited))),
+                )
+
+            tensors = gradient_tap(tensors, shifts, state, report_produced)
         args, kwargs = arguments.replaced(tensors[: len(arguments.tensors)])
 
         # The layer itself, on tapped weights, with its updates held back.
@@ -200,21 +212,23 @@ class LossScaled(keras.layers.Wrapper):
         classes = border.outputs if border else [None] * len(leaves)
         tapped = [i for i, leaf in enumerate(leaves) if _is_float_tensor(leaf)]
         if tapped:
-            at_s = [classes[i] is None for i in tapped]
+            narrow = [scale_state.is_limited(leaves[i].dtype) for i in tapped]
+            limits_s = [n and classes[i] is None for i, n in zip(tapped, narrow, strict=True)]
 
-            def report(gradients, shifted):
+            def report_arrived(gradients, shifted):
+                inside = [g if s is None else s for g, s in zip(gradients, shifted, strict=True)]
                 return scale_state.report(
                     measure,
-                    arrived=[g for g, s in zip(gradients, at_s, strict=True) if s],
-                    passing=[g for g, s in zip(gradients, at_s, strict=True) if not s],
-                    origin=[g if s is None else s for g, s in zip(gradients, shifted, strict=True)],
+                    arrived=list(itertools.compress(gradients, limits_s)),
+                    passing=list(itertools.compress(gradients, map(operator.not_, limits_s))),
+                    origin=list(itertools.compress(inside, narrow)),
                 )
 
             results = gradient_tap(
                 [leaves[i] for i in tapped],
                 [to_inside(classes[i]) for i in tapped],
                 state,
-                report,
+                report_arrived,
             )
             for i, result in zip(tapped, results, strict=True):
                 leaves[i] = _with_mask_of(leaves[i], result)
@@ -384,6 +398,11 @@ def _others(layer, weights):
     known = {id(v) for v in weights}
     others = {id(v): v for v in [*layer.variables, *layer.metrics_variables]}
     return [v for key, v in others.items() if key not in known]
+
+
+def _is_limited(layer):
+    """Whether any part of `layer` computes in a format that its scale matters to."""
+    return any(scale_state.is_limited(part.compute_dtype) for part in layer._flatten_layers())
 
 
 def _is_scaled_weight(variable):

@@ -9,8 +9,16 @@ from keras import ops
 
 from tf_adaptive_ls import scale_state, spectrum
 from tf_adaptive_ls.gradient_tap import power_of_two
-from tf_adaptive_ls.scale_rules import QuantileRule, ScaleRule
-from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, Row
+from tf_adaptive_ls.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
+from tf_adaptive_ls.scale_state import (
+    FORMAT,
+    LOG2_SCALE,
+    MAX_LOG2_SCALE,
+    MAX_MEMORY_SIZE,
+    MEASURE,
+    MEMORY,
+    Row,
+)
 
 # Keras's own default, for models without `LossScaled` layers.
 _KERAS_GROWTH_STEPS = 2000
@@ -26,20 +34,21 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         if all weight gradients are finite:
             apply gradients / S with the inner optimizer
-            if this step was measured:
-                change of each r    = rule(spectrum that the layer produced)
-                change of log2(S)   = rule(spectrum that arrived anywhere at S)
-                r = r + change of r - change of log2(S)
+            change of each r    = rule(what the layer produced)
+            change of log2(S)   = rule(what arrived anywhere at S in float16)
+            if that was nothing but zeros: raise S to `initial_scale`
+            r = r + change of r - change of log2(S)
         else:
             skip the step
             lower r of each layer that made finite gradients non-finite, unless
                 those that arrived at a later layer were not finite already
-            if there is no such layer: halve S
-        measure the next step if it is the `update_every`-th, or if scales were
-        just lowered by an overflow or moved by more than one binade
+            if there is no such layer, or nothing was ever sampled: lower S
+        sample the next step if it is the `update_every`-th, if this one was skipped,
+            or if a scale moved further than a sample can be trusted
 
-    A change of S by measurement is taken back from every r, so that it moves no
-    layer. Scales stay whole powers of two, S and every 2**r within 2**-60 … 2**60.
+    The rule is told the largest gradient of every step, and on some a sample of all.
+    A change of S by the rule is taken back from every r, so that it moves no layer.
+    Scales stay whole powers of two, S and every 2**r within 2**-60 … 2**60.
 
     Use it in `compile`, or in a custom loop through `scale_loss` and `apply`:
 
@@ -58,8 +67,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             business, and see unscaled gradients of weights alone.
         initial_scale: Float, a power of two. The first S.
         rule: A `ScaleRule`, defaults to `QuantileRule()`.
-        update_every: Int >= 1. Steps from one measurement to the next once the
-            scales have settled. Scales change slowly, measuring is not free.
+        update_every: Int >= 1. Steps from one sample to the next once the scales
+            have settled. Spectra change slowly, sampling is not free.
         name: String.
 
     Raises:
@@ -81,6 +90,11 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "Expected `rule` to be a ScaleRule. "
                 f"Received: rule={rule!r} (of type {type(rule).__name__}). "
                 "Use for example QuantileRule(headroom=4)."
+            )
+        if not 0 <= rule.memory_size <= MAX_MEMORY_SIZE:
+            raise ValueError(
+                f"Expected `rule` to remember at most {MAX_MEMORY_SIZE} numbers per layer. "
+                f"Received: rule={rule!r}, with memory_size={rule.memory_size}."
             )
         if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
             raise ValueError(
@@ -114,6 +128,13 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._skipped_steps = self._add_counter("skipped_steps")
         self._last_step_skipped = self._add_counter("last_step_skipped")
         self._steps_to_measurement = self._add_counter("steps_to_measurement")
+        self._memory = self.add_variable(
+            shape=(self.rule.memory_size,),
+            dtype="float32",
+            initializer=keras.initializers.Constant(NOTHING_SEEN),
+            aggregation="none",
+            name="loss_scale_memory",
+        )
         # Past Keras, which would take the variables for the optimizer's own.
         object.__setattr__(self, "_model_variables", list(var_list))
 
@@ -200,32 +221,53 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         turn = np.argsort(np.argsort(called_at)).astype("float32")
         last_broken_arrival = ops.max(ops.where(arrived_broken, turn, -1.0))
         at_fault = ops.logical_and(produced_broken, turn > last_broken_arrival)
+        # Before the first measurement all scales are one, S.
+        ever_measured = ops.any(states[:, Row.PRODUCED_PEAK] > 0)
+        at_fault = ops.logical_and(at_fault, ever_measured)
         s_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(at_fault)))
-        backoff = float(self.rule.backoff)
+        backoff = float(self.rule.backoff(FORMAT))
 
         # Each layer moves by what it produced, S by what arrived anywhere at S.
-        change = self.rule(reports[:, Row.PRODUCED], reports[:, Row.PRODUCED_PEAK], FORMAT)
-        change = ops.where(at_fault, -backoff, ops.where(measured, change, 0.0))
+        memory = states[:, Row.HEADER, MEMORY : MEMORY + self.rule.memory_size]
+        memory_of_s = self._memory.value[None]
+        change, new_memory = self.rule(
+            reports[:, Row.PRODUCED], reports[:, Row.PRODUCED_PEAK], memory, FORMAT
+        )
         at_s = ops.sum(reports, axis=0, keepdims=True)
-        change_of_s = self.rule(at_s[:, Row.ARRIVED], at_s[:, Row.ARRIVED_PEAK], FORMAT)[0]
-        change_of_s = ops.where(s_at_fault, -min(backoff, 1.0), ops.where(finite, change_of_s, 0.0))
+        change_of_s, new_memory_of_s = self.rule(
+            at_s[:, Row.ARRIVED], at_s[:, Row.ARRIVED_PEAK], memory_of_s, FORMAT
+        )
+        unseen = spectrum.nonzero_total(at_s[0, Row.ARRIVED_PEAK]) == 0
+        restart = ops.maximum(math.log2(self.initial_scale) - log2_scale, 0.0)
+        restart = ops.where(ops.any(measured), restart, 0.0)
+        change_of_s = ops.where(unseen, restart, change_of_s[0])
 
+        change = ops.where(at_fault, -backoff, ops.where(finite, change, 0.0))
+        change_of_s = ops.where(s_at_fault, -backoff, ops.where(finite, change_of_s, 0.0))
         new_log2_scale = _bounded(log2_scale + change_of_s)
-        taken_back = ops.where(finite, new_log2_scale - log2_scale, 0.0)
+        change_of_s = new_log2_scale - log2_scale
+        taken_back = ops.where(finite, change_of_s, 0.0)
         new_r = _bounded(r + change - taken_back)
+        memory = ops.where(finite, new_memory, memory) + (new_r - r + change_of_s)[:, None]
+        memory_of_s = ops.where(finite, new_memory_of_s, memory_of_s) + change_of_s
 
+        # A spectrum that moves so far was cut off at an end of the format. Without
+        # a sample, a scale moves only because its gradients are about to overflow.
         moved = ops.maximum(ops.max(ops.abs(change)), ops.abs(change_of_s))
+        too_far = moved > ops.where(ops.any(asked), backoff, 0.0)
         wait = ops.where(
             ops.any(asked), self.update_every - 1, self._steps_to_measurement.value - 1
         )
-        wait = ops.where(ops.logical_or(skipped, moved > 1), 0, ops.maximum(wait, 0))
+        wait = ops.where(ops.logical_or(skipped, too_far), 0, ops.maximum(wait, 0))
 
         spectra = ops.where(measured[:, None, None], reports[:, 1:], states[:, 1:])
-        header = scale_state.header(new_r, ops.cast(ops.equal(wait, 0), "float32"))
+        measure = ops.cast(ops.equal(wait, 0), "float32")
+        header = scale_state.header(new_r, measure, memory)
         states = ops.concatenate([header, spectra], axis=1)
         for i, (_, variable) in enumerate(reports_and_states):
             variable.assign(states[i])
         self.dynamic_scale.assign(power_of_two(new_log2_scale))
+        self._memory.assign(memory_of_s[0])
         self._steps_to_measurement.assign(wait)
 
     def finalize_variable_values(self, var_list):

@@ -6,7 +6,8 @@ A spectrum is a float32 vector of counts, one *bin* each for
 
 of a `FloatFormat`. Counts add up: the spectrum of two tensors is the sum of
 their spectra, whether they are two calls of a layer, two replicas or two
-micro-batches. Values beyond the format's ends count in its outermost binade.
+micro-batches. Values of a wider format that are too small for this one count in its
+lowest binade, those too large as non-finite.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ def spectrum(values, float_format):
     # subnormals: processors may flush those to zero.
     edges[0] = 0.0
     edges = np.maximum(edges, np.finfo(np.float32).tiny)
-    edges = np.append(edges, np.float32(np.inf))
+    edges = np.append(edges, 2 * edges[-1])
     reached = ops.sum(ops.cast(values[:, None] >= edges, "float32"), axis=0)
     total = ops.cast(ops.shape(values)[0], "float32")
     reached = ops.concatenate([ops.reshape(total, (1,)), reached], axis=0)
