@@ -1,0 +1,58 @@
+"""Real images for the benchmarks: handwritten digits, or CIFAR-10."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images float32 `[n, 32, 32, 3]` in [0, 1], and labels int32 `[n]` in 0 … 9."""
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+    def batches(self, batch_size, seed):
+        """Endless training batches `(images, labels)`, in an order given by `seed`."""
+        rng = np.random.default_rng(seed)
+        while True:
+            order = rng.permutation(len(self.x_train))
+            for start in range(0, len(order) - batch_size + 1, batch_size):
+                chosen = order[start : start + batch_size]
+                yield self.x_train[chosen], self.y_train[chosen]
+
+
+def digits():
+    """The 1,797 digits that come with scikit-learn, enlarged to 32 x 32 pixels."""
+    x, y = load_digits(return_X_y=True)
+    x = tf.image.resize((x / 16).reshape(-1, 8, 8, 1).astype("float32"), (32, 32)).numpy()
+    x = np.repeat(x, 3, axis=-1)
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, y.astype("int32"), test_size=360, random_state=0, stratify=y
+    )
+    return Images("digits", x_train, y_train, x_test, y_test)
+
+
+def cifar10(path=None):
+    """CIFAR-10 from an .npz of `x_train`, `y_train`, `x_test`, `y_test`, or by download."""
+    if path is None:
+        (x_train, y_train), (x_test, y_test) = keras.datasets.cifar10.load_data()
+    else:
+        with np.load(path) as arrays:
+            x_train, y_train, x_test, y_test = (
+                arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")
+            )
+    return Images(
+        "CIFAR-10",
+        x_train.astype("float32") / 255,
+        y_train.reshape(-1).astype("int32"),
+        x_test.astype("float32") / 255,
+        y_test.reshape(-1).astype("int32"),
+    )

@@ -1,0 +1,356 @@
+"""How true is each layer's float16 gradient, under every way to scale the loss?
+
+A model trains in float32. Beside it, float16 models of the same weights compute the
+gradients of the same batches, each at loss scales found its own way, as if it were
+the one that trained. At the start and after some steps the float16 gradient of every
+weight is compared with the float32 one, over eight batches:
+
+    error   |g16 - g32| / |g32|, L2 norms; infinite if any element is
+    lost    share of elements that are zero in g16 and not in g32
+
+and with the *oracle*: the least error that any single scale 2^-8 … 2^30 gives that
+tensor. The comparison at the start comes after 20 steps that leave the weights alone,
+for the scales to be found.
+
+A tensor is left out where float32 itself is no measure: if its gradient is further
+than 1 % from the float64 one (an attention key bias, whose true gradient is zero).
+Errors below 1e-5 count as 1e-5: they are float32's own, in summing another order.
+
+Prints Markdown tables; writes them, plots, and every figure as JSON. Models that were
+run before into the same directory stay in the tables.
+"""
+
+import argparse
+
+import data
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import report
+import tensorflow as tf
+import zoo
+from strategies import STRATEGIES, VARIATIONS
+
+import tf_adaptive_ls as als
+
+ORACLE_LOG2_SCALES = range(-8, 31)
+# Steps at the initial weights before the first comparison, for scales to be found.
+SETTLING_STEPS = 20
+MOMENTS = (0, 50, 300)
+COMPARED_BATCHES = 8
+# Tensors that float32 gets wrong by more than this are left out.
+FLOAT32_ERROR = 0.01
+# Errors below are of float32's sums.
+SMALLEST_ERROR = 1e-5
+# What counts as good: at most this times the oracle's error, this more lost.
+ERROR_BAR = 1.1
+LOST_BAR = 1e-3
+QUICK_TASKS = ("MLP 17, vanishing", "Targets 1e-6")
+QUICK_MOMENTS = (0, 10)
+
+
+class Gradients:
+    """Gradients of the loss of one model, at weights and scales given as values."""
+
+    def __init__(self, task, policy, wrap=False):
+        keras.config.set_dtype_policy(policy)
+        model = task.build()
+        self.model = als.wrap_model(model) if wrap else model
+        self._loss = task.loss
+        self._compiled = tf.function(self._gradients, jit_compile=True, autograph=False)
+
+    @property
+    def weights(self):
+        return [v for v in self.model.trainable_variables if not v.overwrite_with_gradient]
+
+    @property
+    def states(self):
+        return [v for v in self.model.trainable_variables if v.overwrite_with_gradient]
+
+    def __call__(self, weights, states, scale, x, y):
+        """Gradients of `scale * loss` by `weights`, and those by `states`."""
+        return self._compiled(weights, states, tf.constant(scale, self._scale_dtype), x, y)
+
+    @property
+    def _scale_dtype(self):
+        return self.model.outputs[0].dtype
+
+    def _gradients(self, weights, states, scale, x, y):
+        pairs = [*zip(self.weights, weights, strict=True), *zip(self.states, states, strict=True)]
+        with tf.GradientTape() as tape:
+            tape.watch([weights, states])
+            with keras.StatelessScope(pairs):
+                outputs = self.model(x, training=True)
+            loss = scale * tf.cast(self._loss(y, outputs), scale.dtype)
+        return tape.gradient(loss, (weights, states))
+
+
+class Shadow:
+    """A strategy that finds its scales while another model trains."""
+
+    def __init__(self, strategy, gradients):
+        self.strategy = strategy
+        self.skipped = []
+        self._gradients = gradients
+        # Updates of weights come to nothing; those of scales do not.
+        self._optimizer = strategy.optimizer(keras.optimizers.SGD(0.0))
+        self._optimizer.build(gradients.model.trainable_variables)
+        self._states = [tf.convert_to_tensor(v) for v in gradients.states]
+        self._update = tf.function(self._updated_states, jit_compile=True, autograph=False)
+
+    @property
+    def scale(self):
+        """The loss scale of the next step."""
+        return float(self._optimizer.scale_loss(tf.constant(1.0)))
+
+    def gradients(self, weights, x, y):
+        """Unscaled float16 gradients of the loss by `weights`, in float32."""
+        gradients, _ = self._gradients(weights, self._states, self.scale, x, y)
+        return [g / self.scale for g in gradients]
+
+    def step(self, weights, x, y):
+        """Sees one batch."""
+        gradients, reports = self._gradients(weights, self._states, self.scale, x, y)
+        self.skipped.append(not all(np.isfinite(g).all() for g in gradients))
+        self._states = self._update(self._states, gradients, reports)
+
+    def _updated_states(self, states, gradients, reports):
+        model = self._gradients
+        for variable, state in zip(model.states, states, strict=True):
+            variable.assign(state)
+        self._optimizer.apply([*gradients, *reports], [*model.weights, *model.states])
+        return [tf.convert_to_tensor(v) for v in model.states]
+
+
+class Comparison:
+    """Sums, over batches, of how each tensor's gradients differ from the true ones."""
+
+    def __init__(self, tensors):
+        self._difference = np.zeros(tensors)
+        self._norm = np.zeros(tensors)
+        self._lost = np.zeros(tensors)
+        self._elements = np.zeros(tensors)
+
+    def add(self, gradients, true):
+        for i, (g, t) in enumerate(zip(gradients, true, strict=True)):
+            g, t = np.asarray(g, "float64"), np.asarray(t, "float64")
+            difference = np.sum((g - t) ** 2)
+            self._difference[i] += difference if np.isfinite(difference) else np.inf
+            self._norm[i] += np.sum(t**2)
+            self._lost[i] += np.sum((g == 0) & (t != 0))
+            self._elements[i] += t.size
+
+    @property
+    def errors(self):
+        return np.sqrt(self._difference / np.maximum(self._norm, 1e-300))
+
+    @property
+    def lost(self):
+        return self._lost / self._elements
+
+
+def compare(reference, exact, plain, shadows, weights, batches):
+    """Rows of figures, one for each tensor that float32 can measure."""
+    names = [v.path for v in reference.weights]
+    wide = [tf.cast(w, "float64") for w in weights]
+    of_float64, of_scales, of_shadows = Comparison(len(names)), {}, {}
+    for x, y in batches:
+        true, _ = reference(weights, [], 1.0, x, y)
+        of_float64.add(exact(wide, [], 1.0, *_widened((x, y)))[0], true)
+        for k in ORACLE_LOG2_SCALES:
+            gradients, _ = plain(weights, [], 2.0**k, x, y)
+            sums = of_scales.setdefault(k, Comparison(len(names)))
+            sums.add([g * 2.0**-k for g in gradients], true)
+        for shadow in shadows:
+            sums = of_shadows.setdefault(shadow.strategy.name, Comparison(len(names)))
+            sums.add(shadow.gradients(weights, x, y), true)
+    errors = {k: sums.errors for k, sums in of_scales.items()}
+    rows = []
+    for i in np.flatnonzero(of_float64.errors < FLOAT32_ERROR):
+        best = min(errors, key=lambda k: errors[k][i])
+        figures = {"oracle": of_scales[best], **of_shadows}
+        rows.append(
+            {
+                "tensor": names[i],
+                "oracle_log2_scale": best,
+                "error": {name: _or_none(sums.errors[i]) for name, sums in figures.items()},
+                "lost": {name: float(sums.lost[i]) for name, sums in figures.items()},
+            }
+        )
+    return rows
+
+
+def _or_none(figure):
+    """JSON knows no infinity."""
+    return float(figure) if np.isfinite(figure) else None
+
+
+def _widened(arrays):
+    return tf.nest.map_structure(
+        lambda a: a.astype("float64") if a.dtype == np.float32 else a, arrays
+    )
+
+
+def run_task(task, strategies, images, seed, moments, advance):
+    """Figures of one model, ready for JSON. Calls `advance` after every step."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    reference = Gradients(task, "float32")
+    exact = Gradients(task, "float64")
+    plain = Gradients(task, "mixed_float16")
+    wrapped = Gradients(task, "mixed_float16", wrap=True)
+    shadows = [Shadow(s, wrapped if s.wrapped else plain) for s in strategies]
+    optimizer = keras.optimizers.Adam(task.learning_rate)
+    optimizer.build(reference.weights)
+    batches = (task.examples(*batch) for batch in images.batches(task.batch_size, seed))
+
+    @tf.function(jit_compile=True, autograph=False)
+    def update(gradients):
+        optimizer.apply(gradients, reference.weights)
+
+    def values():
+        return [tf.convert_to_tensor(v) for v in reference.weights]
+
+    for _ in range(SETTLING_STEPS):
+        batch = next(batches)
+        for shadow in shadows:
+            shadow.step(values(), *batch)
+        advance()
+    compared = {}
+    for step in range(max(moments) + 1):
+        batch = next(batches)
+        if step in moments:
+            others = [next(batches) for _ in range(COMPARED_BATCHES - 1)]
+            compared[step] = compare(reference, exact, plain, shadows, values(), [batch, *others])
+        for shadow in shadows:
+            shadow.step(values(), *batch)
+        update(reference(values(), [], 1.0, *batch)[0])
+        advance()
+    skipped = {s.strategy.name: list(map(int, np.flatnonzero(s.skipped))) for s in shadows}
+    return {"name": task.name, "seed": seed, "moments": compared, "skipped": skipped}
+
+
+# Tables and plots.
+
+
+def ratio(row, name):
+    """Error of a strategy over the oracle's."""
+    figures = row["error"]
+    if figures[name] is None:
+        return np.inf
+    oracle = np.inf if figures["oracle"] is None else figures["oracle"]
+    return max(figures[name], SMALLEST_ERROR) / max(oracle, SMALLEST_ERROR)
+
+
+def is_good(row, name):
+    lost = row["lost"][name] - row["lost"]["oracle"]
+    return ratio(row, name) <= ERROR_BAR and lost <= LOST_BAR
+
+
+def rows_of(result):
+    return [row for rows in result["moments"].values() for row in rows]
+
+
+def table(results, names):
+    """Worst ratio of each model and strategy, and how many tensors are not good."""
+    lines = []
+    for result in results:
+        rows = rows_of(result)
+        cells = [result["name"], f"{len(rows)}"]
+        for name in names:
+            worst = max(ratio(row, name) for row in rows)
+            bad = sum(not is_good(row, name) for row in rows)
+            figure = f"{worst:.2f}" if worst < 10 else f"{worst:.0e}".replace("e+0", "e")
+            cells.append(f"**{figure}**" if not bad else f"{figure} ({bad})")
+        lines.append(cells)
+    good = [sum(all(is_good(r, n) for r in rows_of(result)) for result in results) for n in names]
+    lines.append(["models without a bad tensor", "", *(f"{g} of {len(results)}" for g in good)])
+    return report.markdown(["model", "tensors", *names], lines)
+
+
+def plot_ratios(results, names):
+    """A dot for every tensor: its error over the oracle's, by strategy."""
+    rng = np.random.default_rng(0)
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    top = 1e4
+    for i, name in enumerate(names):
+        ratios = np.array([ratio(row, name) for result in results for row in rows_of(result)])
+        x = i + rng.uniform(-0.3, 0.3, len(ratios))
+        axes.scatter(x, np.clip(ratios, None, top), s=6, alpha=0.4, linewidths=0)
+    axes.axhline(ERROR_BAR, color="0.4", linewidth=0.8, linestyle="--")
+    axes.text(len(names) - 0.5, ERROR_BAR, " 1.1", va="center", color="0.4")
+    axes.set(yscale="log", ylim=(0.7, top * 1.5), ylabel="error over oracle's (from 10⁴: infinite)")
+    axes.set_xticks(range(len(names)), [n.replace(" ", "\n", 1) for n in names])
+    axes.set_title("Every tensor of every model at every moment")
+    return figure
+
+
+def plot_layers(result, names):
+    """Error of each tensor in the order of the layers, at the first comparison."""
+    rows = next(iter(result["moments"].values()))
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for name in ["oracle", *names]:
+        errors = [np.nan if r["error"][name] is None else r["error"][name] for r in rows]
+        style = {"color": "black", "linewidth": 3, "alpha": 0.3} if name == "oracle" else {}
+        axes.plot(errors, marker=".", label=name, **style)
+    axes.set(yscale="log", xlabel="tensor, from input to output", ylabel="relative error")
+    axes.set_title(f"{result['name']}: float16 gradients against float32")
+    axes.legend(fontsize="small", ncols=2)
+    return figure
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    report.add_arguments(parser, "fidelity")
+    parser.add_argument("--only", nargs="+", metavar="MODEL", choices=zoo.TASKS, help="names")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--variations", action="store_true", help="compare settings of the default rule instead"
+    )
+    args = parser.parse_args(argv)
+    # One function per strategy is no needless retracing.
+    tf.get_logger().setLevel("ERROR")
+    strategies = VARIATIONS if args.variations else STRATEGIES
+    names = args.only or (QUICK_TASKS if args.quick else list(zoo.TASKS))
+    moments = QUICK_MOMENTS if args.quick else MOMENTS
+    images = data.digits() if args.quick else data.cifar10(args.data)
+
+    with report.progress() as progress:
+        for name in names:
+            bar = progress.add_task(name, total=SETTLING_STEPS + max(moments) + 1)
+            result = run_task(
+                zoo.TASKS[name],
+                strategies,
+                images,
+                args.seed,
+                moments,
+                lambda bar=bar: progress.advance(bar),
+            )
+            result["images"] = images.name
+            report.save_result(args.output, result)
+
+    results = report.load_results(args.output, order=list(zoo.TASKS))
+    names = [s.name for s in strategies]
+    report.save_plot(args.output, "ratios", plot_ratios(results, names))
+    for result in results:
+        if result["name"] == "MLP 17, vanishing":
+            report.save_plot(args.output, "layers", plot_layers(result, names))
+    moments = ", ".join(str(moment) for moment in results[0]["moments"])
+    text = f"""# Fidelity of float16 gradients
+
+Worst error of any tensor, over the oracle's; in brackets how many tensors have more than
+{ERROR_BAR} times the oracle's error, or lose more than {LOST_BAR:g} of their elements beyond
+what the oracle does. Moments: after {moments} steps on {results[0]["images"]}, seed
+{results[0]["seed"]}.
+
+{table(results, names)}
+
+{report.provenance_text(results)}
+"""
+    report.save_text(args.output, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What others do, as rules for the scale of every layer."""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls import spectrum
+from tf_adaptive_ls.scale_rules import NOTHING_SEEN
+
+
+def _largest(samples, peaks, float_format):
+    """Binade of the largest gradient, and whether there is any."""
+    top = ops.maximum(
+        spectrum.top_exponent(samples, float_format), spectrum.top_exponent(peaks, float_format)
+    )
+    return top, top >= float_format.min_exponent
+
+
+@keras.saving.register_keras_serializable("tf_adaptive_ls_benchmarks")
+@dataclasses.dataclass(frozen=True)
+class AmaxHistoryRule(als.ScaleRule):
+    """Transformer Engine's delayed scaling: `largest value / amax / 2**margin`.
+
+    amax is the largest magnitude of the last `history` steps. Transformer Engine
+    remembers 1024; a rule can keep 40 numbers.
+    """
+
+    margin: int = 0
+    history: int = 40
+
+    @property
+    def memory_size(self):
+        return self.history
+
+    def __call__(self, samples, peaks, memory, float_format):
+        top, seen = _largest(samples, peaks, float_format)
+        amax = ops.where(seen, top, NOTHING_SEEN)
+        memory = ops.concatenate([memory[:, 1:], amax[:, None]], axis=1)
+        change = float_format.max_exponent - self.margin - ops.max(memory, axis=1)
+        return ops.where(seen, ops.floor(change), 0.0), memory
+
+
+@keras.saving.register_keras_serializable("tf_adaptive_ls_benchmarks")
+@dataclasses.dataclass(frozen=True)
+class LogMaxRule(als.ScaleRule):
+    """OpenSeq2Seq's LogMax: `2**(16 - (mean + 3.09 deviations))` of log2(max|g|).
+
+    Both are moving averages. The deviation is taken from the moving mean, which is
+    the same whatever the scale.
+    """
+
+    mean_decay: float = 0.99
+    deviation_decay: float = 0.999
+    deviations: float = 3.09
+
+    @property
+    def memory_size(self):
+        return 2  # the mean; the mean plus one deviation
+
+    def __call__(self, samples, peaks, memory, float_format):
+        top, seen = _largest(samples, peaks, float_format)
+        x = top + 0.5  # the middle of the binade
+        known = memory[:, 0] > NOTHING_SEEN / 2
+        mean = ops.where(known, self.mean_decay * memory[:, 0] + (1 - self.mean_decay) * x, x)
+        variance = ops.where(known, ops.square(memory[:, 1] - memory[:, 0]), 0.0)
+        variance += (1 - self.deviation_decay) * (ops.square(x - mean) - variance)
+        upper = mean + ops.sqrt(variance)
+        change = ops.floor(
+            float_format.max_exponent + 1 - (mean + self.deviations * ops.sqrt(variance))
+        )
+        new = ops.stack([mean, upper], axis=1)
+        return ops.where(seen, change, 0.0), ops.where(seen[:, None], new, memory)

@@ -1,0 +1,76 @@
+"""The ways to scale a loss that the benchmarks compare."""
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+import rules
+
+import tf_adaptive_ls as als
+
+FLOAT32 = "float32"
+OURS = "adaptive (ours)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """How a model is trained.
+
+    Args:
+        name: Short name for tables.
+        optimizer: `inner optimizer -> optimizer`.
+        wrapped: Whether the model's layers are to be wrapped.
+        policy: The dtype policy to build it under.
+    """
+
+    name: str
+    optimizer: Callable
+    wrapped: bool = False
+    policy: str = "mixed_float16"
+
+
+def fixed(scale):
+    """One scale for good; nothing looks at overflows."""
+
+    def optimizer(inner):
+        inner.loss_scale_factor = scale
+        return inner
+
+    return Strategy(f"fixed {scale:g}", optimizer)
+
+
+def layerwise(name, rule, **kwargs):
+    """A scale for every layer, by `rule`."""
+
+    def optimizer(inner):
+        return als.AdaptiveLossScaleOptimizer(inner, rule=rule, **kwargs)
+
+    return Strategy(name, optimizer, wrapped=True)
+
+
+REFERENCE = Strategy(FLOAT32, lambda inner: inner, policy="float32")
+
+STRATEGIES = (
+    Strategy("no scaling", lambda inner: inner),
+    fixed(2**7),
+    fixed(2**10),
+    Strategy("Keras, dynamic", keras.optimizers.LossScaleOptimizer),
+    layerwise("Zhao et al.", als.GaussianRule()),
+    layerwise("LogMax", rules.LogMaxRule()),
+    layerwise("amax history", rules.AmaxHistoryRule()),
+    layerwise(OURS, als.QuantileRule()),
+)
+
+# Ours with one setting changed, to choose the defaults by.
+VARIATIONS = (
+    layerwise("no memory", als.QuantileRule(forget=1000.0)),
+    layerwise("forget 0.1", als.QuantileRule(forget=0.1)),
+    layerwise(f"{OURS}: 0.01", als.QuantileRule()),
+    layerwise("forget 0.001", als.QuantileRule(forget=0.001)),
+    layerwise("headroom 1", als.QuantileRule(headroom=1)),
+    layerwise("headroom 6", als.QuantileRule(headroom=6)),
+    layerwise("underflow 1e-1", als.QuantileRule(underflow=1e-1)),
+    layerwise("underflow 1e-2", als.QuantileRule(underflow=1e-2)),
+    layerwise("every step", als.QuantileRule(), update_every=1),
+    layerwise("every 100 steps", als.QuantileRule(), update_every=100),
+)

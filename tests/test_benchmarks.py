@@ -1,0 +1,78 @@
+"""Benchmarks run, in a small version, and what they measure is as claimed."""
+
+import json
+
+import convergence
+import fidelity
+import keras
+import numpy as np
+import pytest
+import report
+from strategies import OURS, REFERENCE, STRATEGIES
+
+
+def results(directory):
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+
+
+def test_fidelity(tmp_path, capsys):
+    fidelity.main(["--quick", "--output", str(tmp_path)])
+    found = results(tmp_path)
+    assert [result["name"] for result in found] == list(fidelity.QUICK_TASKS)
+    for result in found:
+        rows = fidelity.rows_of(result)
+        assert len(rows) >= 16
+        assert all(fidelity.is_good(row, OURS) for row in rows)
+        assert not all(fidelity.is_good(row, "Keras, dynamic") for row in rows)
+        assert result["provenance"]["versions"]["keras"] == keras.__version__
+    printed = capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text() in printed
+    assert "2 of 2" in printed
+    for name in ("ratios.png", "layers.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_convergence(tmp_path, capsys):
+    convergence.main(["--quick", "--output", str(tmp_path)])
+    (result,) = results(tmp_path)
+    names = {s.name for s in (REFERENCE, *STRATEGIES)}
+    assert names <= result["runs"].keys()
+    for runs in result["runs"].values():
+        (run,) = runs
+        assert 0 <= run["accuracy"] <= 1
+    assert result["runs"][OURS][0]["skipped"] == []
+    assert "Ours against float32:" in capsys.readouterr().out
+    assert (tmp_path / "scales.png").stat().st_size > 10_000
+
+
+def test_errors_and_losses_are_counted_as_stated():
+    comparison = fidelity.Comparison(2)
+    comparison.add(
+        [np.float32([3, 0]), np.float32([1, 1])], [np.float32([3, 4]), np.float32([1, 1])]
+    )
+    comparison.add([np.float32([0, 0]), np.float32([1, np.inf])], [np.zeros(2), np.ones(2)])
+    np.testing.assert_array_equal(comparison.errors, [4 / 5, np.inf])
+    np.testing.assert_array_equal(comparison.lost, [1 / 4, 0])
+
+
+@pytest.mark.parametrize(
+    ("ours", "oracle", "lost", "good"),
+    [
+        (1.1e-3, 1e-3, 0.0, True),
+        (1.2e-3, 1e-3, 0.0, False),
+        (1e-3, 1e-3, 2e-3, False),
+        (1e-6, 1e-7, 0.0, True),  # float32's own errors
+        (None, 1e-3, 0.0, False),
+        (None, None, 0.0, False),  # not even the oracle
+    ],
+)
+def test_what_counts_as_good(ours, oracle, lost, good):
+    row = {"error": {"ours": ours, "oracle": oracle}, "lost": {"ours": lost, "oracle": 0.0}}
+    assert fidelity.is_good(row, "ours") is good
+
+
+def test_figures_of_one_name_are_replaced_and_the_rest_kept(tmp_path):
+    for name, figure in (("A b, c", 1), ("d", 2), ("A b, c", 3)):
+        report.save_result(tmp_path, {"name": name, "figure": figure})
+    loaded = report.load_results(tmp_path, order=["d", "x", "A b, c"])
+    assert [(r["name"], r["figure"]) for r in loaded] == [("d", 2), ("A b, c", 3)]
