@@ -24,7 +24,7 @@ import numpy as np
 import report
 import zoo
 from keras import optimizers
-from strategies import FLOAT32, OURS, REFERENCE, STRATEGIES, VARIATIONS, fixed
+from strategies import FLOAT32, KERAS, OURS, REFERENCE, STRATEGIES, VARIATIONS, fixed
 
 import tf_adaptive_ls as als
 
@@ -348,6 +348,37 @@ def verdict(result):
     )
 
 
+def summary(results):
+    """One line for each case: what a user would choose between."""
+
+    def cell(result, name):
+        runs = result["runs"][name]
+        values = accuracies(result, name)
+        text = f"{np.mean(values):.1f} ± {spread(values):.1f}"
+        if all(run["settled"] is not None for run in runs):
+            text += f" ({np.mean([len(run['skipped']) for run in runs]):.1f})"
+        return text
+
+    lines = []
+    for result in results:
+        if not {FLOAT32, KERAS, OURS} <= result["runs"].keys():
+            continue
+        scales = fixed_scales(result)
+        best = max(scales, key=lambda scale: np.mean(accuracies(result, scales[scale])))
+        lines.append(
+            [
+                f"{result['name']}, {result['images']}",
+                cell(result, FLOAT32),
+                cell(result, "no scaling"),
+                f"{cell(result, scales[best])} at {best:g}",
+                cell(result, KERAS),
+                cell(result, OURS),
+            ]
+        )
+    header = ["case", FLOAT32, "no scaling", "best fixed scale", KERAS, OURS]
+    return report.markdown(header, lines)
+
+
 def plot_scales(results):
     """Accuracy over fixed scales, with the automatic ways as lines across."""
     columns = min(len(results), 4)
@@ -370,7 +401,7 @@ def plot_scales(results):
             color="0.5",
             label="fixed scale",
         )
-        colours = {FLOAT32: "black", "Keras, dynamic": "tab:orange", OURS: "tab:blue"}
+        colours = {FLOAT32: "black", KERAS: "tab:orange", OURS: "tab:blue"}
         for name, colour in colours.items():
             if name in result["runs"]:
                 mean, sd = np.mean(accuracies(result, name)), spread(accuracies(result, name))
@@ -435,8 +466,11 @@ def main(argv=None):
     ]
     text = f"""# Convergence
 
-Mean ± standard deviation over seeds. "never": not reached by every seed. A scale that is
-fixed skips no step; it breaks the weights, for good.
+Test accuracy in %, mean ± standard deviation over seeds; in brackets the mean number of steps
+that were skipped. "never": not reached by every seed. A fixed scale skips no step: an overflow
+breaks the weights for good.
+
+{summary(results)}
 
 {chr(10).join(sections)}
 {report.provenance_text(results)}

@@ -29,7 +29,7 @@ import numpy as np
 import report
 import tensorflow as tf
 import zoo
-from strategies import STRATEGIES, VARIATIONS
+from strategies import OURS, STRATEGIES, VARIATIONS
 
 import tf_adaptive_ls as als
 
@@ -276,9 +276,10 @@ def plot_ratios(results, names):
     for i, name in enumerate(names):
         ratios = np.array([ratio(row, name) for result in results for row in rows_of(result)])
         x = i + rng.uniform(-0.3, 0.3, len(ratios))
-        axes.scatter(x, np.clip(ratios, None, top), s=6, alpha=0.4, linewidths=0)
+        colour = "tab:blue" if name == OURS else "0.35"
+        axes.scatter(x, np.clip(ratios, None, top), s=6, alpha=0.4, linewidths=0, color=colour)
     axes.axhline(ERROR_BAR, color="0.4", linewidth=0.8, linestyle="--")
-    axes.text(len(names) - 0.5, ERROR_BAR, " 1.1", va="center", color="0.4")
+    axes.text(len(names) - 0.6, ERROR_BAR * 1.1, f"{ERROR_BAR}", color="0.4")
     axes.set(yscale="log", ylim=(0.7, top * 1.5), ylabel="error over oracle's (from 10⁴: infinite)")
     axes.set_xticks(range(len(names)), [n.replace(" ", "\n", 1) for n in names])
     axes.set_title("Every tensor of every model at every moment")
@@ -289,10 +290,16 @@ def plot_layers(result, names):
     """Error of each tensor in the order of the layers, at the first comparison."""
     rows = next(iter(result["moments"].values()))
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    colours = iter(plt.colormaps["Dark2"].colors)
     for name in ["oracle", *names]:
         errors = [np.nan if r["error"][name] is None else r["error"][name] for r in rows]
-        style = {"color": "black", "linewidth": 3, "alpha": 0.3} if name == "oracle" else {}
-        axes.plot(errors, marker=".", label=name, **style)
+        if name == "oracle":
+            style = {"color": "0.75", "linewidth": 6}
+        elif name == OURS:
+            style = {"color": "tab:blue", "marker": "o"}
+        else:
+            style = {"color": next(colours), "marker": ".", "linewidth": 0.8}
+        axes.plot(errors, label=name, **style)
     axes.set(yscale="log", xlabel="tensor, from input to output", ylabel="relative error")
     axes.set_title(f"{result['name']}: float16 gradients against float32")
     axes.legend(fontsize="small", ncols=2)

@@ -9,6 +9,7 @@ import rules
 import tf_adaptive_ls as als
 
 FLOAT32 = "float32"
+KERAS = "Keras, dynamic"
 OURS = "adaptive (ours)"
 
 
@@ -54,7 +55,7 @@ STRATEGIES = (
     Strategy("no scaling", lambda inner: inner),
     fixed(2**7),
     fixed(2**10),
-    Strategy("Keras, dynamic", keras.optimizers.LossScaleOptimizer),
+    Strategy(KERAS, keras.optimizers.LossScaleOptimizer),
     layerwise("Zhao et al.", als.GaussianRule()),
     layerwise("LogMax", rules.LogMaxRule()),
     layerwise("amax history", rules.AmaxHistoryRule()),

@@ -331,7 +331,7 @@ TASKS = {
         Task("SSD", ssd, detect, detection),
         Task("Losses 1 and 1e-6", two_losses, classify_and_reconstruct, unequal_pair),
         Task("Targets 1e-6", lambda: regression(1e-6), measure_brightness(1e-6), mean_square, 1e-7),
-        Task("Targets 1e+6", lambda: regression(1e6), measure_brightness(1e6), mean_square),
+        Task("Targets 1e6", lambda: regression(1e6), measure_brightness(1e6), mean_square),
         Task("Autoencoder, sum", autoencoder, reconstruct, sum_square),
     )
 }

@@ -5,7 +5,6 @@ import contextvars
 import functools
 import itertools
 import numbers
-import operator
 
 import keras
 import numpy as np
@@ -172,25 +171,16 @@ class LossScaled(keras.layers.Wrapper):
             return None if shift is None else -shift
 
         # Going in. Backward, this is where the layer's gradients come out.
-        arguments = _Arguments(args, kwargs, border)
+        arguments = _Arguments(self.layer, args, kwargs, border)
         weights = [v for v in self.layer.trainable_variables if _is_scaled_weight(v)]
         tensors = [*arguments.tensors, *(v.value for v in weights)]
-        limited = [_is_limited(self.layer)] * len(tensors)
-        for i, tensor in enumerate(arguments.tensors):
-            if not limited[i] and self.layer.autocast and scale_state.is_limited(tensor.dtype):
-                # As the layer would, but so that its gradient is still wide when it
-                # is shifted, and rounded only then.
-                tensors[i] = ops.cast(tensor, self.layer.compute_dtype)
-                limited[i] = True
+        limited = [*arguments.limited, *[_is_limited(self.layer)] * len(weights)]
         if tensors:
             shifts = [*map(to_outside, arguments.classes), *(-r for _ in weights)]
 
             def report_produced(gradients, _):
-                return scale_state.report(
-                    measure,
-                    produced=list(itertools.compress(gradients, limited)),
-                    unlimited=list(itertools.compress(gradients, map(operator.not_, limited))),
-                )
+                produced, unlimited = _parted(gradients, limited)
+                return scale_state.report(measure, produced=produced, unlimited=unlimited)
 
             tensors = gradient_tap(tensors, shifts, state, report_produced)
         args, kwargs = arguments.replaced(tensors[: len(arguments.tensors)])
@@ -216,13 +206,10 @@ class LossScaled(keras.layers.Wrapper):
             limits_s = [n and classes[i] is None for i, n in zip(tapped, narrow, strict=True)]
 
             def report_arrived(gradients, shifted):
+                arrived, passing = _parted(gradients, limits_s)
                 inside = [g if s is None else s for g, s in zip(gradients, shifted, strict=True)]
-                return scale_state.report(
-                    measure,
-                    arrived=list(itertools.compress(gradients, limits_s)),
-                    passing=list(itertools.compress(gradients, map(operator.not_, limits_s))),
-                    origin=list(itertools.compress(inside, narrow)),
-                )
+                origin, _ = _parted(inside, narrow)
+                return scale_state.report(measure, arrived=arrived, passing=passing, origin=origin)
 
             results = gradient_tap(
                 [leaves[i] for i in tapped],
@@ -312,9 +299,14 @@ class _Owner:
 
 
 class _Arguments:
-    """The arguments of a call, and the floating-point tensors among them."""
+    """The arguments of a call, and the floating-point tensors among them.
 
-    def __init__(self, args, kwargs, border):
+    The tensors are cast as `layer` would cast them if it computes in a wider format
+    than they have: a gradient is then still wide when it is shifted, and rounded
+    only after that. `limited` tells which gradients are written in `FORMAT`.
+    """
+
+    def __init__(self, layer, args, kwargs, border):
         self._args, self._kwargs = args, kwargs
         self._leaves = []
         classes = []
@@ -325,6 +317,13 @@ class _Arguments:
             classes += planned or [None] * len(leaves)
         self._places = [i for i, leaf in enumerate(self._leaves) if _is_float_tensor(leaf)]
         self.tensors = [self._leaves[i] for i in self._places]
+        self.limited = [_is_limited(layer)] * len(self.tensors)
+        if layer.autocast and not _is_limited(layer):
+            self.limited = [scale_state.is_limited(tensor.dtype) for tensor in self.tensors]
+            self.tensors = [
+                ops.cast(tensor, layer.compute_dtype) if limited else tensor
+                for tensor, limited in zip(self.tensors, self.limited, strict=True)
+            ]
         self.classes = [classes[i] for i in self._places]
 
     def replaced(self, tensors):
@@ -403,6 +402,12 @@ def _others(layer, weights):
 def _is_limited(layer):
     """Whether any part of `layer` computes in a format that its scale matters to."""
     return any(scale_state.is_limited(part.compute_dtype) for part in layer._flatten_layers())
+
+
+def _parted(gradients, flags):
+    """The gradients whose flag is set, and those whose flag is not."""
+    pairs = list(zip(gradients, flags, strict=True))
+    return [g for g, flag in pairs if flag], [g for g, flag in pairs if not flag]
 
 
 def _is_scaled_weight(variable):
