@@ -122,6 +122,22 @@ def test_a_fault_inside_a_layer_lowers_its_scale(trained, at, kind, value):
     assert all(after["r"][name] == before["r"][name] for name in others)
 
 
+def test_a_fault_inside_a_float32_layer_is_its_own(mixed_float16):
+    """Its weight gradients are not limited by float16, and yet looked at."""
+    inputs = keras.Input((4,))
+    x = layers.Dense(4)(Faulty(8, dtype="float32", name="faulty")(layers.Dense(8)(inputs)))
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(2)(x)))
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", **GRAPH)
+    model.fit(X, Y, batch_size=32, epochs=5, verbose=0)
+    model.get_layer("faulty").layer.weight_fault.assign(np.inf)
+    before = state_of(model)
+    one_step(model)
+    after = assert_skipped(model, before)
+    assert after["S"] == before["S"]
+    changed = {name for name in before["r"] if after["r"][name] != before["r"][name]}
+    assert changed == {"faulty"}
+
+
 @pytest.mark.parametrize("mode", [XLA], ids=["xla"])
 def test_faults_inside_a_layer_under_xla(trained):
     before = state_of(trained)

@@ -113,6 +113,21 @@ def test_a_sample_visits_all_channels_alike(channels):
     assert np.all(np.abs(visits - expected) < 5 * np.sqrt(expected))
 
 
+def test_a_sample_knows_the_tail_of_a_heavy_tailed_tensor():
+    """What `SAMPLE_SIZE` is chosen by: a standard deviation of about a binade."""
+    rng = np.random.default_rng(0)
+    misses = []
+    for _ in range(30):
+        x = rng.normal(size=50_000) * np.exp2(rng.normal(scale=3, size=50_000) - 4)
+        written = x.astype("float16")
+        exact = spectrum.quantile_exponent(counts_of(*written[written != 0]), 1e-3, FLOAT16)
+        sampled = spectrum.quantile_exponent(
+            counts_of(*np.array(spectrum.sample(written))), 1e-3, FLOAT16
+        )
+        misses.append(float(sampled) - float(exact))
+    assert np.sqrt(np.mean(np.square(misses))) < 2.0
+
+
 def test_the_peak_is_exact():
     x = np.zeros((200, 200), "float16")
     x[137, 31] = -65504.0
