@@ -163,7 +163,7 @@ def _conv(x, filters, kernel=3, strides=1, **kwargs):
     return layers.Conv2D(filters, kernel, strides, padding="same", **kwargs)(x)
 
 
-def resnet(depth=20, shape=(SIDE, SIDE, 3)):
+def resnet(depth=20):
     """He et al. (2016) for CIFAR: `depth` = 6n + 2, identity shortcuts padded with zeros."""
     blocks = (depth - 2) // 6
     init = {"kernel_initializer": "he_normal", "use_bias": False}
@@ -171,7 +171,7 @@ def resnet(depth=20, shape=(SIDE, SIDE, 3)):
     def normalized_relu(x):
         return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
 
-    inputs = keras.Input(shape)
+    inputs = keras.Input((SIDE, SIDE, 3))
     x = normalized_relu(_conv(inputs, 16, **init))
     for filters in (16, 32, 64):
         for block in range(blocks):
@@ -190,7 +190,7 @@ def vgg(shape=(SIDE, SIDE, 3)):
     for filters in (16, 32, 64, 64, 64):
         for _ in range(2):
             x = _conv(x, filters, activation="relu", kernel_initializer="he_normal")
-        x = layers.MaxPooling2D()(x)
+        x = layers.MaxPooling2D(padding="same")(x)
     x = layers.Dense(64, activation="relu", kernel_initializer="he_normal")(layers.Flatten()(x))
     return keras.Model(inputs, _scores(x))
 

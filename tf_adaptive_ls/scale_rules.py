@@ -101,8 +101,15 @@ class QuantileRule(ScaleRule):
         ValueError: If a setting is impossible.
     """
 
+    # Chosen by `./dev benchmark convergence --variations` on the model whose gradients
+    # change most, 17 layers that vanish at first (skipped of 2,000 steps, three seeds):
+    # between 1e-1 and 1e-3 nothing differs, and the share is the paper's.
     underflow: float = 1e-3
+    # The least that is enough: 1 skips 11 steps, 3 and 6 none.
     headroom: int = 3
+    # The most that is enough: without memory 107 steps are skipped, with 0.1 three,
+    # with 0.01 and 0.001 none; and the scales follow a loss that shrinks by 2**20 in
+    # 2,000 steps.
     forget: float = 0.01
 
     def __post_init__(self):
