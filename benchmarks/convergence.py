@@ -407,6 +407,35 @@ def plot_scales(results):
     return figure
 
 
+def write_report(directory, variations=False):
+    """Tables and plots of all cases that `directory` has figures of."""
+    results = report.load_results(directory, order=list(CASES))
+    if not variations:
+        report.save_plot(directory, "scales", plot_scales(results))
+    sections = [
+        f"""## {result["name"]}, {result["images"]}
+
+{result["steps"]} steps, {len(result["seeds"])} seeds; "reached" is {result["target"]:.0%}.
+{verdict(result)}
+
+{table(result)}
+"""
+        for result in results
+    ]
+    text = f"""# Convergence
+
+Test accuracy in %, mean ± standard deviation over seeds; in brackets the mean number of steps
+that were skipped. "never": not reached by every seed. A fixed scale skips no step: an overflow
+breaks the weights for good.
+
+{"" if variations else summary(results)}
+
+{chr(10).join(sections)}
+{report.provenance_text(results)}
+"""
+    report.save_text(directory, text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -443,31 +472,7 @@ def main(argv=None):
             result = run_case(case, strategies, images[case.images], steps, seeds, progress)
             report.save_result(args.output, result)
 
-    results = report.load_results(args.output, order=list(CASES))
-    if not args.variations:
-        report.save_plot(args.output, "scales", plot_scales(results))
-    sections = [
-        f"""## {result["name"]}, {result["images"]}
-
-{result["steps"]} steps, {len(result["seeds"])} seeds; "reached" is {result["target"]:.0%}.
-{verdict(result)}
-
-{table(result)}
-"""
-        for result in results
-    ]
-    text = f"""# Convergence
-
-Test accuracy in %, mean ± standard deviation over seeds; in brackets the mean number of steps
-that were skipped. "never": not reached by every seed. A fixed scale skips no step: an overflow
-breaks the weights for good.
-
-{"" if args.variations else summary(results)}
-
-{chr(10).join(sections)}
-{report.provenance_text(results)}
-"""
-    report.save_text(args.output, text)
+    write_report(args.output, args.variations)
 
 
 if __name__ == "__main__":
