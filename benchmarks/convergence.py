@@ -248,9 +248,17 @@ class Recorder(keras.callbacks.Callback):
 
 
 def run_case(case, strategies, images, steps, seeds, progress):
-    """Figures of one case, ready for JSON."""
+    """Figures of one case, ready for JSON: all so far, after each strategy."""
     weights = {}
     runs = {}
+    result = {
+        "name": case.name,
+        "images": images.name,
+        "target": case.target,
+        "steps": steps,
+        "seeds": seeds,
+        "runs": runs,
+    }
     bar = progress.add_task(case.name, total=len(strategies) * len(seeds) * steps)
     for strategy in strategies:
         keras.backend.clear_session()
@@ -264,14 +272,7 @@ def run_case(case, strategies, images, steps, seeds, progress):
             progress.update(bar, description=f"{case.name}: {strategy.name}")
             run = trainee.train(seed, weights[seed], images, lambda: progress.advance(bar))
             runs.setdefault(strategy.name, []).append(run)
-    return {
-        "name": case.name,
-        "images": images.name,
-        "target": case.target,
-        "steps": steps,
-        "seeds": seeds,
-        "runs": runs,
-    }
+        yield result
 
 
 # Tables and plots.
@@ -469,8 +470,8 @@ def main(argv=None):
         for case in cases:
             steps = args.steps or case.steps
             seeds = list(range(args.seeds))
-            result = run_case(case, strategies, images[case.images], steps, seeds, progress)
-            report.save_result(args.output, result)
+            for result in run_case(case, strategies, images[case.images], steps, seeds, progress):
+                report.save_result(args.output, result)
 
     write_report(args.output, args.variations)
 

@@ -2,6 +2,7 @@
 
 from tf_adaptive_ls.float_format import FloatFormat
 from tf_adaptive_ls.loss_scaled import LossScaled, neutral_scales
+from tf_adaptive_ls.nonfinite import Explanation, TensorReading, explain_nonfinite
 from tf_adaptive_ls.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.scale_rules import FixedRule, GaussianRule, QuantileRule, ScaleRule
 from tf_adaptive_ls.scale_table import ScaleRow, ScaleTable, scale_table
@@ -10,6 +11,7 @@ from tf_adaptive_ls.wrapping import strip_model, wrap_model
 
 __all__ = [
     "AdaptiveLossScaleOptimizer",
+    "Explanation",
     "FixedRule",
     "FloatFormat",
     "GaussianRule",
@@ -19,6 +21,8 @@ __all__ = [
     "ScaleRule",
     "ScaleTable",
     "Spectrum",
+    "TensorReading",
+    "explain_nonfinite",
     "neutral_scales",
     "scale_table",
     "strip_model",

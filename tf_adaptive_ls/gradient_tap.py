@@ -1,10 +1,10 @@
 """The one custom-gradient op: identity forward, powers of two backward."""
 
-import functools
-
 import keras
 import numpy as np
 from keras import ops
+
+from tf_adaptive_ls import backend
 
 _MIN_EXPONENT, _MAX_EXPONENT = -126, 127
 # A table, since `2 ** k` need not be exact on an accelerator.
@@ -54,26 +54,7 @@ def gradient_tap(tensors, shifts, state, report):
 
         return tuple(values), backward
 
-    return list(_custom_gradient(identity, exponents)(*tensors, state))
-
-
-def _custom_gradient(function, constant):
-    """Custom gradient of `function(constant, *inputs)` by `inputs`.
-
-    TensorFlow gathers all inputs of such a function in one `IdentityN` node, so that
-    even inference would compute `constant`, which only the backward pass needs: there
-    it must not be an input. JAX does not let the backward pass close over anything
-    that depends on what is differentiated: there it must be one.
-    """
-    if keras.backend.backend() != "jax":
-        return keras.ops.custom_gradient(lambda *inputs: function(constant, *inputs))
-
-    @keras.ops.custom_gradient
-    def with_constant(constant, *inputs):
-        outputs, backward = function(constant, *inputs)
-        return outputs, lambda *gradients: (ops.zeros_like(constant), *backward(*gradients))
-
-    return functools.partial(with_constant, constant)
+    return list(backend.custom_gradient(identity, exponents)(*tensors, state))
 
 
 def replaced(tensor, value):

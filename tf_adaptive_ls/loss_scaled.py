@@ -12,8 +12,7 @@ from keras import ops, tree
 
 from tf_adaptive_ls import scale_plan, scale_state
 from tf_adaptive_ls.gradient_tap import gradient_tap, replaced
-from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, MEMORY, Row
-from tf_adaptive_ls.spectrum import Spectrum
+from tf_adaptive_ls.scale_state import LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, MEMORY, Row
 
 _clock = itertools.count()
 _neutral = contextvars.ContextVar("neutral_scales", default=False)
@@ -123,7 +122,7 @@ class LossScaled(keras.layers.Wrapper):
         Assignable between steps, from -60 to 60. It changes no gradient but for
         rounding in float16.
         """
-        return int(self.state.numpy()[Row.HEADER, LOG2_SCALE])
+        return self.reading.log2_scale
 
     @log2_scale.setter
     def log2_scale(self, value):
@@ -145,9 +144,18 @@ class LossScaled(keras.layers.Wrapper):
 
     @property
     def spectrum(self):
-        """`Spectrum` of the gradients last measured, at the layer's scale."""
-        state = self.state.numpy()
-        return Spectrum(np.array(state[Row.PRODUCED]), FORMAT)
+        """`Spectrum` of the gradients last sampled, at the scale of that step."""
+        return self.reading.spectrum
+
+    @property
+    def overflows(self):
+        """On how many steps the layer made finite gradients non-finite: an int."""
+        return self.reading.overflows
+
+    @property
+    def reading(self):
+        """All that the state tells, a `scale_state.Reading`; readable between steps."""
+        return scale_state.Reading.of(keras.ops.convert_to_numpy(self.state))
 
     def _scaled_call(self, *args, **kwargs):
         if _neutral.get():
@@ -172,7 +180,7 @@ class LossScaled(keras.layers.Wrapper):
 
         # Going in. Backward, this is where the layer's gradients come out.
         arguments = _Arguments(self.layer, args, kwargs, border)
-        weights = [v for v in self.layer.trainable_variables if _is_scaled_weight(v)]
+        weights = [v for v in self.layer.trainable_variables if is_scaled_weight(v)]
         tensors = [*arguments.tensors, *(v.value for v in weights)]
         limited = [*arguments.limited, *[_is_limited(self.layer)] * len(weights)]
         if tensors:
@@ -200,7 +208,7 @@ class LossScaled(keras.layers.Wrapper):
         # Coming out. Backward, this is where gradients arrive.
         leaves = tree.flatten(outputs)
         classes = border.outputs if border else [None] * len(leaves)
-        tapped = [i for i, leaf in enumerate(leaves) if _is_float_tensor(leaf)]
+        tapped = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
         if tapped:
             narrow = [scale_state.is_limited(leaves[i].dtype) for i in tapped]
             limits_s = [n and classes[i] is None for i, n in zip(tapped, narrow, strict=True)]
@@ -218,7 +226,7 @@ class LossScaled(keras.layers.Wrapper):
                 report_arrived,
             )
             for i, result in zip(tapped, results, strict=True):
-                leaves[i] = _with_mask_of(leaves[i], result)
+                leaves[i] = with_mask_of(leaves[i], result)
         return tree.pack_sequence_as(outputs, leaves)
 
     # From here on the wrapper is its layer, as far as Keras can see.
@@ -315,7 +323,7 @@ class _Arguments:
             planned = border and (border.args if name is None else border.kwargs.get(name))
             self._leaves += leaves
             classes += planned or [None] * len(leaves)
-        self._places = [i for i, leaf in enumerate(self._leaves) if _is_float_tensor(leaf)]
+        self._places = [i for i, leaf in enumerate(self._leaves) if is_float_tensor(leaf)]
         self.tensors = [self._leaves[i] for i in self._places]
         self.limited = [_is_limited(layer)] * len(self.tensors)
         if layer.autocast and not _is_limited(layer):
@@ -330,7 +338,7 @@ class _Arguments:
         """`(args, kwargs)` with `tensors` in place of `self.tensors`."""
         leaves = list(self._leaves)
         for i, tensor in zip(self._places, tensors, strict=True):
-            leaves[i] = _with_mask_of(leaves[i], tensor)
+            leaves[i] = with_mask_of(leaves[i], tensor)
         leaves = iter(leaves)
 
         def refilled(value):
@@ -365,7 +373,7 @@ class _Held(keras.StatelessScope):
     def get_current_value(self, variable):
         value = super().get_current_value(variable)
         if value is None and variable._value is not None:
-            if _is_scaled_weight(variable):
+            if is_scaled_weight(variable):
                 raise ValueError(
                     "Expected a LossScaled layer to use only trainable weights that it "
                     f"tracks. Received: layer '{self._layer_name}' reading "
@@ -410,7 +418,7 @@ def _parted(gradients, flags):
     return [g for g, flag in pairs if flag], [g for g, flag in pairs if not flag]
 
 
-def _is_scaled_weight(variable):
+def is_scaled_weight(variable):
     """Whether `variable` has a gradient that bears a scale."""
     return (
         variable.trainable
@@ -419,7 +427,8 @@ def _is_scaled_weight(variable):
     )
 
 
-def _is_float_tensor(x):
+def is_float_tensor(x):
+    """Whether `x` is a dense tensor that may have a gradient."""
     return (
         ops.is_tensor(x)
         and keras.backend.is_float_dtype(x.dtype)
@@ -429,7 +438,8 @@ def _is_float_tensor(x):
     )
 
 
-def _with_mask_of(original, tensor):
+def with_mask_of(original, tensor):
+    """`tensor`, with the Keras mask of `original` if it has one."""
     mask = getattr(original, "_keras_mask", None)
     if mask is not None:
         tensor._keras_mask = mask

@@ -17,6 +17,8 @@ from tf_adaptive_ls.scale_state import (
     MAX_MEMORY_SIZE,
     MEASURE,
     MEMORY,
+    OVERFLOWS,
+    SAMPLE_LOG2_SCALE,
     Row,
 )
 
@@ -120,7 +122,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     @property
     def last_step_skipped(self):
         """Whether the last step was skipped: a bool, readable between steps."""
-        return bool(self._last_step_skipped.numpy()) if self.built else False
+        return self.skipped_in_a_row > 0
+
+    @property
+    def skipped_in_a_row(self):
+        """How many steps up to the last were skipped: an int, readable between steps."""
+        return int(self._skipped_in_a_row.numpy()) if self.built else 0
 
     def build(self, var_list):
         states = [v for v in var_list if _is_state(v)]
@@ -128,7 +135,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         super().build([v for v in var_list if not _is_state(v)])
         self.dynamic_growth_steps = _NEVER if states else _KERAS_GROWTH_STEPS
         self._skipped_steps = self._add_counter("skipped_steps")
-        self._last_step_skipped = self._add_counter("last_step_skipped")
+        self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
         self._steps_to_measurement = self._add_counter("steps_to_measurement")
         self._memory = self.add_variable(
             shape=(self.rule.memory_size,),
@@ -207,7 +214,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Counts the step and moves all scales. `log2_scale` is that of the step."""
         skipped = ops.logical_not(finite)
         self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
-        self._last_step_skipped.assign(ops.cast(skipped, "int32"))
+        in_a_row = self._skipped_in_a_row.value + 1
+        self._skipped_in_a_row.assign(ops.where(skipped, in_a_row, ops.zeros_like(in_a_row)))
         reports_and_states = [(g, v) for g, v in reports_and_states if g is not None]
         if not reports_and_states:
             return
@@ -263,8 +271,15 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         wait = ops.where(ops.logical_or(skipped, too_far), 0, ops.maximum(wait, 0))
 
         spectra = ops.where(measured[:, None, None], reports[:, 1:], states[:, 1:])
-        measure = ops.cast(ops.equal(wait, 0), "float32")
-        header = scale_state.header(new_r, measure, memory)
+        sampled_at = states[:, Row.HEADER, SAMPLE_LOG2_SCALE]
+        overflows = states[:, Row.HEADER, OVERFLOWS]
+        header = scale_state.header(
+            new_r,
+            measure=ops.cast(ops.equal(wait, 0), "float32"),
+            sample_log2_scale=ops.where(measured, r + log2_scale, sampled_at),
+            overflows=overflows + ops.cast(at_fault, "float32"),
+            memory=memory,
+        )
         states = ops.concatenate([header, spectra], axis=1)
         for i, (_, variable) in enumerate(reports_and_states):
             variable.assign(states[i])

@@ -11,6 +11,7 @@ no more than to find out whether all are finite, and it is what overflows. Sampl
 cost more, and the tails that they show change slowly.
 """
 
+import dataclasses
 import enum
 
 import keras
@@ -40,11 +41,13 @@ class Row(enum.IntEnum):
 
 
 # Columns of Row.HEADER.
-LOG2_SCALE = 0
-MEASURE = 1
-MEMORY = 2  # and all after it: what the rule remembers
+LOG2_SCALE = 0  # r
+MEASURE = 1  # 1 to take samples on the next step, 0 not to
+SAMPLE_LOG2_SCALE = 2  # log2(S) + r when the samples were taken
+OVERFLOWS = 3  # on how many steps this layer made finite gradients non-finite
+MEMORY = 4  # and all after it: what the rule remembers
 
-MAX_MEMORY_SIZE = 40
+MAX_MEMORY_SIZE = 38
 
 NUM_BINS = spectrum.num_bins(FORMAT)
 SHAPE = (len(Row), NUM_BINS)
@@ -65,17 +68,54 @@ def initial(shape=SHAPE, dtype="float32"):
     return ops.convert_to_tensor(state)
 
 
-def header(log2_scales, measure, memory):
+def header(log2_scale, measure, sample_log2_scale, overflows, memory):
     """Row.HEADER of several states, `[layers, 1, bins]`, to concatenate with the rest.
 
-    Args:
-        log2_scales: Tensor `[layers]`.
-        measure: Scalar tensor, 1 to measure the next step and 0 not to.
-        memory: Tensor `[layers, n]`.
+    The arguments are the columns: tensors `[layers]`, but for `measure`, a scalar, and
+    `memory`, `[layers, n]`.
     """
-    columns = [log2_scales[:, None], ops.zeros_like(log2_scales)[:, None] + measure, memory]
-    row = ops.concatenate(columns, axis=1)
+    measure = ops.zeros_like(log2_scale) + measure
+    columns = ops.stack([log2_scale, measure, sample_log2_scale, overflows], axis=1)
+    row = ops.concatenate([columns, memory], axis=1)
     return ops.pad(row, ((0, 0), (0, NUM_BINS - row.shape[1])))[:, None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """What a state tells a person.
+
+    Attributes:
+        log2_scale: The int r.
+        log2_sampled_at: log2 of the scale S * 2**r that `spectrum` was taken at.
+        overflows: On how many steps the layer made finite gradients non-finite.
+        spectrum: `Spectrum` of the last sample of its input and weight gradients.
+        peaks: `Spectrum` of the largest of each of them on that step.
+    """
+
+    log2_scale: int
+    log2_sampled_at: int
+    overflows: int
+    spectrum: spectrum.Spectrum
+    peaks: spectrum.Spectrum
+
+    @classmethod
+    def of(cls, state):
+        """Reads a state given as a NumPy array."""
+        return cls(
+            int(state[Row.HEADER, LOG2_SCALE]),
+            int(state[Row.HEADER, SAMPLE_LOG2_SCALE]),
+            int(state[Row.HEADER, OVERFLOWS]),
+            spectrum.Spectrum(np.array(state[Row.PRODUCED]), FORMAT),
+            spectrum.Spectrum(np.array(state[Row.PRODUCED_PEAK]), FORMAT),
+        )
+
+    @property
+    def binades(self):
+        """Lowest and highest binade of the gradients themselves, `None` if all are zero."""
+        if self.spectrum.binades is None:
+            return None
+        low, high = self.spectrum.binades
+        return low - self.log2_sampled_at, high - self.log2_sampled_at
 
 
 def report(measure, *, arrived=(), passing=(), produced=(), unlimited=(), origin=()):

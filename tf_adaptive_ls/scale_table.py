@@ -1,16 +1,14 @@
 """`scale_table`: what every layer's gradients do, at a glance."""
 
 import dataclasses
-import io
 import math
 
 import keras
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from tf_adaptive_ls.loss_scaled import LossScaled
+from tf_adaptive_ls.named_layers import named_layers, scaled_inside
 from tf_adaptive_ls.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.text_table import power, powers, text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +22,7 @@ class ScaleRow:
         log2_total: log2 of the scale S * 2**r that it works at, `None` if the layer
             is not scaled or the optimizer is not known.
         binades: Lowest and highest binade that its gradients were last seen to
-            occupy, without any scale if `log2_total` is known and else at the
-            layer's scale. `None` if none were seen.
+            occupy, without any scale, `None` if none were seen.
         underflow: Estimated share of its gradients still lost to underflow, `None`
             if none were seen.
         note: Why the layer is not scaled; empty if it is.
@@ -44,32 +41,28 @@ class ScaleTable(list):
     """A list of `ScaleRow` that prints as an aligned table."""
 
     def __str__(self):
-        table = Table(box=box.SIMPLE, pad_edge=False)
-        for title, justify in [
-            ("layer", "left"),
-            ("class", "left"),
-            ("scale", "right"),
-            ("S · scale", "right"),
-            ("gradient binades", "right"),
-            ("underflow", "right"),
-            ("not scaled because", "left"),
-        ]:
-            table.add_column(title, justify=justify, no_wrap=True)
-        for row in self:
-            table.add_row(
+        columns = {
+            "layer": "left",
+            "class": "left",
+            "scale": "right",
+            "S · scale": "right",
+            "gradient binades": "right",
+            "underflow": "right",
+            "not scaled because": "left",
+        }
+        rows = (
+            (
                 row.name,
                 row.layer_class,
-                _power(row.log2_scale),
-                _power(row.log2_total),
-                f"{_power(row.binades[0])} … {_power(row.binades[1])}" if row.binades else "",
+                power(row.log2_scale),
+                power(row.log2_total),
+                powers(row.binades),
                 "" if row.underflow is None else f"{row.underflow:.2%}",
                 row.note,
             )
-        # Wide enough for anything: a table in a log file must not wrap.
-        console = Console(file=io.StringIO(), width=1000)
-        console.print(table)
-        lines = console.file.getvalue().splitlines()
-        return "\n".join(line.rstrip() for line in lines).strip("\n")
+            for row in self
+        )
+        return text_table(columns, rows)
 
 
 def scale_table(model, optimizer=None):
@@ -100,37 +93,23 @@ def scale_table(model, optimizer=None):
             f"{optimizer!r}. Leave it out to see scales relative to the loss scale."
         )
     log2_loss_scale = None if optimizer is None else round(math.log2(optimizer.loss_scale))
-    layers = model.layers if isinstance(model, keras.Model) else [model]
-    return ScaleTable(_rows(layers, "", log2_loss_scale))
+    return ScaleTable(_row(name, layer, log2_loss_scale) for name, layer in named_layers(model))
 
 
-def _rows(layers, prefix, log2_loss_scale):
-    for layer in layers:
-        name = prefix + layer.name
-        if isinstance(layer, keras.Model):
-            yield from _rows(layer.layers, f"{name}/", log2_loss_scale)
-        elif isinstance(layer, LossScaled):
-            yield _scaled_row(layer, name, log2_loss_scale)
-        else:
-            inside = [
-                each
-                for each in layer._flatten_layers(include_self=False)
-                if isinstance(each, LossScaled)
-            ]
-            note = f"has {len(inside)} scaled layers inside" if inside else _why_not(layer)
-            nothing = (None, None, None, None)
-            yield ScaleRow(name, type(layer).__name__, *nothing, note)
-            yield from _rows(inside, f"{name}/", log2_loss_scale)
+def _row(name, layer, log2_loss_scale):
+    if isinstance(layer, LossScaled):
+        return scaled_row(name, type(layer.layer).__name__, layer.reading, log2_loss_scale)
+    inside = scaled_inside(layer)
+    note = f"has {len(inside)} scaled layers inside" if inside else _why_not(layer)
+    return ScaleRow(name, type(layer).__name__, None, None, None, None, note)
 
 
-def _scaled_row(layer, name, log2_loss_scale):
-    r, spectrum, binades = layer.log2_scale, layer.spectrum, layer.spectrum.binades
+def scaled_row(name, layer_class, reading, log2_loss_scale):
+    """The `ScaleRow` of a scaled layer, from a `scale_state.Reading` of its state."""
+    r, spectrum = reading.log2_scale, reading.spectrum
     total = None if log2_loss_scale is None else log2_loss_scale + r
-    if binades and total is not None:
-        binades = tuple(binade - total for binade in binades)
-    kind = type(layer.layer).__name__
     underflow = spectrum.underflow_share if spectrum.nonzero else None
-    return ScaleRow(name, kind, r, total, binades, underflow, "")
+    return ScaleRow(name, layer_class, r, total, reading.binades, underflow, "")
 
 
 def _why_not(layer):
@@ -139,7 +118,3 @@ def _why_not(layer):
     if layer.trainable_weights:
         return "not wrapped"
     return "no trainable weights" if layer.trainable else "frozen"
-
-
-def _power(exponent):
-    return "" if exponent is None else f"2^{exponent}"

@@ -1,0 +1,36 @@
+"""Tables in plain text, for printing."""
+
+import io
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def text_table(columns, rows):
+    """Aligned text.
+
+    Args:
+        columns: Dict of "left" or "right" by title.
+        rows: Iterable of sequences of strings.
+    """
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for title, justify in columns.items():
+        table.add_column(title, justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Wide enough for anything: a table in a log file must not wrap.
+    console = Console(file=io.StringIO(), width=1000, markup=False, highlight=False)
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def power(exponent):
+    """`2^exponent`, or nothing for `None`."""
+    return "" if exponent is None else f"2^{exponent}"
+
+
+def powers(binades):
+    """A range of binades, or nothing for `None`."""
+    return f"{power(binades[0])} … {power(binades[1])}" if binades else ""
