@@ -57,3 +57,9 @@ def sync_state(model):
     """
     if keras.backend.backend() == "jax":
         model.jax_state_sync()
+
+
+def no_step(model, arguments):
+    """What `model.train_function(*arguments)` returns, without a training step."""
+    logs = model.get_metrics_result()
+    return (logs, arguments[0]) if keras.backend.backend() == "jax" else logs

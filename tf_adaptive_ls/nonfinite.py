@@ -46,7 +46,7 @@ class TensorReading:
 
     @property
     def kind(self):
-        """ "Inf", "NaN", "Inf and NaN", or empty if all is finite."""
+        """Which of "Inf", "NaN" or "Inf and NaN" it holds; empty if all is finite."""
         return " and ".join(name for name, n in (("Inf", self.infs), ("NaN", self.nans)) if n)
 
 
@@ -131,7 +131,9 @@ def explain_nonfinite(model, x, y=None, sample_weight=None):
 
     Args:
         model: A built `keras.Model`, compiled; the loss is that of its `compute_loss`.
-        x, y, sample_weight: One batch, as for `fit`.
+        x: One batch of inputs, as for `fit`.
+        y: The targets of that batch.
+        sample_weight: The weights of its examples.
 
     Returns:
         An `Explanation`, which prints as a sentence, what to try, and a table.

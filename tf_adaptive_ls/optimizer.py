@@ -115,6 +115,11 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return float(self.dynamic_scale.numpy()) if self.built else self.initial_scale
 
     @property
+    def steps(self):
+        """How many steps were taken or skipped so far: an int, readable between steps."""
+        return int(self._steps.numpy()) if self.built else 0
+
+    @property
     def skipped_steps(self):
         """How many steps were skipped so far: an int, readable between steps."""
         return int(self._skipped_steps.numpy()) if self.built else 0
@@ -134,6 +139,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         _warn_if_useless(states)
         super().build([v for v in var_list if not _is_state(v)])
         self.dynamic_growth_steps = _NEVER if states else _KERAS_GROWTH_STEPS
+        self._steps = self._add_counter("steps")
         self._skipped_steps = self._add_counter("skipped_steps")
         self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
         self._steps_to_measurement = self._add_counter("steps_to_measurement")
@@ -213,6 +219,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _update_scales(self, reports_and_states, finite, log2_scale):
         """Counts the step and moves all scales. `log2_scale` is that of the step."""
         skipped = ops.logical_not(finite)
+        self._steps.assign_add(1)
         self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
         in_a_row = self._skipped_in_a_row.value + 1
         self._skipped_in_a_row.assign(ops.where(skipped, in_a_row, ops.zeros_like(in_a_row)))

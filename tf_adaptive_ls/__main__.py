@@ -1,0 +1,49 @@
+"""Draws all pictures of a run and prints its table: `python -m tf_adaptive_ls RUN.jsonl`."""
+
+import argparse
+import pathlib
+import sys
+
+from tf_adaptive_ls.run_record import load_run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m tf_adaptive_ls",
+        description="Draws what every layer's gradients did in a run, and prints a table.",
+    )
+    parser.add_argument("run", type=pathlib.Path, help="the file that LossScaleMonitor wrote")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path(),
+        metavar="DIR",
+        help="where to write scales.png, spectra.png and training.png; default: here",
+    )
+    parser.add_argument("--step", type=int, help="the step that spectra.png shows, not the last")
+    parser.add_argument("--dark", action="store_true", help="draw on black")
+    args = parser.parse_args(argv)
+
+    # Here, for its error is about a package and comes after those about arguments.
+    from tf_adaptive_ls import plots
+
+    try:
+        run = load_run(args.run, plots.MOST_MOMENTS)
+        pictures = {
+            "scales": plots.plot_scales(run, dark=args.dark),
+            "spectra": plots.plot_spectra(run, step=args.step, dark=args.dark),
+            "training": plots.plot_training(run, dark=args.dark),
+        }
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(run.table())
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, figure in pictures.items():
+        path = args.output / f"{name}.png"
+        figure.savefig(path, dpi=110)
+        print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    main()
