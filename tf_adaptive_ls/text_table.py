@@ -20,7 +20,9 @@ def text_table(columns, rows):
     for row in rows:
         table.add_row(*row)
     # Wide enough for anything: a table in a log file must not wrap.
-    console = Console(file=io.StringIO(), width=1000, markup=False, highlight=False)
+    # Rich would colour it, or show it in Jupyter instead.
+    plain = {"color_system": None, "force_terminal": False, "force_jupyter": False}
+    console = Console(file=io.StringIO(), width=1000, markup=False, highlight=False, **plain)
     console.print(table)
     lines = console.file.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines).strip("\n")

@@ -1,0 +1,65 @@
+"""Draws the pictures of README.md: what gradients do in a deep network while it trains.
+
+Trains 17 layers without normalisation, of which each divides the gradient by five at
+first, on handwritten digits. Writes the record of the run and, in light and dark, what
+`python -m tf_adaptive_ls` draws of it.
+"""
+
+import argparse
+import pathlib
+
+import convergence
+import data
+import keras
+import report
+import zoo
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls import plots
+
+BATCH_SIZE = 32
+# When all layers still learn from scratch.
+EARLY = 10
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=600, help="default: %(default)s")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        metavar="DIR",
+        default=pathlib.Path("runs/pictures"),
+        help="where to write; default: %(default)s",
+    )
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    record = args.output / "run.jsonl"
+    record.unlink(missing_ok=True)
+
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("mixed_float16")
+    model = als.wrap_model(zoo.vanishing_mlp())
+    model.compile(
+        als.AdaptiveLossScaleOptimizer(convergence.adam()(args.steps)),
+        loss=zoo.cross_entropy,
+        jit_compile=True,
+    )
+    batches = (zoo.classify_vector(*batch) for batch in data.digits().batches(BATCH_SIZE, seed=0))
+    model.fit(
+        batches,
+        steps_per_epoch=args.steps,
+        shuffle=False,
+        callbacks=[als.LossScaleMonitor(record, every=10)],
+    )
+    for suffix, dark in (("", False), ("_dark", True)):
+        report.save_plot(args.output, f"scales{suffix}", plots.plot_scales(record, dark=dark))
+        spectra = plots.plot_spectra(record, step=EARLY, dark=dark)
+        report.save_plot(args.output, f"spectra{suffix}", spectra)
+    print(f"Written to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()
