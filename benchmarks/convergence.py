@@ -255,10 +255,12 @@ class Recorder(keras.callbacks.Callback):
         return int(away[-1]) + 2 if away.size else 1
 
 
-def run_case(case, strategies, images, steps, seeds, progress):
-    """Figures of one case, ready for JSON: all so far, after each strategy."""
+def run_case(case, strategies, images, steps, seeds, progress, runs):
+    """Figures of one case, ready for JSON: all so far, after each strategy.
+
+    `runs` are those of other strategies, from before.
+    """
     weights = {}
-    runs = {}
     result = {
         "name": case.name,
         "images": images.name,
@@ -271,6 +273,7 @@ def run_case(case, strategies, images, steps, seeds, progress):
     for strategy in strategies:
         keras.backend.clear_session()
         trainee = None
+        new_runs = []
         for seed in seeds:
             if seed not in weights:
                 keras.utils.set_random_seed(seed)
@@ -279,7 +282,8 @@ def run_case(case, strategies, images, steps, seeds, progress):
             trainee = trainee or Trainee(case, strategy, steps)
             progress.update(bar, description=f"{case.name}: {strategy.name}")
             run = trainee.train(seed, weights[seed], images, lambda: progress.advance(bar))
-            runs.setdefault(strategy.name, []).append(run)
+            new_runs.append(run)
+        runs[strategy.name] = new_runs
         yield result
 
 
@@ -451,6 +455,12 @@ def main(argv=None):
     )
     report.add_arguments(parser, "convergence")
     parser.add_argument("--only", nargs="+", metavar="CASE", choices=CASES, help="names")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        metavar="NAME",
+        help="run these alone, and keep what the output directory has of others",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many; default: %(default)s")
     parser.add_argument("--steps", type=int, help="instead of each case's own")
     parser.add_argument(
@@ -464,6 +474,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     grid = tuple(fixed(scale) for scale in GRID)
     strategies = VARIATIONS if args.variations else (REFERENCE, *STRATEGIES, *grid)
+    if args.strategies:
+        unknown = set(args.strategies) - {strategy.name for strategy in strategies}
+        if unknown:
+            parser.error(f"no such strategies: {', '.join(sorted(unknown))}")
+        strategies = [s for s in strategies if s.name in args.strategies]
     if args.quick:
         args.steps, args.seeds = args.steps or 50, 1
     names = args.only or (QUICK_CASES if args.quick else PAPER_CASES if args.paper else list(CASES))
@@ -479,7 +494,13 @@ def main(argv=None):
         for case in cases:
             steps = args.steps or case.steps
             seeds = list(range(args.seeds))
-            for result in run_case(case, strategies, images[case.images], steps, seeds, progress):
+            before = report.load_results(args.output, [case.name]) if args.strategies else []
+            for kept in before:
+                if (kept["steps"], kept["seeds"]) != (steps, seeds):
+                    parser.error(f"{case.name} was run for other steps or seeds before")
+            runs = before[0]["runs"] if before else {}
+            of_case = images[case.images]
+            for result in run_case(case, strategies, of_case, steps, seeds, progress, runs):
                 report.save_result(args.output, result)
 
     write_report(args.output, args.variations)
