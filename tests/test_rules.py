@@ -53,9 +53,9 @@ def at(*exponents):
         ([4, -4], 1),  # 10 free above, 11 normal ones below
         ([10, 2], -5),
         ([-24, -10], 18),
-        ([-24, 4], 8),  # too wide: three binades above, the rest below
-        ([12, -16], 0),
-        ([15, -24], -3),  # overflow wins
+        ([-24, 4], 6),  # too wide: five binades above, the rest below
+        ([12, -16], -2),
+        ([15, -24], -5),  # overflow wins
     ],
 )
 def test_the_quantile_rule_goes_to_the_middle(exponents, expected):
@@ -65,7 +65,7 @@ def test_the_quantile_rule_goes_to_the_middle(exponents, expected):
 def test_the_quantile_rule_tolerates_a_share():
     values = at(0) * 999 + at(-20)
     assert change(als.QuantileRule(underflow=1e-3), values) == change(als.QuantileRule(), at(0))
-    assert change(als.QuantileRule(underflow=0.9e-3), values) == 15 - 4 - 0
+    assert change(als.QuantileRule(underflow=0.9e-3), values) == 15 - 5 - 0
 
 
 def test_the_quantile_rule_takes_some_zeros_for_structure():
