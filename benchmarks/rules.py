@@ -28,7 +28,7 @@ class AmaxHistoryRule(als.ScaleRule):
     """
 
     margin: int = 0
-    history: int = 40
+    history: int = 38
 
     @property
     def memory_size(self):
