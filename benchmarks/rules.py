@@ -24,7 +24,7 @@ class AmaxHistoryRule(als.ScaleRule):
     """Transformer Engine's delayed scaling: `largest value / amax / 2**margin`.
 
     amax is the largest magnitude of the last `history` steps. Transformer Engine
-    remembers 1024; a rule can keep 40 numbers.
+    remembers 1024; a rule can keep 38 numbers.
     """
 
     margin: int = 0
