@@ -25,8 +25,9 @@ def shifted(gradient, shift, dtype, mode="eager"):
         with tf.GradientTape() as tape:
             tape.watch([x, state])
 
-            def report(gradients, wide):
-                return tf.stack([tf.cast(gradients[0], tf.float32), tf.cast(wide[0], tf.float32)])
+            def report(gradients, factors):
+                gradient = tf.cast(gradients[0], tf.float32)
+                return tf.stack([gradient, gradient * factors[0]])
 
             (y,) = gradient_tap([x], [shift], state, report)
         return y, *tape.gradient(y, [x, state], output_gradients=gradient)

@@ -24,16 +24,18 @@ def gradient_tap(tensors, shifts, state, report):
         shifts: List of scalars, one per tensor: the gradient of `tensors[i]` is
             multiplied by `2 ** shifts[i]`. `None` leaves a gradient as it is.
         state: Tensor that receives the report as its "gradient".
-        report: Function `(gradients, shifted) -> tensor` of `state`'s shape.
-            `gradients` are as they arrived; `shifted` are not yet rounded to
-            the dtype of their tensor, and `None` where the shift is `None`.
+        report: Function `(gradients, factors) -> tensor` of `state`'s shape: of the
+            gradients as they arrived, and what each is multiplied by, `None` for
+            nothing.
 
     Returns:
         List of tensors equal to `tensors`. Differentiating their gradients once
         more raises a `NotImplementedError`.
     """
-    zero = ops.zeros((), "float32")
-    exponents = ops.stop_gradient(ops.stack([zero if s is None else s for s in shifts]))
+    # Most gradients of a layer share one shift.
+    distinct = list({id(shift): shift for shift in shifts if shift is not None}.values())
+    places = [next((i for i, d in enumerate(distinct) if d is s), None) for s in shifts]
+    exponents = ops.stop_gradient(ops.stack(distinct)) if distinct else np.zeros(0, "float32")
 
     def identity(exponents, *inputs):
         *values, _ = inputs
@@ -41,16 +43,13 @@ def gradient_tap(tensors, shifts, state, report):
         def backward(*gradients):
             if isinstance(gradients[0], (list, tuple)):  # JAX passes one tuple
                 (gradients,) = gradients
-            factors = power_of_two(exponents)
+            powers = ops.unstack(power_of_two(exponents), len(distinct)) if distinct else []
+            factors = [None if place is None else powers[place] for place in places]
             shifted = [
-                None if shift is None else _multiply(gradient, factors[i])
-                for i, (gradient, shift) in enumerate(zip(gradients, shifts, strict=True))
+                gradient if factor is None else _multiply(gradient, factor)
+                for gradient, factor in zip(gradients, factors, strict=True)
             ]
-            results = [
-                _first_order(gradient if wide is None else _cast_like(wide, gradient))
-                for gradient, wide in zip(gradients, shifted, strict=True)
-            ]
-            return (*results, report(list(gradients), shifted))
+            return (*_first_order(shifted), report(list(gradients), factors))
 
         return tuple(values), backward
 
@@ -72,23 +71,20 @@ def replaced(tensor, value):
 
 
 def _multiply(x, factor):
+    """`x * factor` in `x`'s dtype, rounded once."""
     # In float16 the factor alone would overflow at 2**16.
-    wide = keras.backend.result_type(x.dtype, "float32")
-    if keras.backend.standardize_dtype(x.dtype) != wide:
-        x = ops.cast(x, wide)
-    return ops.multiply(x, ops.cast(factor, wide))
+    narrow = keras.backend.standardize_dtype(x.dtype)
+    wide = keras.backend.result_type(narrow, "float32")
+    if narrow == wide:
+        return ops.multiply(x, ops.cast(factor, wide))
+    return ops.cast(ops.multiply(ops.cast(x, wide), factor), narrow)
 
 
-def _cast_like(x, reference):
-    return x if x.dtype == reference.dtype else ops.cast(x, reference.dtype)
-
-
-def _first_order(gradient):
-    if hasattr(gradient, "indices"):  # `tf.IndexedSlices`; its source is guarded
-        return gradient
+def _first_order(gradients):
+    """`gradients`, which cannot be differentiated."""
 
     @keras.ops.custom_gradient
-    def identity(x):
+    def identity(*tensors):
         def backward(*_):
             raise NotImplementedError(
                 "Expected gradients through a LossScaled layer to be taken once. "
@@ -97,6 +93,11 @@ def _first_order(gradient):
                 "to, inside `with tf_adaptive_ls.neutral_scales():`."
             )
 
-        return x, backward
+        return tuple(tensors), backward
 
-    return identity(gradient)
+    # `tf.IndexedSlices` are let through: their source is guarded.
+    dense = [not hasattr(gradient, "indices") for gradient in gradients]
+    if not any(dense):
+        return gradients
+    guarded = iter(identity(*[g for g, d in zip(gradients, dense, strict=True) if d]))
+    return [next(guarded) if d else g for g, d in zip(gradients, dense, strict=True)]

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from tf_adaptive_ls import scale_plan, scale_state
+from tf_adaptive_ls import scale_plan, scale_state, spectrum
 from tf_adaptive_ls.gradient_tap import gradient_tap, replaced
-from tf_adaptive_ls.scale_state import LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, MEMORY, Row
+from tf_adaptive_ls.scale_state import LOG2_SCALE, MAX_LOG2_SCALE, MEMORY, Row
 
 _clock = itertools.count()
 _neutral = contextvars.ContextVar("neutral_scales", default=False)
@@ -165,8 +165,7 @@ class LossScaled(keras.layers.Wrapper):
         self.called_at = next(_clock)
         border = scale_plan.border_of(self)
         state = self.state.value
-        r = state[Row.HEADER, LOG2_SCALE]
-        measure = state[Row.HEADER, MEASURE] > 0
+        r = self.log2_scale_tensor()
 
         def to_inside(consumers):
             """Shift from the scale of a class to S * 2**r, `None` for none."""
@@ -184,11 +183,12 @@ class LossScaled(keras.layers.Wrapper):
         tensors = [*arguments.tensors, *(v.value for v in weights)]
         limited = [*arguments.limited, *[_is_limited(self.layer)] * len(weights)]
         if tensors:
-            shifts = [*map(to_outside, arguments.classes), *(-r for _ in weights)]
+            back_to_s = -r
+            shifts = [*map(to_outside, arguments.classes), *[back_to_s] * len(weights)]
 
             def report_produced(gradients, _):
                 produced, unlimited = _parted(gradients, limited)
-                return scale_state.report(measure, produced=produced, unlimited=unlimited)
+                return scale_state.report(produced=produced, unlimited=unlimited)
 
             tensors = gradient_tap(tensors, shifts, state, report_produced)
         args, kwargs = arguments.replaced(tensors[: len(arguments.tensors)])
@@ -203,7 +203,7 @@ class LossScaled(keras.layers.Wrapper):
             self.layer._clear_losses()
         held.assign_updates()
         for loss in losses:
-            self.add_loss(_tapped_loss(loss, r, state, measure))
+            self.add_loss(_tapped_loss(loss, r, state))
 
         # Coming out. Backward, this is where gradients arrive.
         leaves = tree.flatten(outputs)
@@ -213,11 +213,13 @@ class LossScaled(keras.layers.Wrapper):
             narrow = [scale_state.is_limited(leaves[i].dtype) for i in tapped]
             limits_s = [n and classes[i] is None for i, n in zip(tapped, narrow, strict=True)]
 
-            def report_arrived(gradients, shifted):
-                arrived, passing = _parted(gradients, limits_s)
-                inside = [g if s is None else s for g, s in zip(gradients, shifted, strict=True)]
+            def report_arrived(gradients, factors):
+                arrived, _ = _parted(gradients, limits_s)
+                peaks = [spectrum.peak(gradient) for gradient in gradients]
+                _, passing = _parted(peaks, limits_s)
+                inside = [p if f is None else p * f for p, f in zip(peaks, factors, strict=True)]
                 origin, _ = _parted(inside, narrow)
-                return scale_state.report(measure, arrived=arrived, passing=passing, origin=origin)
+                return scale_state.report(arrived=arrived, passing=passing, origin=origin)
 
             results = gradient_tap(
                 [leaves[i] for i in tapped],
@@ -390,11 +392,12 @@ class _Held(keras.StatelessScope):
             variable.assign(value)
 
 
-def _tapped_loss(loss, r, state, measure):
+def _tapped_loss(loss, r, state):
     narrow = keras.backend.result_type(loss.dtype, "float32") != loss.dtype
 
-    def report(gradients, shifted):
-        return scale_state.report(measure, origin=shifted if narrow else ())
+    def report(gradients, factors):
+        origin = [spectrum.peak(gradients[0]) * factors[0]] if narrow else []
+        return scale_state.report(origin=origin)
 
     (tapped,) = gradient_tap([loss], [r], state, report)
     return tapped

@@ -19,6 +19,7 @@ from tf_adaptive_ls.scale_state import (
     MEMORY,
     OVERFLOWS,
     SAMPLE_LOG2_SCALE,
+    Reports,
     Row,
 )
 
@@ -226,18 +227,18 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         reports_and_states = [(g, v) for g, v in reports_and_states if g is not None]
         if not reports_and_states:
             return
-        reports = ops.stack([report for report, _ in reports_and_states])
+        reports = Reports(ops.stack([report for report, _ in reports_and_states]))
         states = ops.stack([state.value for _, state in reports_and_states])
         r = states[:, Row.HEADER, LOG2_SCALE]
         asked = states[:, Row.HEADER, MEASURE] > 0
         measured = ops.logical_and(asked, finite)
 
-        arrived_broken = reports[:, Row.ARRIVED_PEAK, spectrum.NONFINITE] > 0
-        produced_broken = reports[:, Row.PRODUCED_PEAK, spectrum.NONFINITE] > 0
+        arrived, produced = reports.samples(ops.any(measured))
+        arrived_peaks, produced_peaks = reports.arrived_peaks, reports.produced_peaks
         called_at = [state.loss_scaled.called_at for _, state in reports_and_states]
         turn = np.argsort(np.argsort(called_at)).astype("float32")
-        last_broken_arrival = ops.max(ops.where(arrived_broken, turn, -1.0))
-        at_fault = ops.logical_and(produced_broken, turn > last_broken_arrival)
+        last_broken_arrival = ops.max(ops.where(reports.arrived_broken, turn, -1.0))
+        at_fault = ops.logical_and(reports.produced_broken, turn > last_broken_arrival)
         # Before the first measurement all scales are one, S.
         ever_measured = ops.any(states[:, Row.PRODUCED_PEAK] > 0)
         at_fault = ops.logical_and(at_fault, ever_measured)
@@ -247,14 +248,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         # Each layer moves by what it produced, S by what arrived anywhere at S.
         memory = states[:, Row.HEADER, MEMORY : MEMORY + self.rule.memory_size]
         memory_of_s = self._memory.value[None]
-        change, new_memory = self.rule(
-            reports[:, Row.PRODUCED], reports[:, Row.PRODUCED_PEAK], memory, FORMAT
-        )
-        at_s = ops.sum(reports, axis=0, keepdims=True)
+        change, new_memory = self.rule(produced, produced_peaks, memory, FORMAT)
+        peaks_at_s = ops.sum(arrived_peaks, axis=0, keepdims=True)
         change_of_s, new_memory_of_s = self.rule(
-            at_s[:, Row.ARRIVED], at_s[:, Row.ARRIVED_PEAK], memory_of_s, FORMAT
+            ops.sum(arrived, axis=0, keepdims=True), peaks_at_s, memory_of_s, FORMAT
         )
-        unseen = spectrum.nonzero_total(at_s[0, Row.ARRIVED_PEAK]) == 0
+        unseen = spectrum.nonzero_total(peaks_at_s[0]) == 0
         restart = ops.maximum(math.log2(self.initial_scale) - log2_scale, 0.0)
         restart = ops.where(ops.any(measured), restart, 0.0)
         change_of_s = ops.where(unseen, restart, change_of_s[0])
@@ -277,7 +276,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         wait = ops.where(ops.logical_or(skipped, too_far), 0, ops.maximum(wait, 0))
 
-        spectra = ops.where(measured[:, None, None], reports[:, 1:], states[:, 1:])
+        seen = ops.stack([arrived, arrived_peaks, produced, produced_peaks], axis=1)
+        spectra = ops.where(measured[:, None, None], seen, states[:, 1 : len(Row)])
         sampled_at = states[:, Row.HEADER, SAMPLE_LOG2_SCALE]
         overflows = states[:, Row.HEADER, OVERFLOWS]
         header = scale_state.header(
@@ -287,9 +287,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             overflows=overflows + ops.cast(at_fault, "float32"),
             memory=memory,
         )
-        states = ops.concatenate([header, spectra], axis=1)
-        for i, (_, variable) in enumerate(reports_and_states):
-            variable.assign(states[i])
+        states = scale_state.with_header(header, spectra)
+        states = ops.unstack(states, len(reports_and_states))
+        for (_, variable), state in zip(reports_and_states, states, strict=True):
+            variable.assign(state)
         self.dynamic_scale.assign(power_of_two(new_log2_scale))
         self._memory.assign(memory_of_s[0])
         self._steps_to_measurement.assign(wait)

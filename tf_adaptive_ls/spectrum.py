@@ -12,6 +12,7 @@ lowest binade, those too large as non-finite.
 
 import dataclasses
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -19,13 +20,6 @@ from tf_adaptive_ls.float_format import FloatFormat
 
 ZERO = 0
 NONFINITE = -1
-# Elements looked at per tensor. The binade that a share of 1e-3 lies below is then known
-# to 1.2 (standard deviation, over weight gradients of a VGG and a transformer; 1.9 with
-# 256, 0.8 with 4096), and the default rule moves a scale by half of that. The work stays
-# far below that of the layer whose gradient it is.
-SAMPLE_SIZE = 1024
-
-_JITTER = np.random.default_rng(1910_12385).integers(0, 2**30, SAMPLE_SIZE, dtype=np.int32)
 
 
 def num_bins(float_format):
@@ -33,51 +27,49 @@ def num_bins(float_format):
     return len(float_format.exponents) + 2
 
 
-def magnitudes(x):
-    """Absolute values in float32, with NaN counted as infinite."""
-    x = ops.cast(x, "float32")
-    return ops.where(ops.isfinite(x), ops.abs(x), np.float32(np.inf))
+def sample(x, size):
+    """Magnitudes of `size` elements spread over `x`, a float32 vector.
 
-
-def sample(x):
-    """`SAMPLE_SIZE` elements spread over `x`, as a vector of `x`'s dtype.
-
-    One element is drawn from each of `SAMPLE_SIZE` equal stretches, at a fixed
-    pseudo-random place in it: a constant stride would visit only some channels
-    of a tensor whose row length it shares a factor with. Smaller tensors are
-    gone through repeatedly.
+    One element is drawn from each of `size` equal stretches, at a fixed pseudo-random
+    place in it: a constant stride would visit only some channels of a tensor whose row
+    length it shares a factor with. Smaller tensors are gone through repeatedly.
     """
     x = ops.reshape(x, (-1,))
-    size = ops.shape(x)[0]
-    place = np.arange(SAMPLE_SIZE, dtype="int32")
-    stretch, rest = size // SAMPLE_SIZE, size % SAMPLE_SIZE
-    # place * size // SAMPLE_SIZE, without leaving int32
-    starts = place * stretch + place * rest // SAMPLE_SIZE
-    return ops.take(x, starts + _JITTER % ops.maximum(stretch, 1))
+    within = np.random.default_rng(1910_12385).random(size)
+    if x.shape[0] is not None:
+        places = np.arange(size) + (within if x.shape[0] > size else 0.0)
+        indices = (places * x.shape[0] / size).astype("int32")
+    else:
+        # Below 1 in float32, too, times any size of a tensor.
+        places = np.minimum((np.arange(size) + within) / size, 1 - 2.0**-20)
+        total = ops.cast(ops.shape(x)[0], "float32")
+        indices = ops.cast(places.astype("float32") * total, "int32")
+    return ops.abs(ops.cast(ops.take(x, indices), "float32"))
 
 
 def peak(x):
-    """Largest magnitude of all of `x`; infinite if any element is not finite."""
-    return ops.max(magnitudes(x), initial=0.0)
+    """Largest magnitude of all of `x`, a float32 scalar; infinite if any element is not finite.
 
-
-def has_nonfinite(x):
-    """Whether any element of `x` is infinite or NaN, as a float32 0 or 1."""
-    return 1.0 - ops.cast(ops.all(ops.isfinite(x)), "float32")
+    Negative if `x` is empty.
+    """
+    # XLA's maximum passes over NaN on a CPU.
+    infinite = np.array(np.inf, keras.backend.standardize_dtype(x.dtype))
+    return ops.cast(ops.max(ops.where(ops.isnan(x), infinite, ops.abs(x))), "float32")
 
 
 def spectrum(values, float_format):
-    """Spectrum `[bins]` of the magnitudes `values`, a float32 vector."""
+    """Spectrum `[..., bins]` of the magnitudes `values[..., n]`, float32; NaN is infinite."""
+    values = ops.where(ops.isnan(values), np.float32(np.inf), values)
     edges = np.ldexp(np.float32(1), float_format.exponents)
     # The lowest binade also takes what is smaller still in float32, but for its
     # subnormals: processors may flush those to zero.
     edges[0] = 0.0
     edges = np.maximum(edges, np.finfo(np.float32).tiny)
     edges = np.append(edges, 2 * edges[-1])
-    reached = ops.sum(ops.cast(values[:, None] >= edges, "float32"), axis=0)
-    total = ops.cast(ops.shape(values)[0], "float32")
-    reached = ops.concatenate([ops.reshape(total, (1,)), reached], axis=0)
-    beyond = ops.concatenate([reached[1:], ops.zeros((1,))], axis=0)
+    reached = ops.sum(ops.cast(values[..., None] >= edges, "float32"), axis=-2)
+    total = ops.sum(ops.ones_like(values), axis=-1, keepdims=True)
+    reached = ops.concatenate([total, reached], axis=-1)
+    beyond = ops.concatenate([reached[..., 1:], ops.zeros_like(total)], axis=-1)
     return reached - beyond
 
 
