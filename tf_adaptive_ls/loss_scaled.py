@@ -155,7 +155,7 @@ class LossScaled(keras.layers.Wrapper):
     @property
     def reading(self):
         """All that the state tells, a `scale_state.Reading`; readable between steps."""
-        return scale_state.Reading.of(keras.ops.convert_to_numpy(self.state))
+        return scale_state.Reading.of(self.state.numpy())
 
     def _scaled_call(self, *args, **kwargs):
         if _neutral.get():

@@ -63,7 +63,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
     # Batches end here without waiting for the device.
     async_safe = True
 
-    def __init__(self, path=None, *, every=100, tensorboard=None, stuck_after=50):
+    def __init__(self, path=None, *, every=100, tensorboard=None, stuck_after=100):
         super().__init__()
         _check_steps("every", every)
         if stuck_after is not None:

@@ -24,8 +24,8 @@ except ImportError as error:
         "`pip install 'tf_adaptive_ls[plots]'`."
     ) from error
 
-# More moments than a picture has columns of pixels show nothing more.
-MOST_MOMENTS = 1000
+# As many moments as a picture has columns of pixels, or nearly.
+MOST_MOMENTS = 500
 
 # Of Okabe and Ito (2008), which the colour-blind can tell apart.
 _LOST, _SUBNORMAL, _SKIPPED = "#D55E00", "#E69F00", "#D55E00"

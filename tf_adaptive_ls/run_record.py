@@ -14,13 +14,12 @@ import math
 import pathlib
 import re
 
-import keras
 import numpy as np
 
 from tf_adaptive_ls import scale_state
 from tf_adaptive_ls.float_format import FloatFormat
 from tf_adaptive_ls.named_layers import scaled_layers
-from tf_adaptive_ls.scale_state import Reading, Row
+from tf_adaptive_ls.scale_state import Reading
 from tf_adaptive_ls.scale_table import ScaleTable, scaled_row
 from tf_adaptive_ls.spectrum import Spectrum
 
@@ -49,11 +48,8 @@ class Moment:
 
     @classmethod
     def of(cls, layers, optimizer):
-        """Reads all `LossScaled` layers and the optimizer, in one transfer of the states."""
-        readings = []
-        if layers:
-            states = keras.ops.stack([layer.state.value[: len(Row)] for layer in layers])
-            readings = [Reading.of(state) for state in keras.ops.convert_to_numpy(states)]
+        """Reads all `LossScaled` layers and the optimizer."""
+        readings = [layer.reading for layer in layers]
         return cls(
             optimizer.steps,
             optimizer.skipped_steps,
