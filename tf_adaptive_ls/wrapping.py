@@ -1,5 +1,6 @@
 """`wrap_model` and `strip_model`: a model with a loss scale per layer, and back."""
 
+import collections
 import functools
 import math
 import warnings
@@ -241,9 +242,45 @@ def _compile_like(model, result, make_optimizer):
     copy = type(optimizer).from_config(optimizer.get_config())
     result.compile(**{**config, "optimizer": make_optimizer(copy, initial_scale=loss_scale)})
     if optimizer.built:
-        result.optimizer.build(result.trainable_variables)
-        for variable, source in zip(copy.variables, optimizer.variables, strict=True):
-            variable.assign(source)
+        # A twin of the old optimizer tells what each of its variables is for.
+        twin = type(optimizer).from_config(optimizer.get_config())
+        roles = _roles_of_variables(twin, lambda: twin.build(optimizer._trainable_variables))
+        values = dict(zip(roles, optimizer.variables, strict=True))
+        roles = _roles_of_variables(
+            copy, lambda: result.optimizer.build(result.trainable_variables)
+        )
+        for role, variable in zip(roles, copy.variables, strict=True):
+            if role in values:
+                variable.assign(values[role])
+
+
+def _roles_of_variables(optimizer, build):
+    """Builds an optimizer, and tells what each of its variables is for.
+
+    Returns:
+        A list of pairs, one for each of `optimizer.variables`: the `id` of the weight
+        that it belongs to, or `None`; and how many before it belong to the same.
+    """
+    weight_of = {}
+    add = optimizer.add_variable_from_reference
+
+    def recording(reference_variable, *args, **kwargs):
+        variable = add(reference_variable, *args, **kwargs)
+        weight_of[id(variable)] = id(reference_variable)
+        return variable
+
+    optimizer.add_variable_from_reference = recording
+    try:
+        build()
+    finally:
+        del optimizer.add_variable_from_reference
+    counts = collections.Counter()
+    roles = []
+    for variable in optimizer.variables:
+        weight = weight_of.get(id(variable))
+        roles.append((weight, counts[weight]))
+        counts[weight] += 1
+    return roles
 
 
 def _check_is_graph(model, function):
