@@ -1,16 +1,15 @@
-"""What do layer-wise scales cost? Step time, compile time and memory of training.
+"""What do layer-wise scales cost? Time of a step, of the first step, and memory.
 
 Compared are, on the same model, data and inner optimizer,
 
     no scaling   plain float16
     Keras        `LossScaleOptimizer`
     adaptive     `wrap_model` and `AdaptiveLossScaleOptimizer`
-    monitored    the same with a `LossScaleMonitor` at its default interval, recording
 
-Every model is trained by all of them in turn, in one process, block of steps after block
-of steps; the figures are medians over blocks of the ratio to Keras's, with quartiles.
-Compile time is that of the first step in a process of its own: tracing and compiling. Memory
-is the peak that the device reports on a GPU, and else by how much that process grew.
+Each model has a process of its own, in which all of them are trained side by side, a step
+of each in turn, after one of a small model that starts the compiler up. The first step is
+tracing and compiling. Memory, with `--memory`, is the peak that the device reports on a
+GPU, and else by how much a process that does nothing else grew; it takes as long again.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 
@@ -33,8 +31,7 @@ from keras import layers
 
 import tf_adaptive_ls as als
 
-PLAIN, KERAS, OURS, MONITORED = "no scaling", "Keras", "adaptive", "monitored"
-WAYS = (PLAIN, KERAS, OURS, MONITORED)
+PLAIN, KERAS, OURS = WAYS = ("no scaling", "Keras", "adaptive")
 MODES = {"XLA": {"jit_compile": True}, "graph": {"jit_compile": False}}
 
 
@@ -46,7 +43,7 @@ class Case:
         build: `() -> keras.Model`.
         batch: `batch_size -> (x, y)`.
         batch_size: On a CPU; a GPU gets eight times that.
-        steps: In a block.
+        steps: How many of each way are timed.
     """
 
     build: Callable
@@ -102,93 +99,85 @@ def tokens(length, words=30_522):
 
 
 CASES = {
-    "ResNet-20": Case(zoo.resnet, floats(32, 32, 3), 32, 5),
-    "ResNet-50": Case(resnet50, floats(64, 64, 3), 8, 2),
-    "BERT-small": Case(bert, tokens(128), 4, 2),
-    "LSTM": Case(lstm, floats(64, 32), 32, 5),
-    "200 tiny layers": Case(lambda: tiny_layers(200), floats(16), 32, 50),
+    "ResNet-20": Case(zoo.resnet, floats(32, 32, 3), 64, 60),
+    "ResNet-50": Case(resnet50, floats(64, 64, 3), 8, 20),
+    "transformer": Case(lambda: bert(4, 128, 4, 64, 1000), tokens(64, 1000), 16, 100),
+    "BERT-small": Case(bert, tokens(128), 4, 20),
+    "LSTM": Case(lstm, floats(64, 32), 32, 60),
+    "50 tiny layers": Case(lambda: tiny_layers(50), floats(16), 32, 300),
 }
-QUICK_CASES = {"20 tiny layers": Case(lambda: tiny_layers(20), floats(16), 32, 20)}
+QUICK_CASES = {"20 tiny layers": Case(lambda: tiny_layers(20), floats(16), 32, 50)}
 # How the cost grows.
 GROWTH_CASES = {
-    f"{depth} tiny layers": Case(lambda depth=depth: tiny_layers(depth), floats(16), 32, 50)
-    for depth in (10, 50, 200, 800)
-} | {f"ResNet-20, batch {n}": Case(zoo.resnet, floats(32, 32, 3), n, 2) for n in (8, 64, 512)}
+    f"{depth} tiny layers": Case(lambda depth=depth: tiny_layers(depth), floats(16), 32, 300)
+    for depth in (10, 100, 200)
+} | {f"ResNet-20, batch {n}": Case(zoo.resnet, floats(32, 32, 3), n, 20) for n in (8, 512)}
 ALL_CASES = CASES | QUICK_CASES | GROWTH_CASES
 
 
 class Trainee:
     """A model trained in one of `WAYS`."""
 
-    def __init__(self, case, way, mode, batch_size):
+    def __init__(self, case, way, mode):
         keras.utils.set_random_seed(0)
         keras.config.set_dtype_policy("mixed_float16")
         optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
         model = case.build()
-        if way in (OURS, MONITORED):
+        if way == OURS:
             model = als.wrap_model(model)
             optimizer = als.AdaptiveLossScaleOptimizer(optimizer)
         elif way == KERAS:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer, loss, auto_scale_loss=False, **MODES[mode])
+        model.make_train_function()
         self._model = model
-        self._callbacks = []
-        if way == MONITORED:
-            record = pathlib.Path(tempfile.mkdtemp()) / "run.jsonl"
-            self._callbacks.append(als.LossScaleMonitor(record))
-        data = tf.data.Dataset.from_tensors(case.batch(batch_size)).cache().repeat()
-        self._data = data.prefetch(2)
+        data = tf.data.Dataset.from_tensors(case.batch(batch_size(case))).cache().repeat()
+        self._batches = iter(data.prefetch(2))
 
-    def seconds(self, steps):
-        """How long so many steps take, at last on the device, too."""
+    def seconds_of_a_step(self):
+        """How long the next step takes, until it has ended on the device, too."""
         start = time.perf_counter()
-        self._model.fit(
-            self._data, steps_per_epoch=steps, verbose=0, callbacks=list(self._callbacks)
-        )
+        float(self._model.train_function(self._batches)["loss"])
         return time.perf_counter() - start
 
 
-def run_case(name, mode, pairs, advance):
-    """Figures of one model in one mode, ready for JSON."""
+def batch_size(case):
+    return case.batch_size * (8 if tf.config.list_physical_devices("GPU") else 1)
+
+
+def times_of(name, mode):
+    """Seconds of the first step and of later ones by every way, in this process."""
     case = ALL_CASES[name]
-    gpu = bool(tf.config.list_physical_devices("GPU"))
-    batch_size = case.batch_size * (8 if gpu else 1)
-    trainees = {way: Trainee(case, way, mode, batch_size) for way in WAYS}
-    for trainee in trainees.values():
-        trainee.seconds(2)
-        advance()
-    stepping = {way: [] for way in WAYS}
-    for number in range(pairs):
+    Trainee(QUICK_CASES["20 tiny layers"], PLAIN, mode).seconds_of_a_step()
+    trainees = {way: Trainee(case, way, mode) for way in WAYS}
+    first = {way: [trainee.seconds_of_a_step()] for way, trainee in trainees.items()}
+    steps = {way: [] for way in WAYS}
+    for number in range(-2, case.steps):
         # No way is always the first, or always after the same.
         for way in WAYS if number % 2 else reversed(WAYS):
-            stepping[way].append(trainees[way].seconds(case.steps) / case.steps)
-        advance()
+            seconds = trainees[way].seconds_of_a_step()
+            if number >= 0:
+                steps[way].append(round(seconds, 6))
     return {
-        "name": f"{name}, {mode}",
-        "case": name,
-        "mode": mode,
-        "batch_size": batch_size,
-        "steps_per_block": case.steps,
-        "step_seconds": stepping,
+        "first_step_seconds": first,
+        "step_seconds": steps,
+        "skipped": trainees[OURS]._model.optimizer.skipped_steps,
+        "batch_size": batch_size(case),
     }
 
 
-def in_process(name, mode, way):
-    """First step and peak memory of one way, in this process, which does nothing else."""
-    case = ALL_CASES[name]
-    gpu = bool(tf.config.list_physical_devices("GPU"))
-    trainee = Trainee(case, way, mode, case.batch_size * (8 if gpu else 1))
+def memory_of(name, mode, way):
+    """Peak memory of one way, in this process, which does nothing else."""
+    trainee = Trainee(ALL_CASES[name], way, mode)
     # TensorFlow itself takes several hundred megabytes. (5 resets the peak; see man 5 proc.)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = _memory_in_bytes("VmRSS")
-    compiling = trainee.seconds(1)
-    trainee.seconds(case.steps)
-    if gpu:
-        peak = tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    else:
-        peak = _memory_in_bytes("VmHWM") - before
-    return {"compile_seconds": compiling, "peak_bytes": peak}
+    for _ in range(3):
+        trainee.seconds_of_a_step()
+    if tf.config.list_physical_devices("GPU"):
+        return {way: tf.config.experimental.get_memory_info("GPU:0")["peak"]}
+    return {way: _memory_in_bytes("VmHWM") - before}
 
 
 def _memory_in_bytes(name):
@@ -196,17 +185,11 @@ def _memory_in_bytes(name):
     return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
-def of_own_processes(name, mode, repeats, advance):
-    """`in_process` of every way in turn, each in a process of its own."""
-    figures = {}
-    for _ in range(repeats):
-        for way in (PLAIN, KERAS, OURS):
-            command = [sys.executable, __file__, "--child", name, mode, way]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            for figure, value in json.loads(output.splitlines()[-1]).items():
-                figures.setdefault(figure, {}).setdefault(way, []).append(value)
-            advance()
-    return figures
+def in_own_process(function, *arguments):
+    """What a function of this module returns, called in a process of its own."""
+    command = [sys.executable, __file__, "--child", function.__name__, *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 # Tables.
@@ -219,7 +202,7 @@ def ratios(figures, way, to=KERAS):
 
 def spread_of(values):
     if len(values) < 2:
-        return f"{values[0]:.3f}"
+        return f"{values[0]:.2f}"
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.3f} ({low:.3f} … {high:.3f})"
 
@@ -227,7 +210,8 @@ def spread_of(values):
 def table(results):
     lines = []
     for result in results:
-        steps = result["step_seconds"]
+        steps, first = result["step_seconds"], result["first_step_seconds"]
+        memory = result.get("peak_bytes")
         lines.append(
             [
                 result["name"],
@@ -235,13 +219,15 @@ def table(results):
                 f"{1e3 * statistics.median(steps[KERAS]):.1f}",
                 spread_of(ratios(steps, PLAIN)),
                 spread_of(ratios(steps, OURS)),
-                spread_of(ratios(steps, MONITORED, to=OURS)),
-                spread_of(ratios(result["compile_seconds"], OURS)),
-                spread_of(ratios(result["peak_bytes"], OURS)),
+                f"{statistics.fmean(steps[OURS]) / statistics.fmean(steps[KERAS]):.3f}",
+                f"{first[KERAS][0]:.1f}",
+                spread_of(ratios(first, OURS)),
+                f"{memory[OURS] / memory[KERAS]:.2f}" if memory else "",
+                str(result["skipped"]),
             ]
         )
-    header = ["model, mode", "batch", "step, ms", "no scaling", "adaptive"]
-    header += ["monitor", "compile", "memory"]
+    header = ["model, mode", "batch", "Keras's step, ms", "no scaling", "adaptive"]
+    header += ["of means", "Keras's first step, s", "adaptive, first", "memory", "skipped"]
     return report.markdown(header, lines)
 
 
@@ -253,39 +239,35 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", metavar="MODEL", choices=ALL_CASES, help="names")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--growth", action="store_true", help="how cost grows with size instead")
-    parser.add_argument("--pairs", type=int, default=15, help="blocks; default: %(default)s")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="processes, for compile time and memory"
-    )
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="memory, too")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        print(json.dumps(in_process(*args.child)))
+        function, *arguments = args.child
+        print(json.dumps({"times_of": times_of, "memory_of": memory_of}[function](*arguments)))
         return
     cases = args.only or (QUICK_CASES if args.quick else GROWTH_CASES if args.growth else CASES)
-    if args.quick:
-        args.pairs, args.repeats, args.modes = 3, 1, args.modes[:1]
+    modes = args.modes[:1] if args.quick else args.modes
 
     with report.progress() as progress:
-        for mode in args.modes:
+        task = progress.add_task("", total=len(modes) * len(cases))
+        for mode in modes:
             for name in cases:
-                total = len(WAYS) + args.pairs + 3 * args.repeats
-                bar = progress.add_task(f"{name}, {mode}", total=total)
-
-                def advance(bar=bar):
-                    progress.advance(bar)
-
-                result = run_case(name, mode, args.pairs, advance)
-                result |= of_own_processes(name, mode, args.repeats, advance)
-                keras.backend.clear_session()
+                progress.update(task, description=f"{name}, {mode}")
+                result = {"name": f"{name}, {mode}", **in_own_process(times_of, name, mode)}
+                if args.memory:
+                    peaks = [in_own_process(memory_of, name, mode, way) for way in WAYS]
+                    result["peak_bytes"] = {way: n for peak in peaks for way, n in peak.items()}
                 report.save_result(args.output, result)
+                progress.advance(task)
 
     order = [f"{name}, {mode}" for mode in MODES for name in ALL_CASES]
     results = report.load_results(args.output, order)
     text = f"""# What layer-wise scales cost
 
-Medians of ratios to Keras's `LossScaleOptimizer` on the same model, with quartiles; "monitor" is
-the ratio of training with a `LossScaleMonitor` to training without one. One batch of random data.
+Medians of ratios to Keras's `LossScaleOptimizer`, step by step on the same model, with
+quartiles; "of means" is the ratio of mean steps, samples on every tenth included. One batch
+of random data.
 
 {table(results)}
 

@@ -6,6 +6,7 @@ import convergence
 import fidelity
 import keras
 import numpy as np
+import overhead
 import pytest
 import report
 from strategies import OURS, REFERENCE, STRATEGIES
@@ -15,6 +16,7 @@ def results(directory):
     return [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
 
 
+@pytest.mark.long
 def test_fidelity(tmp_path, capsys):
     fidelity.main(["--quick", "--output", str(tmp_path)])
     found = results(tmp_path)
@@ -32,6 +34,7 @@ def test_fidelity(tmp_path, capsys):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_convergence(tmp_path, capsys):
     convergence.main(["--quick", "--output", str(tmp_path)])
     (result,) = results(tmp_path)
@@ -43,6 +46,15 @@ def test_convergence(tmp_path, capsys):
     assert result["runs"][OURS][0]["skipped"] == []
     assert "Ours against float32:" in capsys.readouterr().out
     assert (tmp_path / "scales.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_overhead(tmp_path, capsys):
+    overhead.main(["--quick", "--output", str(tmp_path)])
+    (result,) = results(tmp_path)
+    for figure in ("step_seconds", "first_step_seconds"):
+        assert all(seconds > 0 for way in overhead.WAYS for seconds in result[figure][way])
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
 
 
 def test_errors_and_losses_are_counted_as_stated():

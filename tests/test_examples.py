@@ -6,6 +6,7 @@ import pathlib
 import keras
 import nbclient
 import nbformat
+import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -27,6 +28,7 @@ def test_digits(tmp_path, capsys):
     assert type(model) is keras.Model or type(model).__module__.startswith("keras.")
 
 
+@pytest.mark.long
 def test_the_tour(tmp_path, monkeypatch):
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
