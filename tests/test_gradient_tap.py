@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from steps import MODES
 
+from tf_adaptive_ls import backend
 from tf_adaptive_ls.gradient_tap import gradient_tap, power_of_two
 
 
@@ -25,11 +26,11 @@ def shifted(gradient, shift, dtype, mode="eager"):
         with tf.GradientTape() as tape:
             tape.watch([x, state])
 
-            def report(gradients, factors):
+            def report(gradients, divisors):
                 gradient = tf.cast(gradients[0], tf.float32)
-                return tf.stack([gradient, gradient * factors[0]])
+                return tf.stack([gradient, gradient / divisors[0]])
 
-            (y,) = gradient_tap([x], [shift], state, report)
+            (y,) = gradient_tap([x], [power_of_two(-shift)], state, report)
         return y, *tape.gradient(y, [x, state], output_gradients=gradient)
 
     y, result, reported = run(tf.constant(gradient, dtype), tf.constant(shift, tf.float32))
@@ -40,6 +41,7 @@ def shifted(gradient, shift, dtype, mode="eager"):
 SMALLEST, LARGEST = 2.0**-24, 65504.0
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("gradient", "shift", "expected"),
@@ -56,7 +58,10 @@ SMALLEST, LARGEST = 2.0**-24, 65504.0
         (np.inf, -20, np.inf),
     ],
 )
-def test_float16_gradients_are_shifted_and_rounded_once(gradient, shift, expected, mode):
+def test_float16_gradients_are_shifted_and_rounded_once(
+    gradient, shift, expected, mode, gpu, monkeypatch
+):
+    monkeypatch.setattr(backend, "_on_gpu", lambda: gpu)
     result, _ = shifted(gradient, shift, tf.float16, mode)
     assert result == expected
     assert np.isnan(shifted(np.nan, shift, tf.float16, mode)[0])
@@ -78,7 +83,10 @@ def test_sparse_gradients_stay_sparse():
     weights, state = tf.Variable(tf.ones((5, 2))), tf.Variable(tf.zeros(()))
     with tf.GradientTape() as tape:
         (tapped,) = gradient_tap(
-            [weights.value()], [tf.constant(3.0)], state.value(), lambda gradients, _: tf.zeros(())
+            [weights.value()],
+            [tf.constant(0.125)],
+            state.value(),
+            lambda *_: tf.zeros(()),
         )
         loss = tf.reduce_sum(tf.gather(tapped, [1, 1, 3]))
     gradient = tape.gradient(loss, weights)

@@ -14,6 +14,7 @@ from keras import layers, optimizers
 from steps import scaled_layers
 
 import tf_adaptive_ls as als
+from tf_adaptive_ls.scale_state import MEASURE, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:Loss scales do nothing")
 
@@ -127,7 +128,7 @@ def test_scales_are_measured_again_every_so_many_steps():
     model.compile(optimizer, loss="mse", jit_compile=False)
     asked = []
     for _ in range(24):
-        asked.append(int(scaled_layers(model)[0].state.numpy()[0, 1]))
+        asked.append(int(scaled_layers(model)[0].state.numpy()[Row.HEADER, MEASURE]))
         model.train_on_batch(X, Y)
     assert asked[0] == 1
     settled = asked[12:]
@@ -188,6 +189,38 @@ def test_a_wrapped_model_under_another_optimizer_trains_and_warns_once():
     assert [layer.log2_scale for layer in scaled_layers(wrapped)] == [0, 0, 0, 0]
 
 
+FOREIGN = {
+    "sgd": lambda: "sgd",
+    "accumulation": lambda: optimizers.SGD(gradient_accumulation_steps=2),
+    "scaling": lambda: optimizers.LossScaleOptimizer(optimizers.SGD()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model 'functional")
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_nothing_is_made_up_under_another_optimizer_and_ours_starts_afresh(foreign, mixed_float16):
+    def ours(model):
+        fitted(model, als.AdaptiveLossScaleOptimizer("sgd"))
+        return [layer.reading.log2_scale for layer in scaled_layers(model)], model.optimizer
+
+    model, _ = chain()
+    start = model.get_weights()
+    expected, optimizer = ours(als.wrap_model(model))
+    model = als.wrap_model(model)
+    model.compile(FOREIGN[foreign](), loss="mse", jit_compile=False, auto_scale_loss=False)
+    for x in (X, X, np.full_like(X, np.inf), X):
+        model.fit(x, Y, batch_size=4, verbose=0)
+        for layer in scaled_layers(model):
+            assert (layer.log2_scale, layer.overflows) == (0, 0)
+            assert not layer.spectrum.counts.any()
+        assert all(row.binades is None for row in als.scale_table(model))
+    als.strip_model(model).set_weights(start)
+    scales, again = ours(model)
+    assert scales == expected
+    assert again.loss_scale == optimizer.loss_scale
+    assert again.skipped_steps == optimizer.skipped_steps
+
+
 @pytest.mark.filterwarnings("default:Loss scales do nothing")
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_a_policy_without_float16_works_and_warns_once(policy):
@@ -222,3 +255,37 @@ def test_wrapping_and_stripping_a_compiled_and_trained_model(name):
         ends.append(weights_of(each))
     assert_all_equal(ends[1], ends[0])
     assert_all_equal(ends[2], ends[0])
+
+
+@pytest.mark.parametrize("make", [optimizers.Adam, lambda rate: optimizers.SGD(rate, 0.9)])
+def test_state_is_carried_over_weight_by_weight_when_layers_are_unfrozen(make):
+    """Transfer learning: a head first, then all of it."""
+    inputs = keras.Input((4,))
+    base = keras.Sequential([inputs, layers.Dense(5, "relu"), layers.Dense(3, "relu")], name="base")
+    base.trainable = False
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="head")(base(inputs))))
+    fitted(model, als.AdaptiveLossScaleOptimizer(make(0.1)))
+
+    def name_of(variable):
+        return variable.path.rpartition("/")[-1]
+
+    before = {name_of(v): v.numpy() for v in model.optimizer.inner_optimizer.variables}
+    base = model.get_layer("base")
+    base.trainable = True
+    unfrozen = als.wrap_model(model)
+    optimizer = unfrozen.optimizer.inner_optimizer
+    assert len(optimizer.variables) > len(before)
+    assert int(optimizer.iterations) == 8
+    for variable in optimizer.variables:
+        if name_of(variable) in before:
+            np.testing.assert_array_equal(variable.numpy(), before[name_of(variable)])
+        else:
+            assert "dense" in name_of(variable) and not variable.numpy().any()
+    unfrozen.fit(X, Y, verbose=0)
+    # And back again.
+    unfrozen.get_layer("base").trainable = False
+    before = {name_of(v): v.numpy() for v in optimizer.variables}
+    optimizer = als.wrap_model(unfrozen).optimizer.inner_optimizer
+    assert len(optimizer.variables) < len(before)
+    for variable in optimizer.variables:
+        np.testing.assert_array_equal(variable.numpy(), before[name_of(variable)])

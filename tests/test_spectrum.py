@@ -98,22 +98,20 @@ def test_spectra_add_up():
 def test_a_sample_is_spread_over_the_tensor(size):
     x = np.arange(size, dtype="float32").reshape(1, size, 1)
     sample = np.array(spectrum.sample(x, 1024))
-    assert sample.shape == (1024,)
-    assert set(sample) <= set(range(size))
+    assert len(set(sample)) == len(sample) <= 1024
     if size <= 1024:
-        assert set(sample) == set(range(size))
+        assert len(sample) == size
     else:
-        parts = np.unique((sample * 16 // size).astype(int))
-        assert len(parts) == 16
+        assert len(sample) > 500
+        parts = np.bincount((sample * 16 // size).astype(int))
+        assert len(parts) == 16 and max(parts) - min(parts) <= 2
 
 
 @pytest.mark.parametrize("channels", [2, 10, 64])
 def test_a_sample_visits_all_channels_alike(channels):
     x = np.broadcast_to(np.arange(channels, dtype="float32"), (128 * 1024 // channels, channels))
     visits = np.bincount(np.array(spectrum.sample(x, 1024)).astype(int), minlength=channels)
-    expected = 1024 / channels
-    # Five standard deviations of a binomial count.
-    assert np.all(np.abs(visits - expected) < 5 * np.sqrt(expected))
+    assert max(visits) - min(visits) <= 1
 
 
 def test_a_sample_knows_the_tail_of_a_heavy_tailed_tensor():
@@ -124,20 +122,30 @@ def test_a_sample_knows_the_tail_of_a_heavy_tailed_tensor():
         x = rng.normal(size=50_000) * np.exp2(rng.normal(scale=3, size=50_000) - 4)
         written = x.astype("float16")
         exact = spectrum.quantile_exponent(counts_of(*written[written != 0]), 1e-3, FLOAT16)
-        sampled = spectrum.quantile_exponent(
-            counts_of(*np.array(spectrum.sample(written, SAMPLE_SIZE))), 1e-3, FLOAT16
-        )
+        sample = np.abs(spectrum.sample(written, SAMPLE_SIZE))
+        sampled = spectrum.quantile_exponent(counts_of(*sample), 1e-3, FLOAT16)
         misses.append(float(sampled) - float(exact))
     assert np.sqrt(np.mean(np.square(misses))) < 2.0
 
 
-def test_the_peak_is_exact():
+def test_peaks_are_exact():
     x = np.zeros((200, 200), "float16")
     x[137, 31] = -65504.0
-    assert float(spectrum.peak(x)) == 65504.0
+    smallest = np.full(3, -(2.0**-24), "float16")
+    tensors = [x, np.float32([1, -3]), smallest, np.zeros((0, 4), "float16"), np.float64([1e-9])]
+    expected = np.float32([65504, 3, 2.0**-24, 0, 1e-9])
+    np.testing.assert_array_equal(spectrum.peaks(tensors), expected)
     for value in (np.nan, np.inf, -np.inf):
         x[12, 8] = value
-        assert float(spectrum.peak(x)) == np.inf
+        np.testing.assert_array_equal(spectrum.peaks([smallest, x]), [2.0**-24, np.inf])
+
+
+def test_the_peak_of_a_tensor_that_turns_out_to_be_empty_is_zero():
+    @tf.function(input_signature=[tf.TensorSpec([None], "float16")])
+    def peaks(x):
+        return spectrum.peaks([x])
+
+    assert peaks(tf.zeros(0, "float16")).numpy() == [0.0]
 
 
 def test_what_is_read_off():
@@ -177,11 +185,11 @@ def test_the_estimate_of_underflow():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_peaks_find_what_is_not_finite_in_every_mode(dtype, mode):
     # XLA's maximum alone passes over NaN.
-    peak = MODES[mode](spectrum.peak)
+    peaks = MODES[mode](lambda x: spectrum.peaks([x]))
     for value in (np.nan, np.inf, -np.inf):
         x = np.ones(1000, dtype)
         x[567] = value
-        assert float(peak(tf.constant(x))) == np.inf
+        assert peaks(tf.constant(x)).numpy() == [np.inf]
 
 
 @pytest.mark.parametrize("size", [1, 300, 10_000_000])

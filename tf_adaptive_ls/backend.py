@@ -5,26 +5,25 @@ import functools
 import keras
 
 
-def custom_gradient(function, constant):
-    """Custom gradient of `function(constant, *inputs)` by `inputs`.
+def custom_gradient(function, constants):
+    """Custom gradient of `function(constants, *inputs)` by `inputs`.
 
     TensorFlow gathers all inputs of such a function in one `IdentityN` node, so that
-    even inference would compute `constant`, which only the backward pass needs: there
-    it must not be an input. JAX does not let the backward pass close over anything
-    that depends on what is differentiated: there it must be one.
+    even inference would compute `constants`, which only the backward pass needs: there
+    they must not be inputs. JAX does not let the backward pass close over anything
+    that depends on what is differentiated: there they must be.
     """
     if keras.backend.backend() != "jax":
-        return keras.ops.custom_gradient(lambda *inputs: function(constant, *inputs))
+        return keras.ops.custom_gradient(lambda *inputs: function(constants, *inputs))
 
     @keras.ops.custom_gradient
-    def with_constant(constant, *inputs):
-        outputs, backward = function(constant, *inputs)
-        return outputs, lambda *gradients: (
-            keras.ops.zeros_like(constant),
-            *backward(*gradients),
-        )
+    def with_constants(*all_inputs):
+        given, inputs = all_inputs[: len(constants)], all_inputs[len(constants) :]
+        outputs, backward = function(given, *inputs)
+        zeros = [keras.ops.zeros_like(constant) for constant in given]
+        return outputs, lambda *gradients: (*zeros, *backward(*gradients))
 
-    return functools.partial(with_constant, constant)
+    return functools.partial(with_constants, *constants)
 
 
 def gradients(function, tensors):
@@ -50,6 +49,44 @@ def gradients(function, tensors):
     return tape.gradient(value, tensors)
 
 
+def bitcast(x, dtype):
+    """The bits of `x`, read as another dtype of the same size.
+
+    Keras 3.15's `ops.view` refuses tensors of unknown size on TensorFlow.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.lax.bitcast_convert_type(x, dtype)
+    import tensorflow as tf
+
+    return tf.bitcast(x, dtype)
+
+
+def divide_by_power_of_two(x, divisor):
+    """`x / divisor`, exactly rounded, for a power of two that float32 holds the inverse of.
+
+    A gradient has several readers: its shift, its peak, its sample. XLA on a CPU computes
+    a chain of cheap operations anew for each of them, and counts multiplications as
+    cheap, but divisions not: dividing makes a step up to 14 % faster (see
+    benchmarks/NOTES.md). Elsewhere a division need not be exact, so it is a product.
+    """
+    if _on_gpu():
+        return keras.ops.multiply(x, 1 / divisor)
+    return keras.ops.divide(x, divisor)
+
+
+@functools.cache
+def _on_gpu():
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    import tensorflow as tf
+
+    return bool(tf.config.list_logical_devices("GPU"))
+
+
 def sync_state(model):
     """Brings the variables of a model up to date in the middle of `fit`.
 
@@ -63,3 +100,45 @@ def no_step(model, arguments):
     """What `model.train_function(*arguments)` returns, without a training step."""
     logs = model.get_metrics_result()
     return (logs, arguments[0]) if keras.backend.backend() == "jax" else logs
+
+
+def run_if(condition, function, *arguments):
+    """Runs `function(*arguments)`, which updates variables, if a scalar tensor is true.
+
+    In `tf.distribute`, on every replica; `condition` must be the same on all.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.__internal__.distribute.strategy_supports_no_merge_call():
+            # Updates of variables merge replicas, which they cannot do inside a
+            # conditional of one replica: the conditional has to be around all.
+            def on_all(strategy, condition, arguments):
+                condition = strategy.experimental_local_results(condition)[0]
+                _run_if(
+                    condition,
+                    lambda: strategy.extended.call_for_each_replica(function, args=arguments),
+                )
+
+            context = tf.distribute.get_replica_context()
+            context.merge_call(on_all, args=(condition, arguments))
+            return
+    _run_if(condition, lambda: function(*arguments))
+
+
+def _run_if(condition, function):
+    def run():
+        function()
+
+    keras.ops.cond(condition, run, lambda: None)
+
+
+def sum_over_replicas(tensor):
+    """The sum of a tensor over the replicas that `tf.distribute` runs a step on."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.num_replicas_in_sync > 1:
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+    return tensor

@@ -8,7 +8,7 @@ import math
 import keras
 import numpy as np
 
-from tf_adaptive_ls import spectrum
+from tf_adaptive_ls import scale_state, spectrum
 from tf_adaptive_ls.named_layers import scaled_layers
 from tf_adaptive_ls.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.run_record import Moment
@@ -141,7 +141,7 @@ def calibrate(model, batches):
             if settled := _is_settled(seen):
                 break
         used, log2_loss_scale = optimizer.steps, round(math.log2(optimizer.loss_scale))
-        states = [np.array(keras.ops.convert_to_numpy(layer.state)) for layer in layers]
+        states = [scale_state.values_of(layer.state) for layer in layers]
 
     if seen:  # else every batch overflowed, and the scales mean nothing
         change_of_s = round(math.log2(model.optimizer.loss_scale)) - log2_loss_scale

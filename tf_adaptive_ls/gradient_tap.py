@@ -6,54 +6,51 @@ from keras import ops
 
 from tf_adaptive_ls import backend
 
-_MIN_EXPONENT, _MAX_EXPONENT = -126, 127
-# A table, since `2 ** k` need not be exact on an accelerator.
-_POWERS_OF_TWO = np.ldexp(np.float32(1), np.arange(_MIN_EXPONENT, _MAX_EXPONENT + 1))
+_FLOAT32 = np.finfo(np.float32)
 
 
 def power_of_two(exponent):
     """Exactly `2 ** exponent` in float32, for whole numbers in [-126, 127]."""
-    return ops.take(_POWERS_OF_TWO, ops.cast(exponent, "int32") - _MIN_EXPONENT)
+    # Written bit by bit, since `2 ** k` need not be exact on an accelerator.
+    biased = ops.cast(exponent, "int32") + (_FLOAT32.maxexp - 1)
+    return backend.bitcast(ops.left_shift(biased, _FLOAT32.nmant), "float32")
 
 
-def gradient_tap(tensors, shifts, state, report):
-    """Identity whose backward pass shifts gradients and reports what it saw.
+def gradient_tap(tensors, divisors, state, report):
+    """Identity whose backward pass divides gradients and reports what it saw.
 
     Args:
         tensors: List of floating-point tensors, at least one.
-        shifts: List of scalars, one per tensor: the gradient of `tensors[i]` is
-            multiplied by `2 ** shifts[i]`. `None` leaves a gradient as it is.
+        divisors: List of float32 scalars, powers of two, one per tensor: what its
+            gradient is divided by. `None` leaves a gradient as it is.
         state: Tensor that receives the report as its "gradient".
-        report: Function `(gradients, factors) -> tensor` of `state`'s shape: of the
-            gradients as they arrived, and what each is multiplied by, `None` for
-            nothing.
+        report: Function `(gradients, divisors) -> tensor` of `state`'s shape, of the
+            gradients as they arrived.
 
     Returns:
         List of tensors equal to `tensors`. Differentiating their gradients once
         more raises a `NotImplementedError`.
     """
-    # Most gradients of a layer share one shift.
-    distinct = list({id(shift): shift for shift in shifts if shift is not None}.values())
-    places = [next((i for i, d in enumerate(distinct) if d is s), None) for s in shifts]
-    exponents = ops.stop_gradient(ops.stack(distinct)) if distinct else np.zeros(0, "float32")
+    # Most gradients of a layer share one divisor.
+    distinct = {id(divisor): divisor for divisor in divisors if divisor is not None}
 
-    def identity(exponents, *inputs):
+    def identity(constants, *inputs):
         *values, _ = inputs
 
         def backward(*gradients):
             if isinstance(gradients[0], (list, tuple)):  # JAX passes one tuple
                 (gradients,) = gradients
-            powers = ops.unstack(power_of_two(exponents), len(distinct)) if distinct else []
-            factors = [None if place is None else powers[place] for place in places]
+            constant = dict(zip(distinct, constants, strict=True))
+            of_each = [constant.get(id(divisor)) for divisor in divisors]
             shifted = [
-                gradient if factor is None else _multiply(gradient, factor)
-                for gradient, factor in zip(gradients, factors, strict=True)
+                gradient if divisor is None else _divide(gradient, divisor)
+                for gradient, divisor in zip(gradients, of_each, strict=True)
             ]
-            return (*_first_order(shifted), report(list(gradients), factors))
+            return (*_first_order(shifted), report(list(gradients), of_each))
 
         return tuple(values), backward
 
-    return list(backend.custom_gradient(identity, exponents)(*tensors, state))
+    return list(backend.custom_gradient(identity, list(distinct.values()))(*tensors, state))
 
 
 def replaced(tensor, value):
@@ -70,14 +67,12 @@ def replaced(tensor, value):
     return replace(tensor, ops.stop_gradient(value))
 
 
-def _multiply(x, factor):
-    """`x * factor` in `x`'s dtype, rounded once."""
-    # In float16 the factor alone would overflow at 2**16.
-    narrow = keras.backend.standardize_dtype(x.dtype)
-    wide = keras.backend.result_type(narrow, "float32")
-    if narrow == wide:
-        return ops.multiply(x, ops.cast(factor, wide))
-    return ops.cast(ops.multiply(ops.cast(x, wide), factor), narrow)
+def _divide(x, divisor):
+    """`x / divisor` in `x`'s dtype, rounded once."""
+    # In float16 the divisor alone would overflow at 2**16.
+    wide = keras.backend.result_type(x.dtype, "float32")
+    divisor = ops.cast(divisor, wide)
+    return ops.cast(backend.divide_by_power_of_two(ops.cast(x, wide), divisor), x.dtype)
 
 
 def _first_order(gradients):

@@ -7,10 +7,9 @@ import itertools
 import numbers
 
 import keras
-import numpy as np
 from keras import ops, tree
 
-from tf_adaptive_ls import scale_plan, scale_state, spectrum
+from tf_adaptive_ls import observation, scale_plan, scale_state
 from tf_adaptive_ls.gradient_tap import gradient_tap, replaced
 from tf_adaptive_ls.scale_state import LOG2_SCALE, MAX_LOG2_SCALE, MEMORY, Row
 
@@ -61,7 +60,7 @@ class LossScaled(keras.layers.Wrapper):
     masks and updates, bit for bit.
 
     `AdaptiveLossScaleOptimizer` chooses r from what the backward pass saw; under
-    any other optimizer it becomes and stays 0.
+    any other optimizer it becomes and stays 0, and nothing is known of gradients.
 
     Args:
         layer: The `keras.layers.Layer` to scale. It keeps its weights, and lends
@@ -133,14 +132,16 @@ class LossScaled(keras.layers.Wrapper):
                 f"log2_scale={value!r} for layer '{self.name}'. It is an exponent: "
                 "3 stands for a scale of 8."
             )
-        state = np.array(self.state.numpy())
+        state = scale_state.values_of(self.state)
         state[Row.HEADER, MEMORY:] += value - state[Row.HEADER, LOG2_SCALE]
         state[Row.HEADER, LOG2_SCALE] = value
         self.state.assign(state)
 
-    def log2_scale_tensor(self):
-        """`log2_scale` as it is in the running computation, a scalar float32 tensor."""
-        return self.state.value[Row.HEADER, LOG2_SCALE]
+    @property
+    def is_limited(self):
+        """Whether any part of the layer computes in a format that its scale matters to."""
+        parts = self.layer._flatten_layers()
+        return any(scale_state.is_limited(part.compute_dtype) for part in parts)
 
     @property
     def spectrum(self):
@@ -155,7 +156,7 @@ class LossScaled(keras.layers.Wrapper):
     @property
     def reading(self):
         """All that the state tells, a `scale_state.Reading`; readable between steps."""
-        return scale_state.Reading.of(self.state.numpy())
+        return scale_state.Reading.of(self.state)
 
     def _scaled_call(self, *args, **kwargs):
         if _neutral.get():
@@ -165,32 +166,32 @@ class LossScaled(keras.layers.Wrapper):
         self.called_at = next(_clock)
         border = scale_plan.border_of(self)
         state = self.state.value
-        r = self.log2_scale_tensor()
+        up, down = scale_plan.powers(self)  # 2**r and 2**-r
 
-        def to_inside(consumers):
-            """Shift from the scale of a class to S * 2**r, `None` for none."""
+        def divisor_out(consumers):
+            """S * 2**r over the scale of a class, `None` for one."""
             if consumers is None:
-                return r
-            return None if consumers == (self,) else r - scale_plan.log2_scale(consumers)
+                return up
+            return None if consumers == (self,) else up * scale_plan.class_powers(consumers)[1]
 
-        def to_outside(consumers):
-            shift = to_inside(consumers)
-            return None if shift is None else -shift
+        def divisor_in(consumers):
+            if consumers is None:
+                return down
+            return None if consumers == (self,) else down * scale_plan.class_powers(consumers)[0]
 
         # Going in. Backward, this is where the layer's gradients come out.
-        arguments = _Arguments(self.layer, args, kwargs, border)
+        arguments = _Arguments(self, args, kwargs, border)
         weights = [v for v in self.layer.trainable_variables if is_scaled_weight(v)]
         tensors = [*arguments.tensors, *(v.value for v in weights)]
-        limited = [*arguments.limited, *[_is_limited(self.layer)] * len(weights)]
         if tensors:
-            back_to_s = -r
-            shifts = [*map(to_outside, arguments.classes), *[back_to_s] * len(weights)]
+            divisors = [*map(divisor_out, arguments.classes), *[up] * len(weights)]
 
             def report_produced(gradients, _):
-                produced, unlimited = _parted(gradients, limited)
-                return scale_state.report(produced=produced, unlimited=unlimited)
+                # The optimizer sees those of weights for itself.
+                of_inputs = gradients[: len(arguments.tensors)]
+                return observation.report_of_products(of_inputs, limited=arguments.limited)
 
-            tensors = gradient_tap(tensors, shifts, state, report_produced)
+            tensors = gradient_tap(tensors, divisors, state, report_produced)
         args, kwargs = arguments.replaced(tensors[: len(arguments.tensors)])
 
         # The layer itself, on tapped weights, with its updates held back.
@@ -203,7 +204,7 @@ class LossScaled(keras.layers.Wrapper):
             self.layer._clear_losses()
         held.assign_updates()
         for loss in losses:
-            self.add_loss(_tapped_loss(loss, r, state))
+            self.add_loss(_tapped_loss(loss, down, state))
 
         # Coming out. Backward, this is where gradients arrive.
         leaves = tree.flatten(outputs)
@@ -211,19 +212,16 @@ class LossScaled(keras.layers.Wrapper):
         tapped = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
         if tapped:
             narrow = [scale_state.is_limited(leaves[i].dtype) for i in tapped]
-            limits_s = [n and classes[i] is None for i, n in zip(tapped, narrow, strict=True)]
+            at_s = [n and classes[i] is None for i, n in zip(tapped, narrow, strict=True)]
 
-            def report_arrived(gradients, factors):
-                arrived, _ = _parted(gradients, limits_s)
-                peaks = [spectrum.peak(gradient) for gradient in gradients]
-                _, passing = _parted(peaks, limits_s)
-                inside = [p if f is None else p * f for p, f in zip(peaks, factors, strict=True)]
-                origin, _ = _parted(inside, narrow)
-                return scale_state.report(arrived=arrived, passing=passing, origin=origin)
+            def report_arrived(gradients, divisors):
+                return observation.report_of_arrivals(
+                    gradients, divisors, at_s=at_s, limited=narrow
+                )
 
             results = gradient_tap(
                 [leaves[i] for i in tapped],
-                [to_inside(classes[i]) for i in tapped],
+                [divisor_in(classes[i]) for i in tapped],
                 state,
                 report_arrived,
             )
@@ -311,12 +309,12 @@ class _Owner:
 class _Arguments:
     """The arguments of a call, and the floating-point tensors among them.
 
-    The tensors are cast as `layer` would cast them if it computes in a wider format
+    The tensors are cast as the layer would cast them if it computes in a wider format
     than they have: a gradient is then still wide when it is shifted, and rounded
     only after that. `limited` tells which gradients are written in `FORMAT`.
     """
 
-    def __init__(self, layer, args, kwargs, border):
+    def __init__(self, scaled, args, kwargs, border):
         self._args, self._kwargs = args, kwargs
         self._leaves = []
         classes = []
@@ -327,8 +325,9 @@ class _Arguments:
             classes += planned or [None] * len(leaves)
         self._places = [i for i, leaf in enumerate(self._leaves) if is_float_tensor(leaf)]
         self.tensors = [self._leaves[i] for i in self._places]
-        self.limited = [_is_limited(layer)] * len(self.tensors)
-        if layer.autocast and not _is_limited(layer):
+        self.limited = [scaled.is_limited] * len(self.tensors)
+        layer = scaled.layer
+        if layer.autocast and not scaled.is_limited:
             self.limited = [scale_state.is_limited(tensor.dtype) for tensor in self.tensors]
             self.tensors = [
                 ops.cast(tensor, layer.compute_dtype) if limited else tensor
@@ -392,14 +391,13 @@ class _Held(keras.StatelessScope):
             variable.assign(value)
 
 
-def _tapped_loss(loss, r, state):
+def _tapped_loss(loss, down, state):
     narrow = keras.backend.result_type(loss.dtype, "float32") != loss.dtype
 
-    def report(gradients, factors):
-        origin = [spectrum.peak(gradients[0]) * factors[0]] if narrow else []
-        return scale_state.report(origin=origin)
+    def report(gradients, divisors):
+        return observation.report_of_arrivals(gradients, divisors, at_s=[False], limited=[narrow])
 
-    (tapped,) = gradient_tap([loss], [r], state, report)
+    (tapped,) = gradient_tap([loss], [down], state, report)
     return tapped
 
 
@@ -408,17 +406,6 @@ def _others(layer, weights):
     known = {id(v) for v in weights}
     others = {id(v): v for v in [*layer.variables, *layer.metrics_variables]}
     return [v for key, v in others.items() if key not in known]
-
-
-def _is_limited(layer):
-    """Whether any part of `layer` computes in a format that its scale matters to."""
-    return any(scale_state.is_limited(part.compute_dtype) for part in layer._flatten_layers())
-
-
-def _parted(gradients, flags):
-    """The gradients whose flag is set, and those whose flag is not."""
-    pairs = list(zip(gradients, flags, strict=True))
-    return [g for g, flag in pairs if flag], [g for g, flag in pairs if not flag]
 
 
 def is_scaled_weight(variable):

@@ -7,8 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls import scale_state, spectrum
+from tf_adaptive_ls import backend, scale_state, spectrum
 from tf_adaptive_ls.gradient_tap import power_of_two
+from tf_adaptive_ls.observation import observe
 from tf_adaptive_ls.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
 from tf_adaptive_ls.scale_state import (
     FORMAT,
@@ -19,7 +20,6 @@ from tf_adaptive_ls.scale_state import (
     MEMORY,
     OVERFLOWS,
     SAMPLE_LOG2_SCALE,
-    Reports,
     Row,
 )
 
@@ -184,61 +184,94 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
 
-        weights, states = _split(grads, trainable_variables)
-        gradients = [gradient for gradient, _ in weights]
+        weights, reports = _split(grads, trainable_variables)
+        gradients, variables = _unzipped(weights)
+        if not reports:
+            finite = self.check_finite(gradients)
+            super().apply(gradients, variables)
+            self._count_step(finite)
+            return
+        seen, states = self._observe(weights, reports)
         log2_scale = _log2(self.dynamic_scale)
-        finite = self.check_finite(gradients)
-        super().apply(gradients, [variable for _, variable in weights])
-        self._update_scales(states, finite, log2_scale)
+        backend.run_if(seen.finite, self._apply_inner, gradients, variables)
+        self._count_step(seen.finite)
+        self._update_scales(seen, states, [state for _, state in reports], log2_scale)
+
+    def _apply_inner(self, gradients, variables):
+        self.inner_optimizer.apply(self._unscaled(gradients), variables)
+
+    def _unscaled(self, gradients):
+        return [None if g is None else ops.divide(g, self.dynamic_scale) for g in gradients]
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
         """`apply` without side effects, see `keras.optimizers.Optimizer`."""
         if not self.built:
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
-        values = dict(zip(map(id, self._model_variables), trainable_variables, strict=True))
-        own_values = dict(zip(map(id, self.variables), optimizer_variables, strict=True))
-        weights, states = _split(grads, self._model_variables)
-        gradients = [gradient for gradient, _ in weights]
-        variables = [variable for _, variable in weights]
-        log2_scale = _log2(own_values[id(self.dynamic_scale)])
-        finite = self.check_finite(gradients)
-        new_weights, optimizer_variables = super().stateless_apply(
-            optimizer_variables, gradients, [values[id(v)] for v in variables]
-        )
-        values.update(zip(map(id, variables), new_weights, strict=True))
-        mapping = [
-            *((v, values[id(v)]) for v in self._model_variables),
-            *zip(self.variables, optimizer_variables, strict=True),
-        ]
-        with keras.StatelessScope(mapping) as scope:
-            self._update_scales(states, finite, log2_scale)
+        own = list(zip(self.variables, optimizer_variables, strict=True))
+        model = list(zip(self._model_variables, trainable_variables, strict=True))
+        with keras.StatelessScope([*model, *own]) as scope:
+            weights, reports = _split(grads, self._model_variables)
+            gradients, variables = _unzipped(weights)
+            if reports:
+                seen, states = self._observe(weights, reports)
+                finite = seen.finite
+            else:
+                finite = self.check_finite(gradients)
+            log2_scale = _log2(self.dynamic_scale)
+            values = [scope.get_current_value(v) for v in variables]
+            inner_variables = self.inner_optimizer.variables
+            inner_values = [scope.get_current_value(v) for v in inner_variables]
+            values, inner_values = ops.cond(
+                finite,
+                lambda: self.inner_optimizer.stateless_apply(
+                    inner_values, self._unscaled(gradients), values
+                ),
+                lambda: (values, inner_values),
+            )
+            for variable, value in zip(
+                [*variables, *inner_variables], [*values, *inner_values], strict=True
+            ):
+                variable.assign(value)
+            self._count_step(finite)
+            if reports:
+                self._update_scales(seen, states, [state for _, state in reports], log2_scale)
         return (
             [scope.get_current_value(v) for v in self._model_variables],
             [scope.get_current_value(v) for v in self.variables],
         )
 
-    def _update_scales(self, reports_and_states, finite, log2_scale):
-        """Counts the step and moves all scales. `log2_scale` is that of the step."""
+    def _count_step(self, finite):
         skipped = ops.logical_not(finite)
         self._steps.assign_add(1)
         self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
         in_a_row = self._skipped_in_a_row.value + 1
         self._skipped_in_a_row.assign(ops.where(skipped, in_a_row, ops.zeros_like(in_a_row)))
-        reports_and_states = [(g, v) for g, v in reports_and_states if g is not None]
-        if not reports_and_states:
-            return
-        reports = Reports(ops.stack([report for report, _ in reports_and_states]))
-        states = ops.stack([state.value for _, state in reports_and_states])
+
+    def _observe(self, weights, reports):
+        """What the step tells, and the states that it began with, stacked."""
+        states = scale_state.stacked([state for _, state in reports])
+        layers = [state.loss_scaled for _, state in reports]
+        seen = observe(weights, [report for report, _ in reports], layers, states)
+        return seen.summed_over_replicas(), states
+
+    def _update_scales(self, seen, states, variables, log2_scale):
+        """Moves all scales by what was `seen`.
+
+        Args:
+            seen: An `Observation`.
+            states: What the states were in the step, `[layers, rows, bins]`.
+            variables: List of the states' variables.
+            log2_scale: log2(S) of the step, a scalar.
+        """
+        finite, skipped = seen.finite, ops.logical_not(seen.finite)
         r = states[:, Row.HEADER, LOG2_SCALE]
         asked = states[:, Row.HEADER, MEASURE] > 0
         measured = ops.logical_and(asked, finite)
 
-        arrived, produced = reports.samples(ops.any(measured))
-        arrived_peaks, produced_peaks = reports.arrived_peaks, reports.produced_peaks
-        called_at = [state.loss_scaled.called_at for _, state in reports_and_states]
+        called_at = [state.loss_scaled.called_at for state in variables]
         turn = np.argsort(np.argsort(called_at)).astype("float32")
-        last_broken_arrival = ops.max(ops.where(reports.arrived_broken, turn, -1.0))
-        at_fault = ops.logical_and(reports.produced_broken, turn > last_broken_arrival)
+        last_broken_arrival = ops.max(ops.where(seen.arrived_broken, turn, -1.0))
+        at_fault = ops.logical_and(seen.produced_broken, turn > last_broken_arrival)
         # Before the first measurement all scales are one, S.
         ever_measured = ops.any(states[:, Row.PRODUCED_PEAK] > 0)
         at_fault = ops.logical_and(at_fault, ever_measured)
@@ -248,10 +281,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         # Each layer moves by what it produced, S by what arrived anywhere at S.
         memory = states[:, Row.HEADER, MEMORY : MEMORY + self.rule.memory_size]
         memory_of_s = self._memory.value[None]
-        change, new_memory = self.rule(produced, produced_peaks, memory, FORMAT)
-        peaks_at_s = ops.sum(arrived_peaks, axis=0, keepdims=True)
+        change, new_memory = self.rule(seen[Row.PRODUCED], seen[Row.PRODUCED_PEAK], memory, FORMAT)
+        peaks_at_s = ops.sum(seen[Row.ARRIVED_PEAK], axis=0, keepdims=True)
         change_of_s, new_memory_of_s = self.rule(
-            ops.sum(arrived, axis=0, keepdims=True), peaks_at_s, memory_of_s, FORMAT
+            ops.sum(seen[Row.ARRIVED], axis=0, keepdims=True), peaks_at_s, memory_of_s, FORMAT
         )
         unseen = spectrum.nonzero_total(peaks_at_s[0]) == 0
         restart = ops.maximum(math.log2(self.initial_scale) - log2_scale, 0.0)
@@ -276,20 +309,17 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         wait = ops.where(ops.logical_or(skipped, too_far), 0, ops.maximum(wait, 0))
 
-        seen = ops.stack([arrived, arrived_peaks, produced, produced_peaks], axis=1)
-        spectra = ops.where(measured[:, None, None], seen, states[:, 1 : len(Row)])
         sampled_at = states[:, Row.HEADER, SAMPLE_LOG2_SCALE]
-        overflows = states[:, Row.HEADER, OVERFLOWS]
         header = scale_state.header(
             new_r,
             measure=ops.cast(ops.equal(wait, 0), "float32"),
             sample_log2_scale=ops.where(measured, r + log2_scale, sampled_at),
-            overflows=overflows + ops.cast(at_fault, "float32"),
+            overflows=states[:, Row.HEADER, OVERFLOWS] + ops.cast(at_fault, "float32"),
             memory=memory,
         )
-        states = scale_state.with_header(header, spectra)
-        states = ops.unstack(states, len(reports_and_states))
-        for (_, variable), state in zip(reports_and_states, states, strict=True):
+        spectra = ops.where(measured[:, None, None], seen.spectra, states[:, 1 : len(Row)])
+        states = ops.unstack(scale_state.with_header(header, spectra), len(variables))
+        for variable, state in zip(variables, states, strict=True):
             variable.assign(state)
         self.dynamic_scale.assign(power_of_two(new_log2_scale))
         self._memory.assign(memory_of_s[0])
@@ -322,12 +352,16 @@ def _is_state(variable):
 
 
 def _split(grads, variables):
-    """Pairs `(gradient, variable)` of weights, and those of scale states."""
+    """Pairs `(gradient, variable)` of weights, and `(report, state)` of layers that ran."""
     pairs = list(zip(grads, variables, strict=True))
     return (
         [(g, v) for g, v in pairs if not _is_state(v)],
-        [(g, v) for g, v in pairs if _is_state(v)],
+        [(g, v) for g, v in pairs if _is_state(v) and g is not None],
     )
+
+
+def _unzipped(weights):
+    return [gradient for gradient, _ in weights], [variable for _, variable in weights]
 
 
 def _log2(scale):
@@ -375,7 +409,7 @@ def _warn_if_useless(states):
             "with `wrap_model`, or its layers with `LossScaled`.",
             stacklevel=3,
         )
-    elif all(state.loss_scaled.layer.compute_dtype != FORMAT.name for state in states):
+    elif not any(state.loss_scaled.is_limited for state in states):
         warnings.warn(
             "Loss scales do nothing for this model: none of its LossScaled layers "
             f"computes in {FORMAT.name}. Set the dtype policy before you build it: "

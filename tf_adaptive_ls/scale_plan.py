@@ -24,6 +24,9 @@ import dataclasses
 import keras
 from keras import ops, tree
 
+from tf_adaptive_ls.gradient_tap import power_of_two
+from tf_adaptive_ls.scale_state import LOG2_SCALE, Row
+
 # Keras layers that run code Keras does not know.
 _FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
 
@@ -47,11 +50,13 @@ class ScalePlan:
     """Borders of the layers of a graph; made by `plan_of`.
 
     Args:
-        borders: `Border` by `id` of the `LossScaled` layer.
+        layers: The `LossScaled` layers that have a border, and
+        borders: the `Border` of each, by its `id`.
         models: The model and those nested in it that are planned with it, each
             with the graph that the plan was derived from.
     """
 
+    layers: tuple
     borders: dict
     models: tuple
 
@@ -64,17 +69,28 @@ class ScalePlan:
 
 
 class _Run:
-    """One run of a planned graph; computes the scale of a class once."""
+    """One run of a planned graph; computes the powers of two of all layers at once."""
 
     def __init__(self, plan):
         self.plan = plan
-        self._log2_scales = {}
+        self._of_layers = None
+        self._of_classes = {}
 
-    def log2_scale(self, consumers):
-        if consumers not in self._log2_scales:
-            scales = [consumer.log2_scale_tensor() for consumer in consumers]
-            self._log2_scales[consumers] = ops.min(ops.stack(scales))
-        return self._log2_scales[consumers]
+    def powers(self, layer):
+        if self._of_layers is None:
+            layers = self.plan.layers
+            r = ops.stack([each.state.value for each in layers])[:, Row.HEADER, LOG2_SCALE]
+            ups, downs = (ops.unstack(power_of_two(k), len(layers)) for k in (r, -r))
+            self._of_layers = dict(zip(map(id, layers), zip(ups, downs, strict=True), strict=True))
+        return self._of_layers[id(layer)]
+
+    def class_powers(self, consumers):
+        if len(consumers) == 1:
+            return self.powers(consumers[0])
+        if consumers not in self._of_classes:
+            ups, downs = zip(*map(self.powers, consumers), strict=True)
+            self._of_classes[consumers] = ops.min(ops.stack(ups)), ops.max(ops.stack(downs))
+        return self._of_classes[consumers]
 
 
 @contextlib.contextmanager
@@ -99,9 +115,17 @@ def border_of(layer):
     return run and run.plan.borders.get(id(layer))
 
 
-def log2_scale(consumers):
-    """Log2 scale, relative to S, of a class of the plan that holds: a scalar tensor."""
-    return _running.get().log2_scale(consumers)
+def powers(layer):
+    """2**r and 2**-r of a layer in the running computation, two float32 scalars."""
+    if border_of(layer):
+        return _running.get().powers(layer)
+    r = layer.state.value[Row.HEADER, LOG2_SCALE]
+    return power_of_two(r), power_of_two(-r)
+
+
+def class_powers(consumers):
+    """The same of a class of the plan that holds, for its scale relative to S."""
+    return _running.get().class_powers(consumers)
 
 
 def plan_of(model, scaled_class):
@@ -145,6 +169,11 @@ def plan_of(model, scaled_class):
     def travel(leaf):
         return classes.consumers(leaf) if isinstance(leaf, keras.KerasTensor) else None
 
+    planned = [
+        call
+        for call in calls
+        if isinstance(call.operation, scaled_class) and times_called[id(call.operation)] == 1
+    ]
     borders = {
         id(call.operation): Border(
             args=tuple(travel(leaf) for leaf in tree.flatten(call.args)),
@@ -154,10 +183,9 @@ def plan_of(model, scaled_class):
             },
             outputs=tuple(travel(tensor) for tensor in call.outputs),
         )
-        for call in calls
-        if isinstance(call.operation, scaled_class) and times_called[id(call.operation)] == 1
+        for call in planned
     }
-    return ScalePlan(borders, tuple(models))
+    return ScalePlan(tuple(call.operation for call in planned), borders, tuple(models))
 
 
 @dataclasses.dataclass(frozen=True)

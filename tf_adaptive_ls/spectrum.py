@@ -11,11 +11,13 @@ lowest binade, those too large as non-finite.
 """
 
 import dataclasses
+import math
 
 import keras
 import numpy as np
 from keras import ops
 
+from tf_adaptive_ls import backend
 from tf_adaptive_ls.float_format import FloatFormat
 
 ZERO = 0
@@ -28,33 +30,57 @@ def num_bins(float_format):
 
 
 def sample(x, size):
-    """Magnitudes of `size` elements spread over `x`, a float32 vector.
+    """At most `size` elements spread evenly over `x`, a float32 vector.
 
-    One element is drawn from each of `size` equal stretches, at a fixed pseudo-random
-    place in it: a constant stride would visit only some channels of a tensor whose row
-    length it shares a factor with. Smaller tensors are gone through repeatedly.
+    They are a stride apart that shares no factor with the size of `x`: any other would
+    visit only some channels of it.
     """
     x = ops.reshape(x, (-1,))
-    within = np.random.default_rng(1910_12385).random(size)
-    if x.shape[0] is not None:
-        places = np.arange(size) + (within if x.shape[0] > size else 0.0)
-        indices = (places * x.shape[0] / size).astype("int32")
-    else:
-        # Below 1 in float32, too, times any size of a tensor.
-        places = np.minimum((np.arange(size) + within) / size, 1 - 2.0**-20)
+    if x.shape[0] is None:
+        places = ((np.arange(size) + 0.5) / size).astype("float32")
         total = ops.cast(ops.shape(x)[0], "float32")
-        indices = ops.cast(places.astype("float32") * total, "int32")
-    return ops.abs(ops.cast(ops.take(x, indices), "float32"))
+        x = ops.take(x, ops.cast(places * total, "int32"))
+    else:
+        stride = max(-(-x.shape[0] // size), 1)
+        while math.gcd(stride, x.shape[0]) > 1:
+            stride += 1
+        x = x[::stride] if stride > 1 else x
+    return ops.cast(x, "float32")
 
 
-def peak(x):
-    """Largest magnitude of all of `x`, a float32 scalar; infinite if any element is not finite.
+def peaks(tensors):
+    """Largest magnitude of each of several tensors, float32 `[len(tensors)]`.
 
-    Negative if `x` is empty.
+    Infinite if any element is not finite, zero if there is none. Read as integers, the
+    bits of magnitudes are in the order finite < infinite < NaN: one maximum finds the peak
+    and whether all is finite. (One of floats may pass over NaN, and is not vectorised if
+    told not to.)
     """
-    # XLA's maximum passes over NaN on a CPU.
-    infinite = np.array(np.inf, keras.backend.standardize_dtype(x.dtype))
-    return ops.cast(ops.max(ops.where(ops.isnan(x), infinite, ops.abs(x))), "float32")
+    places = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(keras.backend.standardize_dtype(tensor.dtype), []).append(place)
+    if not places:
+        return ops.zeros(0)
+    of_dtypes = [_peaks([tensors[place] for place in places[dtype]], dtype) for dtype in places]
+    if len(of_dtypes) == 1:
+        return of_dtypes[0]
+    order = np.argsort(np.concatenate(list(places.values()))).astype("int32")
+    return ops.take(ops.concatenate(of_dtypes), order)
+
+
+def _peaks(tensors, dtype):
+    infinity = np.array(np.inf, dtype)
+    bits = f"int{8 * infinity.itemsize}"
+    no_sign = np.array(np.iinfo(bits).max, bits)
+    largest = [
+        ops.zeros((), bits)
+        if 0 in x.shape
+        else ops.max(ops.bitwise_and(backend.bitcast(x, bits), no_sign))
+        for x in tensors
+    ]
+    # What is empty only at run time gives the least integer: minus zero.
+    largest = ops.minimum(ops.stack(largest), infinity.view(bits))
+    return ops.abs(ops.cast(backend.bitcast(largest, dtype), "float32"))
 
 
 def spectrum(values, float_format):
