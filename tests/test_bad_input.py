@@ -162,7 +162,7 @@ def test_a_rule_that_remembers_too_much():
     class Elephant(als.FixedRule):
         memory_size = 41
 
-    with pytest.raises(ValueError, match="at most 37 numbers"):
+    with pytest.raises(ValueError, match="at most 38 numbers"):
         als.AdaptiveLossScaleOptimizer("sgd", rule=Elephant())
 
 

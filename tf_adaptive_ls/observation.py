@@ -34,7 +34,7 @@ from tf_adaptive_ls.scale_state import (
 class Figure(enum.IntEnum):
     """What the first row of a report holds; its samples follow."""
 
-    # Before these a report has 0, where a state has LOG2_SCALE and IS_STATE.
+    # Before these a report has 0, where a state has LOG2_SCALE and MEASURE.
     ARRIVED = 2  # largest of the gradients that arrived at the outputs, at scale S
     PASSING = 3  # the same, but at a scale that a plan chose, or not in `FORMAT`
     ORIGIN = 4  # the largest that all gradients of the layer were computed from, in `FORMAT`

@@ -278,18 +278,22 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         s_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(at_fault)))
         backoff = float(self.rule.backoff(FORMAT))
 
-        # Each layer moves by what it produced, S by what arrived anywhere at S.
-        memory = states[:, Row.HEADER, MEMORY : MEMORY + self.rule.memory_size]
-        memory_of_s = self._memory.value[None]
-        change, new_memory = self.rule(seen[Row.PRODUCED], seen[Row.PRODUCED_PEAK], memory, FORMAT)
+        # Each layer moves by what it produced, S, in the last row, by what arrived at it.
         peaks_at_s = ops.sum(seen[Row.ARRIVED_PEAK], axis=0, keepdims=True)
-        change_of_s, new_memory_of_s = self.rule(
-            ops.sum(seen[Row.ARRIVED], axis=0, keepdims=True), peaks_at_s, memory_of_s, FORMAT
+        samples_at_s = ops.sum(seen[Row.ARRIVED], axis=0, keepdims=True)
+        memory = states[:, Row.HEADER, MEMORY : MEMORY + self.rule.memory_size]
+        memory = ops.concatenate([memory, self._memory.value[None]])
+        changes, new_memory = self.rule(
+            ops.concatenate([seen[Row.PRODUCED], samples_at_s]),
+            ops.concatenate([seen[Row.PRODUCED_PEAK], peaks_at_s]),
+            memory,
+            FORMAT,
         )
+        change, change_of_s = changes[:-1], changes[-1]
         unseen = spectrum.nonzero_total(peaks_at_s[0]) == 0
         restart = ops.maximum(math.log2(self.initial_scale) - log2_scale, 0.0)
         restart = ops.where(ops.any(measured), restart, 0.0)
-        change_of_s = ops.where(unseen, restart, change_of_s[0])
+        change_of_s = ops.where(unseen, restart, change_of_s)
 
         change = ops.where(at_fault, -backoff, ops.where(finite, change, 0.0))
         change_of_s = ops.where(s_at_fault, -backoff, ops.where(finite, change_of_s, 0.0))
@@ -297,8 +301,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         change_of_s = new_log2_scale - log2_scale
         taken_back = ops.where(finite, change_of_s, 0.0)
         new_r = _bounded(r + change - taken_back)
-        memory = ops.where(finite, new_memory, memory) + (new_r - r + change_of_s)[:, None]
-        memory_of_s = ops.where(finite, new_memory_of_s, memory_of_s) + change_of_s
+        moves = ops.concatenate([new_r - r, np.zeros(1, "float32")]) + change_of_s
+        memory = ops.where(finite, new_memory, memory) + moves[:, None]
 
         # A spectrum that moves so far was cut off at an end of the format. Without
         # a sample, a scale moves only because its gradients are about to overflow.
@@ -312,17 +316,17 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         sampled_at = states[:, Row.HEADER, SAMPLE_LOG2_SCALE]
         header = scale_state.header(
             new_r,
-            measure=ops.cast(ops.equal(wait, 0), "float32"),
+            measure=ops.where(ops.equal(wait, 0), 1.0, -1.0),
             sample_log2_scale=ops.where(measured, r + log2_scale, sampled_at),
             overflows=states[:, Row.HEADER, OVERFLOWS] + ops.cast(at_fault, "float32"),
-            memory=memory,
+            memory=memory[:-1],
         )
         spectra = ops.where(measured[:, None, None], seen.spectra, states[:, 1 : len(Row)])
         states = ops.unstack(scale_state.with_header(header, spectra), len(variables))
         for variable, state in zip(variables, states, strict=True):
             variable.assign(state)
         self.dynamic_scale.assign(power_of_two(new_log2_scale))
-        self._memory.assign(memory_of_s[0])
+        self._memory.assign(memory[-1])
         self._steps_to_measurement.assign(wait)
 
     def finalize_variable_values(self, var_list):

@@ -34,12 +34,14 @@ class ScaleRule(abc.ABC):
 
     @property
     def memory_size(self):
-        """How many numbers the rule keeps about each layer, from 0 to 37."""
+        """How many numbers the rule keeps about each layer, from 0 to 38."""
         return 0
 
     @abc.abstractmethod
     def __call__(self, samples, peaks, memory, float_format):
-        """Change of log2 scale, in whole binades.
+        """Change of log2 scale, in whole binades, of each layer for itself.
+
+        The loss scale S is moved by the same call, as if it were one more layer.
 
         Args:
             samples: Spectra `[layers, bins]` of a sample of each layer's

@@ -38,11 +38,10 @@ class Row(enum.IntEnum):
 
 # Columns of Row.HEADER.
 LOG2_SCALE = 0  # r; 0 in a report, too
-IS_STATE = 1  # 1, but 0 in a report
-MEASURE = 2  # 1 to take samples on the next step, 0 not to
-SAMPLE_LOG2_SCALE = 3  # log2(S) + r when the samples were taken
-OVERFLOWS = 4  # on how many steps this layer made finite gradients non-finite
-MEMORY = 5  # and all after it: what the rule remembers
+MEASURE = 1  # 1 to take samples on the next step, -1 not to; 0 in a report
+SAMPLE_LOG2_SCALE = 2  # log2(S) + r when the samples were taken
+OVERFLOWS = 3  # on how many steps this layer made finite gradients non-finite
+MEMORY = 4  # and all after it: what the rule remembers
 
 NUM_BINS = spectrum.num_bins(FORMAT)
 MAX_MEMORY_SIZE = NUM_BINS - MEMORY
@@ -64,7 +63,7 @@ def initial(shape=SHAPE, dtype="float32"):
 
 def _initial(shape=SHAPE, dtype="float32"):
     state = np.zeros(shape, dtype)
-    state[Row.HEADER, [IS_STATE, MEASURE]] = 1.0
+    state[Row.HEADER, MEASURE] = 1.0
     state[Row.HEADER, MEMORY:] = NOTHING_SEEN
     return state
 
@@ -72,7 +71,7 @@ def _initial(shape=SHAPE, dtype="float32"):
 def values_of(variable):
     """The state in a layer's variable, a NumPy array; a first one in place of a report."""
     state = np.array(variable.numpy())
-    return state if state[Row.HEADER, IS_STATE] else _initial()
+    return state if state[Row.HEADER, MEASURE] else _initial()
 
 
 def stacked(variables):
@@ -81,7 +80,7 @@ def stacked(variables):
     With a first one in place of a report.
     """
     states = ops.stack([variable.value for variable in variables])
-    is_state = states[:, Row.HEADER, IS_STATE] > 0
+    is_state = ops.not_equal(states[:, Row.HEADER, MEASURE], 0)
     return ops.where(is_state[:, None, None], states, _initial())
 
 
@@ -92,8 +91,7 @@ def header(log2_scale, measure, sample_log2_scale, overflows, memory):
     `memory`, `[layers, n]`.
     """
     measure = ops.zeros_like(log2_scale) + measure
-    is_state = ops.ones_like(log2_scale)
-    columns = ops.stack([log2_scale, is_state, measure, sample_log2_scale, overflows], axis=1)
+    columns = ops.stack([log2_scale, measure, sample_log2_scale, overflows], axis=1)
     row = ops.concatenate([columns, memory], axis=1)
     return ops.pad(row, ((0, 0), (0, NUM_BINS - row.shape[1])))[:, None]
 
