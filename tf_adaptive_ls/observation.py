@@ -65,7 +65,8 @@ def report_of_arrivals(gradients, divisors, *, at_s, limited):
         A state-shaped tensor, see `Figure`.
     """
     peaks = spectrum.peaks(gradients)
-    divisors = ops.stack([np.float32(1.0) if d is None else d for d in divisors])
+    divisors = [np.float32(1.0) if divisor is None else divisor for divisor in divisors]
+    divisors = divisors[0] if len(divisors) == 1 else ops.stack(divisors)
     figures = [
         _largest(peaks, at_s),
         _largest(peaks, np.logical_not(at_s)),
@@ -106,16 +107,20 @@ def _dense(gradient):
 
 def _largest(peaks, chosen):
     """The largest of those peaks `[n]` that are `chosen`, 0 if none is."""
-    if not any(chosen):
-        return np.float32(0.0)
-    return ops.max(peaks if all(chosen) else ops.where(np.array(chosen), peaks, 0.0))
+    return _reduced(ops.max, peaks, chosen, np.float32(0.0))
 
 
 def _smallest(peaks, chosen):
     """The smallest of those peaks `[n]` that are `chosen`, 0 if none is."""
+    return _reduced(ops.min, peaks, chosen, np.float32(np.inf))
+
+
+def _reduced(reduce, peaks, chosen, others):
     if not any(chosen):
         return np.float32(0.0)
-    return ops.min(peaks if all(chosen) else ops.where(np.array(chosen), peaks, np.float32(np.inf)))
+    if len(chosen) == 1:
+        return ops.reshape(peaks, ())
+    return reduce(peaks if all(chosen) else ops.where(np.array(chosen), peaks, others))
 
 
 def _figures(first, figures, numbers):
@@ -127,14 +132,15 @@ def _figures(first, figures, numbers):
 
 
 def _packed(parts):
+    """A report of all its parts, whose samples may still have a sign."""
     # One concatenation of all: XLA may compile for hours what concatenates parts of it.
-    return ops.reshape(ops.concatenate(parts), SHAPE)
+    return ops.reshape(ops.abs(ops.concatenate(parts)), SHAPE)
 
 
 def _sampled(gradients):
-    """Vectors of magnitudes, at most `SAMPLE_SIZE` in all, and how many they are."""
+    """Vectors of at most `SAMPLE_SIZE` elements in all, and how many they are."""
     gradients = gradients[:SAMPLE_SIZE]
-    samples = [ops.abs(spectrum.sample(g, SAMPLE_SIZE // len(gradients))) for g in gradients]
+    samples = [spectrum.sample(g, SAMPLE_SIZE // len(gradients)) for g in gradients]
     return samples, sum(sample.shape[0] for sample in samples)
 
 

@@ -78,9 +78,9 @@ def _peaks(tensors, dtype):
         else ops.max(ops.bitwise_and(backend.bitcast(x, bits), no_sign))
         for x in tensors
     ]
-    # What is empty only at run time gives the least integer: minus zero.
+    # What is empty only at run time gives the least integer, which is minus zero.
     largest = ops.minimum(ops.stack(largest), infinity.view(bits))
-    return ops.abs(ops.cast(backend.bitcast(largest, dtype), "float32"))
+    return ops.cast(backend.bitcast(largest, dtype), "float32")
 
 
 def spectrum(values, float_format):
