@@ -158,22 +158,23 @@ def test_an_impossible_rate_of_forgetting(forget):
         als.QuantileRule(forget=forget)
 
 
-def test_a_rule_that_remembers_too_much():
-    class Elephant(als.FixedRule):
-        memory_size = 41
+@pytest.mark.parametrize("size", [-1, 1.0, None])
+def test_a_rule_that_remembers_no_whole_number(size):
+    class Forgetful(als.FixedRule):
+        memory_size = size
 
-    with pytest.raises(ValueError, match="at most 38 numbers"):
-        als.AdaptiveLossScaleOptimizer("sgd", rule=Elephant())
+    with pytest.raises(ValueError, match="remember a whole number of numbers"):
+        als.AdaptiveLossScaleOptimizer("sgd", rule=Forgetful())
 
 
 @pytest.mark.parametrize("value", [61, -61, 1.0, "3", None, np.float32(2)])
 def test_a_scale_out_of_bounds_changes_nothing(value):
     layer = scaled_dense()
     layer.log2_scale = np.int64(7)
-    before = layer.state.numpy()
+    before = layer.loss_scale.numpy()
     with pytest.raises(ValueError, match=r"whole number from -60 to 60.*layer 'd'"):
         layer.log2_scale = value
-    np.testing.assert_array_equal(layer.state.numpy(), before)
+    np.testing.assert_array_equal(layer.loss_scale.numpy(), before)
     assert layer.log2_scale == 7 and type(layer.log2_scale) is int
 
 

@@ -99,11 +99,11 @@ def test_training_goes_on_as_if_it_had_not_been_called():
 
 def test_batches_that_only_overflow_change_nothing(mixed_float16):
     model = shrinking(2)
-    before = [layer.state.numpy() for layer in scaled_layers(model)]
+    before = [v.numpy() for v in model.variables]
     result = als.calibrate(model, [(np.full_like(X, np.inf), Y)] * 4)
     assert not result.settled and result.batches == 4
-    for layer, state in zip(scaled_layers(model), before, strict=True):
-        np.testing.assert_array_equal(layer.state.numpy(), state)
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
 
 
 def test_an_error_in_the_middle_changes_nothing(mixed_float16):

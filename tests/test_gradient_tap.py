@@ -22,19 +22,22 @@ def shifted(gradient, shift, dtype, mode="eager"):
 
     @MODES[mode]
     def run(gradient, shift):
-        x, state = tf.ones_like(gradient), tf.zeros(2)
+        x, scale, reported = tf.ones_like(gradient), tf.ones(3), tf.zeros(2)
         with tf.GradientTape() as tape:
-            tape.watch([x, state])
+            tape.watch([x, scale, reported])
 
             def report(gradients, divisors):
                 gradient = tf.cast(gradients[0], tf.float32)
                 return tf.stack([gradient, gradient / divisors[0]])
 
-            (y,) = gradient_tap([x], [power_of_two(-shift)], state, report)
-        return y, *tape.gradient(y, [x, state], output_gradients=gradient)
+            (y,) = gradient_tap([x], [power_of_two(-shift)], (scale, reported), report)
+        return y, *tape.gradient(y, [x, scale, reported], output_gradients=gradient)
 
-    y, result, reported = run(tf.constant(gradient, dtype), tf.constant(shift, tf.float32))
+    y, result, of_scale, reported = run(
+        tf.constant(gradient, dtype), tf.constant(shift, tf.float32)
+    )
     assert y.numpy() == 1 and y.dtype == result.dtype == dtype
+    np.testing.assert_array_equal(of_scale, np.zeros(3))
     return result.numpy(), reported.numpy()
 
 
@@ -80,12 +83,12 @@ def test_other_dtypes_keep_their_precision(dtype):
 
 
 def test_sparse_gradients_stay_sparse():
-    weights, state = tf.Variable(tf.ones((5, 2))), tf.Variable(tf.zeros(()))
+    weights = tf.Variable(tf.ones((5, 2)))
     with tf.GradientTape() as tape:
         (tapped,) = gradient_tap(
             [weights.value()],
             [tf.constant(0.125)],
-            state.value(),
+            (tf.zeros(()), tf.zeros(())),
             lambda *_: tf.zeros(()),
         )
         loss = tf.reduce_sum(tf.gather(tapped, [1, 1, 3]))

@@ -14,7 +14,6 @@ from keras import layers, optimizers
 from steps import scaled_layers
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.scale_state import MEASURE, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:Loss scales do nothing")
 
@@ -122,14 +121,20 @@ def test_figures_are_readable_before_and_after_the_first_step():
     assert [type(figure) for figure in figures] == [float, int, bool]
 
 
-def test_scales_are_measured_again_every_so_many_steps():
+def test_scales_are_sampled_again_every_so_many_steps(mixed_float16, rng):
     model = als.wrap_model(chain()[0])
     optimizer = als.AdaptiveLossScaleOptimizer("sgd", update_every=4)
     model.compile(optimizer, loss="mse", jit_compile=False)
     asked = []
+
+    def spectra():
+        layer = scaled_layers(model)[0]
+        return np.append(layer.spectrum.counts, layer.reading.log2_sampled_at)
+
     for _ in range(24):
-        asked.append(int(scaled_layers(model)[0].state.numpy()[Row.HEADER, MEASURE] > 0))
-        model.train_on_batch(X, Y)
+        before = spectra()
+        model.train_on_batch(rng.normal(size=X.shape), Y)
+        asked.append(int((spectra() != before).any()))
     assert asked[0] == 1
     settled = asked[12:]
     assert sum(settled) == 3
@@ -148,7 +153,10 @@ def test_a_layer_not_in_the_loss_keeps_its_scale_and_spectrum(mixed_float16):
     variables = model.trainable_variables
     with pytest.warns(UserWarning, match="Gradients do not exist"):
         optimizer.apply(tape.gradient(loss, variables), variables)
-    assert unused.log2_scale == 3 and unused.spectrum.nonzero == 0
+    # S * 2**r, that is, though S has moved.
+    assert np.log2(optimizer.loss_scale) != 5
+    assert np.log2(optimizer.loss_scale) + unused.log2_scale == 5 + 3
+    assert unused.spectrum.nonzero == 0
     assert used.spectrum.nonzero > 0
 
 
@@ -158,7 +166,7 @@ def test_only_scales_to_train():
         layer.layer.trainable = False
     optimizer = als.AdaptiveLossScaleOptimizer("sgd")
     variables = model.trainable_variables
-    assert [v.name for v in variables] == ["loss_scale_state"] * 4
+    assert [v.name for v in variables] == ["loss_scale", "loss_scale_report"] * 4
     optimizer.apply([tf.zeros(v.shape) for v in variables], variables)
     assert optimizer.skipped_steps == 0
 

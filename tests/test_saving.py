@@ -187,7 +187,7 @@ def test_a_stripped_model_needs_no_trace_of_the_library(saved_as, tmp_path, mixe
     else:
         stripped.export(path, verbose=False)
         content = b"".join(p.read_bytes() for p in path.rglob("*") if p.is_file())
-    for trace in (b"tf_adaptive_ls", b"loss_scale_state", b"LossScaled", b"Adaptive"):
+    for trace in (b"tf_adaptive_ls", b"loss_scale_report", b"LossScaled", b"Adaptive"):
         assert trace not in content
     np.save(tmp_path / "x.npy", X)
     script = f"""

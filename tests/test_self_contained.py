@@ -266,7 +266,8 @@ def test_neutral_scales_make_layers_transparent(rng):
     with als.neutral_scales():
         neutral = stepper(wrapped, {"args": inputs}, wrapped.trainable_variables, [])()
     for layer in scaled_layers(wrapped):
-        assert neutral.gradients.pop(layer.state.path) is None
+        for variable in (layer.loss_scale, layer.loss_scale_report):
+            assert neutral.gradients.pop(variable.path) is None
     assert_gradients_equal(neutral, plain)
 
 

@@ -10,7 +10,7 @@ from steps import MODES
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls import spectrum
-from tf_adaptive_ls.scale_state import SAMPLE_SIZE
+from tf_adaptive_ls.report import SAMPLE_SIZE
 
 FLOAT16 = als.FloatFormat("float16")
 

@@ -8,11 +8,11 @@ import math
 import keras
 import numpy as np
 
-from tf_adaptive_ls import scale_state, spectrum
+from tf_adaptive_ls import spectrum
 from tf_adaptive_ls.named_layers import scaled_layers
 from tf_adaptive_ls.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.run_record import Moment
-from tf_adaptive_ls.scale_state import FORMAT, LOG2_SCALE, MAX_LOG2_SCALE, MEASURE, OVERFLOWS, Row
+from tf_adaptive_ls.scale_state import FORMAT, MAX_LOG2_SCALE
 from tf_adaptive_ls.text_table import power, powers, text_table
 
 # Scales have settled once none has moved by more than this many binades for so many
@@ -141,16 +141,12 @@ def calibrate(model, batches):
             if settled := _is_settled(seen):
                 break
         used, log2_loss_scale = optimizer.steps, round(math.log2(optimizer.loss_scale))
-        states = [scale_state.values_of(layer.state) for layer in layers]
+        log2_scales = [layer.log2_scale for layer in layers]
 
     if seen:  # else every batch overflowed, and the scales mean nothing
         change_of_s = round(math.log2(model.optimizer.loss_scale)) - log2_loss_scale
-        for layer, state in zip(layers, states, strict=True):
-            r = state[Row.HEADER, LOG2_SCALE] - change_of_s
-            state[Row.HEADER, LOG2_SCALE] = np.clip(r, -MAX_LOG2_SCALE, MAX_LOG2_SCALE)
-            state[Row.HEADER, MEASURE] = 1.0
-            state[Row.HEADER, OVERFLOWS] = layer.overflows
-            layer.state.assign(state)
+        for layer, r in zip(layers, log2_scales, strict=True):
+            layer.log2_scale = max(-MAX_LOG2_SCALE, min(r - change_of_s, MAX_LOG2_SCALE))
     return _calibration(named, seen[-_STILL_BATCHES:], log2_loss_scale, settled, used)
 
 
@@ -192,6 +188,8 @@ def _standing_still(model):
         model.optimizer, model.train_function = optimizer, train_function
         for variable, value in before:
             variable.assign(value)
+        if optimizer.built:
+            optimizer.show_on_layers()
 
 
 def _calibration(named, moments, log2_loss_scale, settled, batches):

@@ -16,16 +16,17 @@ def power_of_two(exponent):
     return backend.bitcast(ops.left_shift(biased, _FLOAT32.nmant), "float32")
 
 
-def gradient_tap(tensors, divisors, state, report):
+def gradient_tap(tensors, divisors, receivers, report):
     """Identity whose backward pass divides gradients and reports what it saw.
 
     Args:
         tensors: List of floating-point tensors, at least one.
         divisors: List of float32 scalars, powers of two, one per tensor: what its
             gradient is divided by. `None` leaves a gradient as it is.
-        state: Tensor that receives the report as its "gradient".
-        report: Function `(gradients, divisors) -> tensor` of `state`'s shape, of the
-            gradients as they arrived.
+        receivers: List of tensors. The "gradient" of the last is the report, those of
+            the others are zero.
+        report: Function `(gradients, divisors) -> tensor` of the shape of the last of
+            `receivers`, of the gradients as they arrived.
 
     Returns:
         List of tensors equal to `tensors`. Differentiating their gradients once
@@ -35,7 +36,8 @@ def gradient_tap(tensors, divisors, state, report):
     distinct = {id(divisor): divisor for divisor in divisors if divisor is not None}
 
     def identity(constants, *inputs):
-        *values, _ = inputs
+        values = inputs[: len(tensors)]
+        silent = inputs[len(tensors) : -1]
 
         def backward(*gradients):
             if isinstance(gradients[0], (list, tuple)):  # JAX passes one tuple
@@ -46,11 +48,12 @@ def gradient_tap(tensors, divisors, state, report):
                 gradient if divisor is None else _divide(gradient, divisor)
                 for gradient, divisor in zip(gradients, of_each, strict=True)
             ]
-            return (*_first_order(shifted), report(list(gradients), of_each))
+            reported = report(list(gradients), of_each)
+            return (*_first_order(shifted), *map(ops.zeros_like, silent), reported)
 
         return tuple(values), backward
 
-    return list(backend.custom_gradient(identity, list(distinct.values()))(*tensors, state))
+    return list(backend.custom_gradient(identity, list(distinct.values()))(*tensors, *receivers))
 
 
 def replaced(tensor, value):

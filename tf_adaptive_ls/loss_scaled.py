@@ -5,13 +5,15 @@ import contextvars
 import functools
 import itertools
 import numbers
+import weakref
 
 import keras
 from keras import ops, tree
 
-from tf_adaptive_ls import observation, scale_plan, scale_state
+from tf_adaptive_ls import report, scale_plan, scale_state
+from tf_adaptive_ls.evidence import Ownership
 from tf_adaptive_ls.gradient_tap import gradient_tap, replaced
-from tf_adaptive_ls.scale_state import LOG2_SCALE, MAX_LOG2_SCALE, MEMORY, Row
+from tf_adaptive_ls.scale_state import MAX_LOG2_SCALE
 
 _clock = itertools.count()
 _neutral = contextvars.ContextVar("neutral_scales", default=False)
@@ -99,20 +101,29 @@ class LossScaled(keras.layers.Wrapper):
         self.supports_masking = True
         self.supports_jit = layer.supports_jit
         self._allow_non_tensor_positional_args = True
-        self.state = self.add_weight(
-            shape=scale_state.SHAPE,
-            initializer=scale_state.initial,
-            dtype="float32",
-            autocast=False,
-            overwrite_with_gradient=True,
-            name="loss_scale_state",
+        self.loss_scale = self._add_weight_of_scaling("loss_scale", (2,), scale_state.initial_scale)
+        self.loss_scale_report = self._add_weight_of_scaling(
+            "loss_scale_report", (report.SIZE,), "zeros"
         )
-        self.state.loss_scaled = self
+        self._optimizer = None  # weak reference to the one that knows about it
         # When the layer was last called, or its call traced: tells which of two
         # layers a gradient comes to first. Relative to other layers only.
         self.called_at = -1
         layer._loss_scaled = _Owner(self)
         self.built = layer.built
+
+    def _add_weight_of_scaling(self, name, shape, initializer):
+        # Trainable, since nothing else reaches a stateless optimizer on JAX.
+        weight = self.add_weight(
+            shape=shape,
+            initializer=initializer,
+            dtype="float32",
+            autocast=False,
+            overwrite_with_gradient=True,
+            name=name,
+        )
+        weight.loss_scaled = self
+        return weight
 
     @property
     def log2_scale(self):
@@ -121,7 +132,7 @@ class LossScaled(keras.layers.Wrapper):
         Assignable between steps, from -60 to 60. It changes no gradient but for
         rounding in float16.
         """
-        return self.reading.log2_scale
+        return int(self.loss_scale.numpy()[0])
 
     @log2_scale.setter
     def log2_scale(self, value):
@@ -132,10 +143,7 @@ class LossScaled(keras.layers.Wrapper):
                 f"log2_scale={value!r} for layer '{self.name}'. It is an exponent: "
                 "3 stands for a scale of 8."
             )
-        state = scale_state.values_of(self.state)
-        state[Row.HEADER, MEMORY:] += value - state[Row.HEADER, LOG2_SCALE]
-        state[Row.HEADER, LOG2_SCALE] = value
-        self.state.assign(state)
+        self.loss_scale.assign([float(value), 2.0 ** int(value)])
 
     @property
     def is_limited(self):
@@ -150,13 +158,23 @@ class LossScaled(keras.layers.Wrapper):
 
     @property
     def overflows(self):
-        """On how many steps the layer made finite gradients non-finite: an int."""
+        """On how many steps the layer made finite gradients non-finite: an int.
+
+        Counted by the `AdaptiveLossScaleOptimizer` that trains it, from its first step.
+        """
         return self.reading.overflows
 
     @property
     def reading(self):
-        """All that the state tells, a `scale_state.Reading`; readable between steps."""
-        return scale_state.Reading.of(self.state)
+        """All that is known of its gradients, a `scale_state.Reading`, between steps."""
+        optimizer = self._optimizer and self._optimizer()
+        if optimizer is None:
+            return scale_state.Reading.of_unknown(self.log2_scale)
+        return optimizer.readings([self])[0]
+
+    def shows(self, optimizer):
+        """From now on `reading` is what `optimizer` knows of the layer."""
+        self._optimizer = weakref.ref(optimizer)
 
     def _scaled_call(self, *args, **kwargs):
         if _neutral.get():
@@ -165,7 +183,7 @@ class LossScaled(keras.layers.Wrapper):
 
         self.called_at = next(_clock)
         border = scale_plan.border_of(self)
-        state = self.state.value
+        receivers = self.loss_scale.value, self.loss_scale_report.value
         up, down = scale_plan.powers(self)  # 2**r and 2**-r
 
         def divisor_out(consumers):
@@ -189,9 +207,9 @@ class LossScaled(keras.layers.Wrapper):
             def report_produced(gradients, _):
                 # The optimizer sees those of weights for itself.
                 of_inputs = gradients[: len(arguments.tensors)]
-                return observation.report_of_products(of_inputs, limited=arguments.limited)
+                return report.report_of_products(of_inputs, narrow=arguments.limited)
 
-            tensors = gradient_tap(tensors, divisors, state, report_produced)
+            tensors = gradient_tap(tensors, divisors, receivers, report_produced)
         args, kwargs = arguments.replaced(tensors[: len(arguments.tensors)])
 
         # The layer itself, on tapped weights, with its updates held back.
@@ -204,7 +222,7 @@ class LossScaled(keras.layers.Wrapper):
             self.layer._clear_losses()
         held.assign_updates()
         for loss in losses:
-            self.add_loss(_tapped_loss(loss, down, state))
+            self.add_loss(_tapped_loss(loss, down, receivers))
 
         # Coming out. Backward, this is where gradients arrive.
         leaves = tree.flatten(outputs)
@@ -215,14 +233,12 @@ class LossScaled(keras.layers.Wrapper):
             at_s = [n and classes[i] is None for i, n in zip(tapped, narrow, strict=True)]
 
             def report_arrived(gradients, divisors):
-                return observation.report_of_arrivals(
-                    gradients, divisors, at_s=at_s, limited=narrow
-                )
+                return report.report_of_arrivals(gradients, divisors, at_s=at_s, narrow=narrow)
 
             results = gradient_tap(
                 [leaves[i] for i in tapped],
                 [divisor_in(classes[i]) for i in tapped],
-                state,
+                receivers,
                 report_arrived,
             )
             for i, result in zip(tapped, results, strict=True):
@@ -286,6 +302,21 @@ class LossScaled(keras.layers.Wrapper):
             config.pop("layer"), custom_objects=custom_objects
         )
         return cls(layer, **config)
+
+
+def ownership_of(layers, weights):
+    """The `Ownership` of a list of `LossScaled` layers and one of variables."""
+    place_of_layer = {id(layer): place for place, layer in enumerate(layers)}
+    place_of_weight = {id(weight): place for place, weight in enumerate(weights)}
+
+    def places(items, place_of):
+        return [place_of[id(item)] for item in items if id(item) in place_of]
+
+    return Ownership.of(
+        [places(layer.layer.trainable_variables, place_of_weight) for layer in layers],
+        [places(layer.layer._flatten_layers(), place_of_layer) for layer in layers],
+        len(weights),
+    )
 
 
 def wrapper_of(layer):
@@ -391,13 +422,13 @@ class _Held(keras.StatelessScope):
             variable.assign(value)
 
 
-def _tapped_loss(loss, down, state):
+def _tapped_loss(loss, down, receivers):
     narrow = keras.backend.result_type(loss.dtype, "float32") != loss.dtype
 
-    def report(gradients, divisors):
-        return observation.report_of_arrivals(gradients, divisors, at_s=[False], limited=[narrow])
+    def report_arrived(gradients, divisors):
+        return report.report_of_arrivals(gradients, divisors, at_s=[False], narrow=[narrow])
 
-    (tapped,) = gradient_tap([loss], [down], state, report)
+    (tapped,) = gradient_tap([loss], [down], receivers, report_arrived)
     return tapped
 
 

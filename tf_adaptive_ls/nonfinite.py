@@ -254,7 +254,9 @@ class _Watch:
         self.seen.append((name, place, tensor))
         if probe is None:
             return tensor
-        (tapped,) = gradient_tap([tensor], [None], probe, lambda gradients, _: _summary(*gradients))
+        (tapped,) = gradient_tap(
+            [tensor], [None], [probe], lambda gradients, _: _summary(*gradients)
+        )
         return with_mask_of(tensor, tapped)
 
 

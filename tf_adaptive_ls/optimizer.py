@@ -7,21 +7,22 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls import backend, scale_state, spectrum
+from tf_adaptive_ls import backend, report
+from tf_adaptive_ls.evidence import Evidence, evidence_of
 from tf_adaptive_ls.gradient_tap import power_of_two
-from tf_adaptive_ls.observation import observe
+from tf_adaptive_ls.loss_scaled import ownership_of
 from tf_adaptive_ls.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
 from tf_adaptive_ls.scale_state import (
     FORMAT,
-    LOG2_SCALE,
     MAX_LOG2_SCALE,
-    MAX_MEMORY_SIZE,
-    MEASURE,
-    MEMORY,
-    OVERFLOWS,
-    SAMPLE_LOG2_SCALE,
-    Row,
+    LayerStates,
+    LossState,
+    Reading,
+    initial_layer_states,
+    is_known,
+    packed_scale,
 )
+from tf_adaptive_ls.scale_update import is_sampled, update
 
 # Keras's own default, for models without `LossScaled` layers.
 _KERAS_GROWTH_STEPS = 2000
@@ -96,10 +97,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 f"Received: rule={rule!r} (of type {type(rule).__name__}). "
                 "Use for example QuantileRule(headroom=4)."
             )
-        if not 0 <= rule.memory_size <= MAX_MEMORY_SIZE:
+        if not isinstance(rule.memory_size, int) or rule.memory_size < 0:
             raise ValueError(
-                f"Expected `rule` to remember at most {MAX_MEMORY_SIZE} numbers per layer. "
-                f"Received: rule={rule!r}, with memory_size={rule.memory_size}."
+                "Expected `rule` to remember a whole number of numbers per layer, at least 0. "
+                f"Received: rule={rule!r}, with memory_size={rule.memory_size!r}."
             )
         if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
             raise ValueError(
@@ -136,28 +137,61 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return int(self._skipped_in_a_row.numpy()) if self.built else 0
 
     def build(self, var_list):
-        states = [v for v in var_list if _is_state(v)]
-        _warn_if_useless(states)
-        super().build([v for v in var_list if not _is_state(v)])
-        self.dynamic_growth_steps = _NEVER if states else _KERAS_GROWTH_STEPS
+        layers = [v.loss_scaled for v in var_list if _is_scale(v)]
+        _warn_if_useless(layers)
+        super().build([v for v in var_list if not _is_of_scaling(v)])
+        self.dynamic_growth_steps = _NEVER if layers else _KERAS_GROWTH_STEPS
         self._steps = self._add_counter("steps")
         self._skipped_steps = self._add_counter("skipped_steps")
         self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
-        self._steps_to_measurement = self._add_counter("steps_to_measurement")
-        self._memory = self.add_variable(
-            shape=(self.rule.memory_size,),
-            dtype="float32",
-            initializer=keras.initializers.Constant(NOTHING_SEEN),
-            aggregation="none",
-            name="loss_scale_memory",
+        self._steps_to_sample = self._add_counter("steps_to_sample")
+        first = initial_layer_states(len(layers), self.rule.memory_size, FORMAT)
+        self._layer_states = {
+            name: self._add_state(name, value)
+            for name, value in first._asdict().items()
+            if name != "log2_scales"  # a weight of each layer
+        }
+        self._loss_memory = self._add_state(
+            "loss_memory", np.full(self.rule.memory_size, NOTHING_SEEN, "float32")
         )
-        # Past Keras, which would take the variables for the optimizer's own.
+        # Set as it is: Keras would take what is in a list for variables of the optimizer.
         object.__setattr__(self, "_model_variables", list(var_list))
+        object.__setattr__(self, "_scaled_layers", layers)
+        self.show_on_layers()
 
     def _add_counter(self, name):
         return self.add_variable(
             shape=(), dtype="int32", initializer="zeros", aggregation="none", name=name
         )
+
+    def _add_state(self, name, value):
+        return self.add_variable(
+            shape=value.shape,
+            dtype="float32",
+            initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
+            aggregation="none",
+            name=name,
+        )
+
+    def show_on_layers(self):
+        """Lets the layers show what this optimizer knows of them."""
+        for layer in self._scaled_layers:
+            layer.shows(self)
+
+    def readings(self, layers):
+        """A `Reading` of each of several layers; of any it does not know, an empty one."""
+        if not self.built:
+            return [Reading.of_unknown(layer.log2_scale) for layer in layers]
+        places = {id(layer): place for place, layer in enumerate(self._scaled_layers)}
+        known = {name: np.array(v.numpy()) for name, v in self._layer_states.items()}
+
+        def reading(layer):
+            place, scale = places.get(id(layer)), layer.loss_scale.numpy()
+            if place is None or not is_known(scale):
+                return Reading.of_unknown(layer.log2_scale)
+            return Reading.of(LayerStates(scale[0], **{k: v[place] for k, v in known.items()}))
+
+        return [reading(layer) for layer in layers]
 
     def apply(self, grads, trainable_variables=None):
         """Updates weights and scales from the gradients of the scaled loss.
@@ -184,18 +218,18 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
 
-        weights, reports = _split(grads, trainable_variables)
+        weights, reports = self._split(grads, trainable_variables)
         gradients, variables = _unzipped(weights)
         if not reports:
             finite = self.check_finite(gradients)
             super().apply(gradients, variables)
             self._count_step(finite)
             return
-        seen, states = self._observe(weights, reports)
-        log2_scale = _log2(self.dynamic_scale)
-        backend.run_if(seen.finite, self._apply_inner, gradients, variables)
-        self._count_step(seen.finite)
-        self._update_scales(seen, states, [state for _, state in reports], log2_scale)
+        states = self._states()
+        evidence = self._evidence(weights, reports, *states)
+        backend.run_if(evidence.finite, self._apply_inner, gradients, variables)
+        self._count_step(evidence.finite)
+        self._update_scales(evidence, *states)
 
     def _apply_inner(self, gradients, variables):
         self.inner_optimizer.apply(self._unscaled(gradients), variables)
@@ -210,14 +244,14 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         own = list(zip(self.variables, optimizer_variables, strict=True))
         model = list(zip(self._model_variables, trainable_variables, strict=True))
         with keras.StatelessScope([*model, *own]) as scope:
-            weights, reports = _split(grads, self._model_variables)
+            weights, reports = self._split(grads, self._model_variables)
             gradients, variables = _unzipped(weights)
             if reports:
-                seen, states = self._observe(weights, reports)
-                finite = seen.finite
+                states = self._states()
+                evidence = self._evidence(weights, reports, *states)
+                finite = evidence.finite
             else:
                 finite = self.check_finite(gradients)
-            log2_scale = _log2(self.dynamic_scale)
             values = [scope.get_current_value(v) for v in variables]
             inner_variables = self.inner_optimizer.variables
             inner_values = [scope.get_current_value(v) for v in inner_variables]
@@ -234,7 +268,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 variable.assign(value)
             self._count_step(finite)
             if reports:
-                self._update_scales(seen, states, [state for _, state in reports], log2_scale)
+                self._update_scales(evidence, *states)
         return (
             [scope.get_current_value(v) for v in self._model_variables],
             [scope.get_current_value(v) for v in self.variables],
@@ -247,90 +281,77 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         in_a_row = self._skipped_in_a_row.value + 1
         self._skipped_in_a_row.assign(ops.where(skipped, in_a_row, ops.zeros_like(in_a_row)))
 
-    def _observe(self, weights, reports):
-        """What the step tells, and the states that it began with, stacked."""
-        states = scale_state.stacked([state for _, state in reports])
-        layers = [state.loss_scaled for _, state in reports]
-        seen = observe(weights, [report for report, _ in reports], layers, states)
-        return seen.summed_over_replicas(), states
+    def _split(self, grads, variables):
+        """Pairs `(gradient, variable)` of weights, and the reports by `id` of their layer."""
+        weights, reports = [], {}
+        for gradient, variable in zip(grads, variables, strict=True):
+            if not _is_of_scaling(variable):
+                weights.append((gradient, variable))
+            elif not _is_scale(variable) and gradient is not None:
+                reports[id(variable.loss_scaled)] = gradient
+        unknown = reports.keys() - {id(layer) for layer in self._scaled_layers}
+        if unknown:
+            names = [v.loss_scaled.name for v in variables if id(_layer_of(v)) in unknown]
+            raise ValueError(
+                "Expected gradients of the variables that the optimizer was built with. "
+                f"Received: those of other LossScaled layers too: {sorted(set(names))}. "
+                "Compile the model, or make the optimizer, anew."
+            )
+        return weights, reports
 
-    def _update_scales(self, seen, states, variables, log2_scale):
-        """Moves all scales by what was `seen`.
-
-        Args:
-            seen: An `Observation`.
-            states: What the states were in the step, `[layers, rows, bins]`.
-            variables: List of the states' variables.
-            log2_scale: log2(S) of the step, a scalar.
-        """
-        finite, skipped = seen.finite, ops.logical_not(seen.finite)
-        r = states[:, Row.HEADER, LOG2_SCALE]
-        asked = states[:, Row.HEADER, MEASURE] > 0
-        measured = ops.logical_and(asked, finite)
-
-        called_at = [state.loss_scaled.called_at for state in variables]
-        turn = np.argsort(np.argsort(called_at)).astype("float32")
-        last_broken_arrival = ops.max(ops.where(seen.arrived_broken, turn, -1.0))
-        at_fault = ops.logical_and(seen.produced_broken, turn > last_broken_arrival)
-        # Before the first measurement all scales are one, S.
-        ever_measured = ops.any(states[:, Row.PRODUCED_PEAK] > 0)
-        at_fault = ops.logical_and(at_fault, ever_measured)
-        s_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(at_fault)))
-        backoff = float(self.rule.backoff(FORMAT))
-
-        # Each layer moves by what it produced, S, in the last row, by what arrived at it.
-        peaks_at_s = ops.sum(seen[Row.ARRIVED_PEAK], axis=0, keepdims=True)
-        samples_at_s = ops.sum(seen[Row.ARRIVED], axis=0, keepdims=True)
-        memory = states[:, Row.HEADER, MEMORY : MEMORY + self.rule.memory_size]
-        memory = ops.concatenate([memory, self._memory.value[None]])
-        changes, new_memory = self.rule(
-            ops.concatenate([seen[Row.PRODUCED], samples_at_s]),
-            ops.concatenate([seen[Row.PRODUCED_PEAK], peaks_at_s]),
-            memory,
-            FORMAT,
+    def _states(self):
+        """`LayerStates` and `LossState` as they are now."""
+        scales = ops.stack([layer.loss_scale.value for layer in self._scaled_layers])
+        kept = {name: variable.value for name, variable in self._layer_states.items()}
+        return (
+            LayerStates(ops.where(scales[:, 1] > 0, scales[:, 0], 0.0), **kept),
+            LossState(
+                ops.round(ops.log2(ops.convert_to_tensor(self.dynamic_scale))),
+                self._loss_memory.value,
+                self._steps_to_sample.value,
+            ),
         )
-        change, change_of_s = changes[:-1], changes[-1]
-        unseen = spectrum.nonzero_total(peaks_at_s[0]) == 0
-        restart = ops.maximum(math.log2(self.initial_scale) - log2_scale, 0.0)
-        restart = ops.where(ops.any(measured), restart, 0.0)
-        change_of_s = ops.where(unseen, restart, change_of_s)
 
-        change = ops.where(at_fault, -backoff, ops.where(finite, change, 0.0))
-        change_of_s = ops.where(s_at_fault, -backoff, ops.where(finite, change_of_s, 0.0))
-        new_log2_scale = _bounded(log2_scale + change_of_s)
-        change_of_s = new_log2_scale - log2_scale
-        taken_back = ops.where(finite, change_of_s, 0.0)
-        new_r = _bounded(r + change - taken_back)
-        moves = ops.concatenate([new_r - r, np.zeros(1, "float32")]) + change_of_s
-        memory = ops.where(finite, new_memory, memory) + moves[:, None]
-
-        # A spectrum that moves so far was cut off at an end of the format. Without
-        # a sample, a scale moves only because its gradients are about to overflow.
-        moved = ops.maximum(ops.max(ops.abs(change)), ops.abs(change_of_s))
-        too_far = moved > ops.where(ops.any(asked), backoff, 0.0)
-        wait = ops.where(
-            ops.any(asked), self.update_every - 1, self._steps_to_measurement.value - 1
+    def _evidence(self, weights, reports, layer_states, loss_state):
+        """The `Evidence` of a step, of all replicas together."""
+        weights = [(gradient, v) for gradient, v in weights if gradient is not None]
+        silent = np.zeros(report.SIZE, "float32")  # of a layer that did not run
+        reports = ops.stack([reports.get(id(layer), silent) for layer in self._scaled_layers])
+        evidence = evidence_of(
+            report.Report.unpacked(reports),
+            [gradient for gradient, _ in weights],
+            ownership_of(self._scaled_layers, [v for _, v in weights]),
+            layer_states.log2_scales,
+            narrow=np.array([layer.is_limited for layer in self._scaled_layers]),
+            sampled=is_sampled(loss_state),
+            float_format=FORMAT,
         )
-        wait = ops.where(ops.logical_or(skipped, too_far), 0, ops.maximum(wait, 0))
+        summed = backend.sum_over_replicas(evidence.packed())
+        return Evidence.unpacked(summed, len(self._scaled_layers))
 
-        sampled_at = states[:, Row.HEADER, SAMPLE_LOG2_SCALE]
-        header = scale_state.header(
-            new_r,
-            measure=ops.where(ops.equal(wait, 0), 1.0, -1.0),
-            sample_log2_scale=ops.where(measured, r + log2_scale, sampled_at),
-            overflows=states[:, Row.HEADER, OVERFLOWS] + ops.cast(at_fault, "float32"),
-            memory=memory[:-1],
+    def _update_scales(self, evidence, layer_states, loss_state):
+        layer_states, loss_state = update(
+            layer_states,
+            loss_state,
+            evidence,
+            rule=self.rule,
+            float_format=FORMAT,
+            call_order=[layer.called_at for layer in self._scaled_layers],
+            restart=math.log2(self.initial_scale),
+            sample_every=self.update_every,
         )
-        spectra = ops.where(measured[:, None, None], seen.spectra, states[:, 1 : len(Row)])
-        states = ops.unstack(scale_state.with_header(header, spectra), len(variables))
-        for variable, state in zip(variables, states, strict=True):
-            variable.assign(state)
-        self.dynamic_scale.assign(power_of_two(new_log2_scale))
-        self._memory.assign(memory[-1])
-        self._steps_to_measurement.assign(wait)
+        scales = packed_scale(layer_states.log2_scales)
+        scales = ops.unstack(scales, len(self._scaled_layers))
+        for layer, scale in zip(self._scaled_layers, scales, strict=True):
+            layer.loss_scale.assign(scale)
+        for name, variable in self._layer_states.items():
+            variable.assign(getattr(layer_states, name))
+        self.dynamic_scale.assign(power_of_two(loss_state.log2_scale))
+        self._loss_memory.assign(loss_state.memory)
+        self._steps_to_sample.assign(ops.cast(loss_state.steps_to_sample, "int32"))
 
     def finalize_variable_values(self, var_list):
-        super().finalize_variable_values([v for v in var_list if not _is_state(v)])
+        super().finalize_variable_values([v for v in var_list if not _is_of_scaling(v)])
 
     def get_config(self):
         return {
@@ -351,29 +372,21 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return cls(**config)
 
 
-def _is_state(variable):
-    return hasattr(variable, "loss_scaled")
+def _layer_of(variable):
+    """The `LossScaled` layer that keeps its scale or its report in `variable`, or `None`."""
+    return getattr(variable, "loss_scaled", None)
 
 
-def _split(grads, variables):
-    """Pairs `(gradient, variable)` of weights, and `(report, state)` of layers that ran."""
-    pairs = list(zip(grads, variables, strict=True))
-    return (
-        [(g, v) for g, v in pairs if not _is_state(v)],
-        [(g, v) for g, v in pairs if _is_state(v) and g is not None],
-    )
+def _is_of_scaling(variable):
+    return _layer_of(variable) is not None
+
+
+def _is_scale(variable):
+    return _is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
 
 
 def _unzipped(weights):
     return [gradient for gradient, _ in weights], [variable for _, variable in weights]
-
-
-def _log2(scale):
-    return ops.round(ops.log2(ops.convert_to_tensor(scale)))
-
-
-def _bounded(log2_scale):
-    return ops.clip(log2_scale, -float(MAX_LOG2_SCALE), float(MAX_LOG2_SCALE))
 
 
 def _checked_inner_optimizer(inner_optimizer):
@@ -405,15 +418,15 @@ def _check_initial_scale(scale):
     )
 
 
-def _warn_if_useless(states):
-    if not states:
+def _warn_if_useless(layers):
+    if not layers:
         warnings.warn(
             "AdaptiveLossScaleOptimizer was given a model without trainable LossScaled "
             "layers: it works like keras.optimizers.LossScaleOptimizer. Wrap the model "
             "with `wrap_model`, or its layers with `LossScaled`.",
             stacklevel=3,
         )
-    elif not any(state.loss_scaled.is_limited for state in states):
+    elif not any(layer.is_limited for layer in layers):
         warnings.warn(
             "Loss scales do nothing for this model: none of its LossScaled layers "
             f"computes in {FORMAT.name}. Set the dtype policy before you build it: "

@@ -21,7 +21,7 @@ from tf_adaptive_ls.float_format import FloatFormat
 from tf_adaptive_ls.named_layers import scaled_layers
 from tf_adaptive_ls.scale_state import Reading
 from tf_adaptive_ls.scale_table import ScaleTable, scaled_row
-from tf_adaptive_ls.spectrum import Spectrum
+from tf_adaptive_ls.spectrum import Spectrum, num_bins
 
 VERSION = 1
 _START = '{"tf_adaptive_ls":'
@@ -49,13 +49,12 @@ class Moment:
     @classmethod
     def of(cls, layers, optimizer):
         """Reads all `LossScaled` layers and the optimizer."""
-        readings = [layer.reading for layer in layers]
         return cls(
             optimizer.steps,
             optimizer.skipped_steps,
             optimizer.skipped_in_a_row,
             round(math.log2(optimizer.loss_scale)),
-            readings,
+            optimizer.readings(layers),
         )
 
     @property
@@ -264,10 +263,11 @@ def _run(start, moments):
         return np.stack(values).reshape(len(moments), len(start["layers"]), *shape)
 
     names = {name: None for moment in moments for name in moment["logs"]}
+    float_format = FloatFormat(start["float_format"])
     return Run(
         layers=start["layers"],
         classes=start["classes"],
-        float_format=FloatFormat(start["float_format"]),
+        float_format=float_format,
         steps=array("step").astype(int),
         skipped_steps=array("skipped_steps").astype(int),
         log2_loss_scale=array("log2_loss_scale").astype(int),
@@ -276,7 +276,7 @@ def _run(start, moments):
         overflows=per_layer("overflows").astype(int),
         underflow=per_layer("underflow"),
         subnormal=per_layer("subnormal"),
-        spectra=per_layer("spectra", scale_state.NUM_BINS),
+        spectra=per_layer("spectra", num_bins(float_format)),
         logs={
             name: np.array([moment["logs"].get(name) for moment in moments], "float64")
             for name in names

@@ -24,8 +24,7 @@ import dataclasses
 import keras
 from keras import ops, tree
 
-from tf_adaptive_ls.gradient_tap import power_of_two
-from tf_adaptive_ls.scale_state import LOG2_SCALE, Row
+from tf_adaptive_ls.scale_state import factor_of
 
 # Keras layers that run code Keras does not know.
 _FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
@@ -79,8 +78,8 @@ class _Run:
     def powers(self, layer):
         if self._of_layers is None:
             layers = self.plan.layers
-            r = ops.stack([each.state.value for each in layers])[:, Row.HEADER, LOG2_SCALE]
-            ups, downs = (ops.unstack(power_of_two(k), len(layers)) for k in (r, -r))
+            factors = factor_of(ops.stack([each.loss_scale.value for each in layers]))
+            ups, downs = (ops.unstack(each, len(layers)) for each in (factors, 1 / factors))
             self._of_layers = dict(zip(map(id, layers), zip(ups, downs, strict=True), strict=True))
         return self._of_layers[id(layer)]
 
@@ -119,8 +118,8 @@ def powers(layer):
     """2**r and 2**-r of a layer in the running computation, two float32 scalars."""
     if border_of(layer):
         return _running.get().powers(layer)
-    r = layer.state.value[Row.HEADER, LOG2_SCALE]
-    return power_of_two(r), power_of_two(-r)
+    factor = factor_of(layer.loss_scale.value)
+    return factor, 1 / factor
 
 
 def class_powers(consumers):

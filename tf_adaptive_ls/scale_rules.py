@@ -34,7 +34,7 @@ class ScaleRule(abc.ABC):
 
     @property
     def memory_size(self):
-        """How many numbers the rule keeps about each layer, from 0 to 38."""
+        """How many numbers the rule keeps about each layer, an int >= 0."""
         return 0
 
     @abc.abstractmethod

@@ -1,14 +1,13 @@
-"""The state of one scaled layer: a float32 array `[rows, bins]`.
+"""What is kept from step to step: the scales themselves, and what they are moved by.
 
-It is a single array because it is a single weight with
-`overwrite_with_gradient=True`: a *report* of what the backward pass saw comes out
-of it as the weight's "gradient", and the optimizer puts the next state in its
-place, see `observation`. An optimizer that knows nothing of this leaves the report
-there; r is then 0, as correct as any, and nothing else is known.
+Each layer has its scale in a weight of its own, as the pair `(r, 2**r)`, so that no step
+computes a power. An optimizer that knows nothing of scales leaves the "gradient" of that
+weight there, which is zero: that stands for r = 0, and for knowing nothing else. All other
+state is stacked, in the optimizer.
 """
 
 import dataclasses
-import enum
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -16,6 +15,7 @@ from keras import ops
 
 from tf_adaptive_ls import spectrum
 from tf_adaptive_ls.float_format import FloatFormat
+from tf_adaptive_ls.gradient_tap import power_of_two
 from tf_adaptive_ls.scale_rules import NOTHING_SEEN
 
 # The scale keeps gradients inside this format.
@@ -25,87 +25,80 @@ FORMAT = FloatFormat("float16")
 # shift between two layers is then 2**120, which float32 holds.
 MAX_LOG2_SCALE = 60
 
-
-class Row(enum.IntEnum):
-    """What each row of a state holds."""
-
-    HEADER = 0
-    ARRIVED = 1  # sample of the gradients that arrived at the outputs, at scale S
-    ARRIVED_PEAK = 2  # the largest of each, zeros left out; any that is not finite
-    PRODUCED = 3  # sample of the input and weight gradients, at scale S * 2**r
-    PRODUCED_PEAK = 4  # the largest of each; of what they came from, zeros left out
+NUM_SPECTRA = 2  # of the sample, and of the peaks
 
 
-# Columns of Row.HEADER.
-LOG2_SCALE = 0  # r; 0 in a report, too
-MEASURE = 1  # 1 to take samples on the next step, -1 not to; 0 in a report
-SAMPLE_LOG2_SCALE = 2  # log2(S) + r when the samples were taken
-OVERFLOWS = 3  # on how many steps this layer made finite gradients non-finite
-MEMORY = 4  # and all after it: what the rule remembers
+class LayerStates(NamedTuple):
+    """The state of all layers; float32 tensors.
 
-NUM_BINS = spectrum.num_bins(FORMAT)
-MAX_MEMORY_SIZE = NUM_BINS - MEMORY
-
-# Elements that are looked at of each gradient of a weight, and of the gradients of all
-# inputs and of all outputs of a layer. The binade that a share of 1e-3 lies below is then
-# known to 1.2 (standard deviation, over weight gradients of a VGG and a transformer; 1.9
-# with 256, 0.8 with 4096), and the default rule moves a scale by half of that.
-_SAMPLE_ROWS = 24
-SAMPLE_SIZE = _SAMPLE_ROWS * NUM_BINS
-
-SHAPE = (1 + 2 * _SAMPLE_ROWS, NUM_BINS)
-
-
-def initial(shape=SHAPE, dtype="float32"):
-    """A state of scale 2**0 that asks to be measured at once: an initializer."""
-    return ops.convert_to_tensor(_initial(shape, dtype))
-
-
-def _initial(shape=SHAPE, dtype="float32"):
-    state = np.zeros(shape, dtype)
-    state[Row.HEADER, MEASURE] = 1.0
-    state[Row.HEADER, MEMORY:] = NOTHING_SEEN
-    return state
-
-
-def values_of(variable):
-    """The state in a layer's variable, a NumPy array; a first one in place of a report."""
-    state = np.array(variable.numpy())
-    return state if state[Row.HEADER, MEASURE] else _initial()
-
-
-def stacked(variables):
-    """The states in several layers' variables, a tensor `[layers, rows, bins]`.
-
-    With a first one in place of a report.
+    Attributes:
+        log2_scales: r of each, `[layers]`.
+        memory: What the rule remembers, `[layers, n]`: exponents of gradients as they
+            are without any scale, so that they stay right however scales move.
+        overflows: On how many steps each made finite gradients non-finite, `[layers]`.
+        spectra: Those of the last sample of what each produced, and of its peaks,
+            `[layers, 2, bins]`.
+        log2_sampled_at: log2 of the scale S * 2**r that these were taken at, `[layers]`.
     """
-    states = ops.stack([variable.value for variable in variables])
-    is_state = ops.not_equal(states[:, Row.HEADER, MEASURE], 0)
-    return ops.where(is_state[:, None, None], states, _initial())
+
+    log2_scales: Any
+    memory: Any
+    overflows: Any
+    spectra: Any
+    log2_sampled_at: Any
 
 
-def header(log2_scale, measure, sample_log2_scale, overflows, memory):
-    """Row.HEADER of several states, `[layers, 1, bins]`, to concatenate with the rest.
+class LossState(NamedTuple):
+    """The state of the loss scale S; tensors.
 
-    The arguments are the columns: tensors `[layers]`, but for `measure`, a scalar, and
-    `memory`, `[layers, n]`.
+    Attributes:
+        log2_scale: log2(S), a float32 scalar.
+        memory: What the rule remembers of what arrives at S, float32 `[n]`; as that of
+            layers.
+        steps_to_sample: How many steps to go before one is sampled, an int32 scalar.
     """
-    measure = ops.zeros_like(log2_scale) + measure
-    columns = ops.stack([log2_scale, measure, sample_log2_scale, overflows], axis=1)
-    row = ops.concatenate([columns, memory], axis=1)
-    return ops.pad(row, ((0, 0), (0, NUM_BINS - row.shape[1])))[:, None]
+
+    log2_scale: Any
+    memory: Any
+    steps_to_sample: Any
 
 
-def with_header(header, spectra):
-    """States of a header `[layers, 1, bins]` and what follows it, `[layers, n, bins]`."""
-    used = header.shape[1] + spectra.shape[1]
-    states = ops.concatenate([header, spectra], axis=1)
-    return ops.pad(states, ((0, 0), (0, SHAPE[0] - used), (0, 0)))
+def packed_scale(log2_scale):
+    """`[…, 2]`, what a layer's weight holds, of r `[…]`."""
+    return ops.stack([log2_scale, power_of_two(log2_scale)], axis=-1)
+
+
+def factor_of(packed):
+    """2**r of scales `[…, 2]`, `[…]`."""
+    factor = packed[..., 1]
+    return ops.where(factor > 0, factor, 1.0)
+
+
+def is_known(packed):
+    """Whether a scale `[2]` was left there by anyone who knows about scales."""
+    return bool(packed[1] > 0)
+
+
+def initial_scale(shape=(2,), dtype="float32"):
+    """A scale of 1: an initializer."""
+    return ops.convert_to_tensor(np.array([0, 1], dtype))
+
+
+def initial_layer_states(num_layers, memory_size, float_format):
+    """`LayerStates` before anything was seen, of NumPy arrays; r is 0."""
+    bins = spectrum.num_bins(float_format)
+    return LayerStates(
+        np.zeros(num_layers, "float32"),
+        np.full((num_layers, memory_size), NOTHING_SEEN, "float32"),
+        np.zeros(num_layers, "float32"),
+        np.zeros((num_layers, NUM_SPECTRA, bins), "float32"),
+        np.zeros(num_layers, "float32"),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What a state tells a person.
+    """What is known of a layer, for a person.
 
     Attributes:
         log2_scale: The int r.
@@ -122,16 +115,18 @@ class Reading:
     peaks: spectrum.Spectrum
 
     @classmethod
-    def of(cls, variable):
-        """Reads the state in a layer's variable."""
-        state = values_of(variable)
+    def of(cls, state):
+        """Reads the `LayerStates` of one layer, of NumPy arrays."""
+        spectra = [spectrum.Spectrum(np.array(each), FORMAT) for each in state.spectra]
         return cls(
-            int(state[Row.HEADER, LOG2_SCALE]),
-            int(state[Row.HEADER, SAMPLE_LOG2_SCALE]),
-            int(state[Row.HEADER, OVERFLOWS]),
-            spectrum.Spectrum(np.array(state[Row.PRODUCED]), FORMAT),
-            spectrum.Spectrum(np.array(state[Row.PRODUCED_PEAK]), FORMAT),
+            int(state.log2_scales), int(state.log2_sampled_at), int(state.overflows), *spectra
         )
+
+    @classmethod
+    def of_unknown(cls, log2_scale):
+        """When nothing is known but r."""
+        nothing = spectrum.Spectrum(np.zeros(spectrum.num_bins(FORMAT), "float32"), FORMAT)
+        return cls(log2_scale, 0, 0, nothing, nothing)
 
     @property
     def binades(self):
