@@ -270,6 +270,18 @@ def batch_norm():
     return keras.Model(inputs, layers.GlobalMaxPooling2D()(x)), (floats(3, 6, 6, 2),)
 
 
+def normalised():
+    def conv(x):  # a bias would cancel, but for rounding
+        return layers.Conv2D(4, 3, padding="same", use_bias=False)(x)
+
+    inputs = [keras.Input((6, 6, 2), name=name) for name in "ab"]
+    x = layers.Add()([layers.BatchNormalization()(conv(x)) for x in inputs])
+    x = layers.LayerNormalization()(layers.GroupNormalization(2)(conv(layers.ReLU()(x))))
+    x = layers.GlobalAveragePooling2D()(layers.RMSNormalization()(conv(x)))
+    outputs = layers.BatchNormalization()(layers.Dense(3, use_bias=False)(x))
+    return keras.Model(inputs, outputs), ([floats(4, 6, 6, 2), floats(4, 6, 6, 2, seed=1)],)
+
+
 GRAPHS = {
     build.__name__: build
     for build in (
@@ -294,6 +306,7 @@ GRAPHS = {
         stateful,
         dropout,
         batch_norm,
+        normalised,
     )
 }
 FORKS = {"residual", "densenet", "multi_output", "attention", "encoder_decoder"}

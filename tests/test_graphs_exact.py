@@ -19,6 +19,12 @@ import tf_adaptive_ls as als
 FORK_ULPS = 16
 
 
+# Where nothing is tapped between two normalisations, TensorFlow's graph optimizer (its
+# constant folding) moves their constant factors about: also in the plain model, whose
+# gradients then are not those of eager code; and in another way with taps around.
+REASSOCIATED = {("normalised", "graph")}
+
+
 def stepper_of(model, plain, inputs, **options):
     return layer_stepper(model, plain, {"args": inputs}, **options)
 
@@ -32,7 +38,7 @@ def test_any_scales_give_the_plain_model(name, mode, rng):
     assert scaled_layers(wrapped)
     run = stepper_of(wrapped, model, inputs, mode=mode)
     neutral = run()
-    if name in FORKS:
+    if name in FORKS or (name, mode) in REASSOCIATED:
         assert_gradients_within(neutral, plain, ulps=FORK_ULPS)
         neutral_gradients, neutral.gradients = neutral.gradients, plain.gradients
         assert_equal(neutral, plain)
@@ -44,7 +50,9 @@ def test_any_scales_give_the_plain_model(name, mode, rng):
         assert_equal(run(), neutral)
 
 
-@pytest.mark.parametrize("name", ["chain", "residual", "nested", "encoder_decoder", "added_losses"])
+@pytest.mark.parametrize(
+    "name", ["chain", "residual", "nested", "encoder_decoder", "added_losses", "normalised"]
+)
 def test_any_scales_give_the_same_under_xla(name, rng):
     model, inputs = GRAPHS[name]()
     plain = stepper_of(model, model, inputs, mode="xla")()

@@ -17,6 +17,9 @@ Y = X @ np.random.default_rng(1).normal(size=(4, 2)).astype("float32")
 class Faulty(layers.Dense):
     """A Dense layer whose backward pass can be made to break."""
 
+    def __init__(self, units, activation="relu", **kwargs):
+        super().__init__(units, activation, **kwargs)
+
     def build(self, input_shape):
         super().build(input_shape)
         self.input_fault = self.add_weight(name="input_fault", initializer="zeros", trainable=False)
@@ -27,7 +30,7 @@ class Faulty(layers.Dense):
     def call(self, x):
         x = _broken(x, ops.cast(self.input_fault, x.dtype))
         x = ops.matmul(x, _broken(self.kernel, ops.cast(self.weight_fault, x.dtype)))
-        return ops.relu(ops.add(x, self.bias))
+        return self.activation(ops.add(x, self.bias))
 
 
 def _broken(x, fault):
@@ -136,6 +139,64 @@ def test_a_fault_inside_a_float32_layer_is_its_own(mixed_float16):
     assert after["S"] == before["S"]
     changed = {name for name in before["r"] if after["r"][name] != before["r"][name]}
     assert changed == {"faulty"}
+
+
+@pytest.fixture
+def normalised(mode, mixed_float16):
+    """A trained model whose normalisations pass gradients on as they come."""
+    x = inputs = keras.Input((4,))
+    for i in range(3):
+        x = Faulty(8, "linear", name=f"f_{i}")(x)
+        x = layers.LayerNormalization(epsilon=1e-12, name=f"norm_{i}")(x)
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="last")(x)))
+    model.compile(als.AdaptiveLossScaleOptimizer(keras.optimizers.Adam(0.01)), loss="mse", **mode)
+    model.fit(X, Y, batch_size=32, epochs=5, verbose=0)
+    return model
+
+
+@pytest.mark.parametrize("mode", [EAGER, GRAPH, XLA], ids=["eager", "graph", "xla"])
+def test_a_layer_that_passes_a_fault_on_is_not_to_blame(normalised):
+    for name in ("f_1", "f_2"):
+        fault = normalised.get_layer(name).layer.input_fault
+        fault.assign(np.inf)
+        before = state_of(normalised)
+        one_step(normalised)
+        after = assert_skipped(normalised, before)
+        blamed = {each.name for each in scaled_layers(normalised) if each.overflows}
+        assert blamed == {name} and after["S"] == before["S"]
+        # Those before it that are held to it go along.
+        place = list(before["r"]).index(name)
+        lowered = [r for r in before["r"] if after["r"][r] < before["r"][r]]
+        assert set(lowered) <= {name, list(before["r"])[place - 1]} and name in lowered
+        fault.assign(0)
+        normalised.fit(X, Y, batch_size=32, epochs=5, verbose=0)
+        normalised.optimizer._layer_states["overflows"].assign(np.zeros(7))
+
+
+def test_a_normalisation_that_overflows_is_to_blame(normalised):
+    layer = normalised.get_layer("norm_1")
+    dense = normalised.get_layer("f_1").layer
+    for variable in (dense.kernel, dense.bias):  # its gradient is divided by what comes in
+        variable.assign(1e-5 * variable)
+    before = state_of(normalised)
+    one_step(normalised)
+    after = assert_skipped(normalised, before)
+    assert [each.name for each in scaled_layers(normalised) if each.overflows] == ["norm_1"]
+    assert after["r"].pop("norm_1") == before["r"].pop("norm_1") - 10
+    assert after["r"] == before["r"] and after["S"] == before["S"]
+    # 1e5 is more than one step lowers a scale by, and the layer before it gets that too.
+    normalised.fit(X, Y, batch_size=32, epochs=3, verbose=0)
+    assert normalised.optimizer.skipped_in_a_row == 0
+    assert {each.name for each in scaled_layers(normalised) if each.overflows} <= {"norm_1", "f_1"}
+    assert layer.spectrum.underflow_share < 1e-2
+
+
+def test_a_normalisation_works_at_no_larger_scale_than_what_it_passes_from(normalised):
+    for _ in range(5):
+        one_step(normalised)
+        r = state_of(normalised)["r"]
+        assert all(r[f"norm_{i}"] <= r[name] for i, name in enumerate(["f_1", "f_2", "last"]))
+    assert r["norm_0"] != 0
 
 
 @pytest.mark.parametrize("mode", [XLA], ids=["xla"])

@@ -10,7 +10,7 @@ from tf_adaptive_ls import spectrum
 from tf_adaptive_ls.evidence import Evidence
 from tf_adaptive_ls.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.scale_state import LossState, initial_layer_states
-from tf_adaptive_ls.scale_update import at_fault, moves, next_sample, update
+from tf_adaptive_ls.scale_update import Flow, at_fault, moves, next_sample, update
 
 FLOAT16 = als.FloatFormat("float16")
 NOTHING = ()
@@ -66,11 +66,20 @@ def updated(layers, loss, seen, rule=None, float_format=FLOAT16, **options):
         seen,
         rule=rule or Moving((0,) * (number + 1)),
         float_format=float_format,
-        call_order=range(number),
-        **options,
+        **{"flow": flow(range(number))} | options,
     )
     as_arrays = type(layers)(*map(np.array, layers))
     return as_arrays, type(loss)(*map(np.array, loss))
+
+
+def flow(call_order, passes_from=(), passes_with=()):
+    """That of layers, with pairs `(i, j)` of those that i passes from or with j."""
+    number = len(call_order)
+    relations = np.zeros((2, number, number), bool)
+    for relation, pairs in zip(relations, (passes_from, passes_with), strict=True):
+        for i, j in pairs:
+            relation[i, j] = True
+    return Flow(np.array(call_order), relations[0], relations[0] | relations[1])
 
 
 def flags(text):
@@ -99,7 +108,7 @@ def test_the_last_layer_that_nothing_broken_came_to_is_at_fault(arrived, produce
     layers = layer_states(1, 2, 3)
     for weights_broken in (0, 1):
         seen = seen._replace(weights_broken=np.float32(weights_broken))
-        of_layers, of_loss = at_fault(seen, layers, [0, 1, 2])
+        of_layers, of_loss = at_fault(seen, layers, flow([0, 1, 2]))
         np.testing.assert_array_equal(of_layers, flags(guilty) > 0)
         assert bool(of_loss) == (weights_broken and "x" not in guilty)
 
@@ -107,17 +116,17 @@ def test_the_last_layer_that_nothing_broken_came_to_is_at_fault(arrived, produce
 def test_the_order_is_that_of_calls_whatever_that_of_layers():
     seen = evidence([()] * 3, [()] * 3)
     seen = seen._replace(arrived_broken=flags(".x."), produced_broken=flags("xx."))
-    assert np.array(at_fault(seen, layer_states(1, 2, 3), [7, 2, 5])[0]).tolist() == [1, 0, 0]
-    assert not np.any(at_fault(seen, layer_states(1, 2, 3), [2, 7, 5])[0])
+    assert np.array(at_fault(seen, layer_states(1, 2, 3), flow([7, 2, 5]))[0]).tolist() == [1, 0, 0]
+    assert not np.any(at_fault(seen, layer_states(1, 2, 3), flow([2, 7, 5]))[0])
 
 
 def test_before_anything_was_sampled_the_loss_scale_is_at_fault():
     seen = evidence(produced_broken=flags("x."), weights_broken=np.float32(1))
-    layers, loss = at_fault(seen, layer_states(0, 0), [0, 1])
+    layers, loss = at_fault(seen, layer_states(0, 0), flow([0, 1]))
     assert not np.any(layers) and loss
     sampled = layer_states(0, 0, spectra=np.ones((2, 2, 42), "float32"))
     for states in (sampled, layer_states(0, 3)):
-        layers, loss = at_fault(seen, states, [0, 1])
+        layers, loss = at_fault(seen, states, flow([0, 1]))
         assert np.array(layers).tolist() == [True, False] and not loss
 
 
@@ -133,6 +142,28 @@ def test_a_skipped_step_lowers_what_is_at_fault_and_nothing_else():
     layers, loss = updated(layer_states(4, 5), loss_state(), seen, rule)
     assert layers.log2_scales.tolist() == [4, 5] and loss.log2_scale == 5
     assert layers.overflows.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("produced", "guilty"),
+    [
+        (".x.", ".x."),
+        ("..x", "..x"),
+        (".xx", "..x"),  # what it made of what was broken already
+        ("xxx", "..x"),
+        ("xx.", ".x."),
+    ],
+)
+def test_what_comes_to_a_layer_that_passes_is_what_the_one_after_it_made(produced, guilty):
+    """Layer 1 passes on what comes from layer 2, and layer 0 sees what it makes of it."""
+    seen = evidence([()] * 3, [()] * 3, weights_broken=np.float32(1))
+    arrived = "x.." if "x" in produced[1:] else "..."
+    seen = seen._replace(arrived_broken=flags(arrived), produced_broken=flags(produced))
+    # A layer before it may be among those, if both are in one class.
+    between = flow([0, 1, 2], passes_from=[(1, 2), (1, 0)])
+    of_layers, of_loss = at_fault(seen, layer_states(1, 2, 3), between)
+    np.testing.assert_array_equal(of_layers, flags(guilty) > 0)
+    assert not of_loss
 
 
 # How scales move.
@@ -167,6 +198,17 @@ def test_s_returns_when_nothing_but_zeros_arrives_at_it(log2_scale, steps_to_sam
     state = loss_state(log2_scale, steps_to_sample)
     _, loss = updated(layer_states(0, 0), state, evidence(), Moving((0, 0, 7)))
     assert loss.log2_scale == expected
+
+
+def test_layers_that_pass_are_held_to_those_they_pass_from_and_with():
+    together = flow(range(3), passes_from=[(0, 2), (1, 2)], passes_with=[(0, 1), (1, 0)])
+    seen = evidence([(1.0,)] * 3, [(1.0,), (), ()])
+    for by, expected in (((9, 8, 4, 0), [4, 4, 4]), ((3, 5, 7, 0), [3, 3, 7])):
+        layers, _ = updated(layer_states(0, 0, 0), loss_state(), seen, Moving(by), flow=together)
+        assert layers.log2_scales.tolist() == expected
+    # As they are while none moves.
+    layers, _ = updated(layer_states(6, 5, 4), loss_state(), seen, flow=together)
+    assert layers.log2_scales.tolist() == [6, 5, 4]
 
 
 @pytest.mark.parametrize("by", [-200, 200])

@@ -254,6 +254,60 @@ def test_outside_of_its_model_a_plan_does_not_hold(rng):
     del first
 
 
+def borders_of(model):
+    wrapped = als.wrap_model(model)
+    plan = als.scale_plan.plan_of(wrapped, als.LossScaled)
+    names = {id(layer): layer.name for layer in scaled_layers(wrapped)}
+
+    def named(classes):
+        return [c and "+".join(names[id(layer)] for layer in c) for c in classes]
+
+    return {
+        names[key]: (
+            *named(border.args),
+            *named(border.outputs),
+            [names[id(layer)] for layer in border.passes_from],
+        )
+        for key, border in plan.borders.items()
+    }
+
+
+def test_a_layer_that_normalises_passes_gradients_on_at_one_scale():
+    x = inputs = keras.Input((4,))
+    x = layers.BatchNormalization(name="n")(layers.Dense(4, name="a")(x))
+    x = layers.Dense(4, name="b")(layers.ReLU()(x))
+    # Another takes the same, so that only what leaves it is passed on.
+    y = layers.LayerNormalization(name="m")(x)
+    x = layers.Add()([layers.Dense(4, name="c")(y), layers.Dense(4, name="d")(x)])
+    # At the end all is at S.
+    outputs = layers.RMSNormalization(name="e")(x)
+    assert borders_of(keras.Model(inputs, outputs)) == {
+        "a": (None, "n", []),
+        "n": ("n", "n", ["b"]),
+        "b": ("n", "m+d", []),
+        "m": ("m+d", "m", ["c"]),
+        "c": ("m", "e", []),
+        "d": ("m+d", "e", []),
+        "e": ("e", None, []),
+    }
+
+
+def test_layers_whose_normalised_outputs_meet_pass_gradients_on_together():
+    inputs = keras.Input((4,))
+    branches = [layers.Dense(4, name=name)(inputs) for name in "ab"]
+    x = layers.Add()(
+        [layers.BatchNormalization(name=f"{i}")(b) for i, b in zip("nm", branches, strict=True)]
+    )
+    x = layers.Dense(2, name="c")(layers.GroupNormalization(2, name="o")(x))
+    borders = borders_of(keras.Model(inputs, x))
+    assert {borders[name][-2] for name in "abnmo"} == {"n+m+o"}
+    assert [set(borders[name][-1]) for name in "nmo"] == [
+        {"m", "o", "c"},
+        {"n", "o", "c"},
+        set("nmc"),
+    ]
+
+
 def scaled_layers_in_order(model):
     return [layer for layer in model.layers if isinstance(layer, als.LossScaled)]
 

@@ -2,18 +2,21 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import itertools
 import numbers
 import weakref
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from tf_adaptive_ls import report, scale_plan, scale_state
 from tf_adaptive_ls.evidence import Ownership
 from tf_adaptive_ls.gradient_tap import gradient_tap, replaced
 from tf_adaptive_ls.scale_state import MAX_LOG2_SCALE
+from tf_adaptive_ls.scale_update import Flow
 
 _clock = itertools.count()
 _neutral = contextvars.ContextVar("neutral_scales", default=False)
@@ -42,6 +45,22 @@ def neutral_scales():
         yield
     finally:
         _neutral.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The last call of a `LossScaled` layer, in eager code or while it was traced.
+
+    Attributes:
+        at: When it was. It tells which of two layers a gradient comes to first.
+        passes_from: The layers that gradients come from which this one passes on at the
+            scale they come at, see `scale_plan`.
+        passes_with: The layers that pass gradients on at the same scale, itself included.
+    """
+
+    at: int = -1
+    passes_from: tuple = ()
+    passes_with: tuple = ()
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
@@ -106,9 +125,7 @@ class LossScaled(keras.layers.Wrapper):
             "loss_scale_report", (report.SIZE,), "zeros"
         )
         self._optimizer = None  # weak reference to the one that knows about it
-        # When the layer was last called, or its call traced: tells which of two
-        # layers a gradient comes to first. Relative to other layers only.
-        self.called_at = -1
+        self.last_call = Call()
         layer._loss_scaled = _Owner(self)
         self.built = layer.built
 
@@ -181,21 +198,24 @@ class LossScaled(keras.layers.Wrapper):
             with scale_plan.running(None):
                 return self.layer(*args, **kwargs)
 
-        self.called_at = next(_clock)
         border = scale_plan.border_of(self)
         receivers = self.loss_scale.value, self.loss_scale_report.value
-        up, down = scale_plan.powers(self)  # 2**r and 2**-r
+        passes = bool(border and border.passes_from)
+        own = border.outputs[0] if passes else (self,)
+        self.last_call = Call(next(_clock), *((border.passes_from, own) if passes else ()))
+        # 2**r and 2**-r
+        up, down = scale_plan.class_powers(own) if passes else scale_plan.powers(self)
 
-        def divisor_out(consumers):
+        def divisor_out(layers):
             """S * 2**r over the scale of a class, `None` for one."""
-            if consumers is None:
+            if layers is None:
                 return up
-            return None if consumers == (self,) else up * scale_plan.class_powers(consumers)[1]
+            return None if layers == own else up * scale_plan.class_powers(layers)[1]
 
-        def divisor_in(consumers):
-            if consumers is None:
+        def divisor_in(layers):
+            if layers is None:
                 return down
-            return None if consumers == (self,) else down * scale_plan.class_powers(consumers)[0]
+            return None if layers == own else down * scale_plan.class_powers(layers)[0]
 
         # Going in. Backward, this is where the layer's gradients come out.
         arguments = _Arguments(self, args, kwargs, border)
@@ -228,7 +248,7 @@ class LossScaled(keras.layers.Wrapper):
         leaves = tree.flatten(outputs)
         classes = border.outputs if border else [None] * len(leaves)
         tapped = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
-        if tapped:
+        if tapped and not passes:
             narrow = [scale_state.is_limited(leaves[i].dtype) for i in tapped]
             at_s = [n and classes[i] is None for i, n in zip(tapped, narrow, strict=True)]
 
@@ -317,6 +337,22 @@ def ownership_of(layers, weights):
         [places(layer.layer._flatten_layers(), place_of_layer) for layer in layers],
         len(weights),
     )
+
+
+def flow_of(layers):
+    """The `Flow` of gradients between `LossScaled` layers when they were last called."""
+    place_of = {id(layer): place for place, layer in enumerate(layers)}
+
+    def relation(others_of):
+        related = np.zeros((len(layers), len(layers)), bool)
+        for place, layer in enumerate(layers):
+            related[place, [place_of[id(o)] for o in others_of(layer) if id(o) in place_of]] = True
+        return related
+
+    passes_from = relation(lambda layer: layer.last_call.passes_from)
+    passes_with = relation(lambda layer: set(layer.last_call.passes_with) - {layer})
+    call_order = np.array([layer.last_call.at for layer in layers])
+    return Flow(call_order, passes_from, np.logical_or(passes_from, passes_with))
 
 
 def wrapper_of(layer):

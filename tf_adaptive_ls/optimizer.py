@@ -10,7 +10,7 @@ from keras import ops
 from tf_adaptive_ls import backend, report
 from tf_adaptive_ls.evidence import Evidence, evidence_of
 from tf_adaptive_ls.gradient_tap import power_of_two
-from tf_adaptive_ls.loss_scaled import ownership_of
+from tf_adaptive_ls.loss_scaled import flow_of, ownership_of
 from tf_adaptive_ls.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
 from tf_adaptive_ls.scale_state import (
     FORMAT,
@@ -336,7 +336,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             evidence,
             rule=self.rule,
             float_format=FORMAT,
-            call_order=[layer.called_at for layer in self._scaled_layers],
+            flow=flow_of(self._scaled_layers),
             restart=math.log2(self.initial_scale),
             sample_every=self.update_every,
         )

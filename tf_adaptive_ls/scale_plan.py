@@ -13,6 +13,12 @@ each knows what its own input gradient can bear, or at S (`None` below) if it ho
 - a tensor next to an operation that is not known to treat gradients linearly and
   to have no gradients of its own: one with weights, or not of Keras.
 
+Layers that normalise, half of all layers in many models, have few weights and hand on
+about what they get. They need no scale apart from their surroundings: such a layer
+*passes* gradients on at the scale that its outputs' class travels at, which is then its
+own, and the optimizer holds that to those of the consumers. Where nothing else takes its
+input, that belongs to the same class.
+
 A plan is derived from the graph of one model and holds only while that model runs
 it: see `running`.
 """
@@ -29,6 +35,13 @@ from tf_adaptive_ls.scale_state import factor_of
 # Keras layers that run code Keras does not know.
 _FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
 
+_NORMALISATIONS = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+)
+
 _running = contextvars.ContextVar("running_scale_plan", default=None)
 
 
@@ -36,12 +49,19 @@ _running = contextvars.ContextVar("running_scale_plan", default=None)
 class Border:
     """The classes that one call of a `LossScaled` layer has at its border.
 
-    Each class is the tuple of its consumers, or `None` for S.
+    Each class is the tuple of the layers at whose smallest scale it travels, or `None`
+    for S.
+
+    Args:
+        args, kwargs, outputs: The classes of the leaves of each.
+        passes_from: The layers that gradients come from which the layer passes on at the
+            scale they come at; empty if it does not.
     """
 
     args: tuple = ()
     kwargs: dict = dataclasses.field(default_factory=dict)
     outputs: tuple = ()
+    passes_from: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,14 +185,27 @@ def plan_of(model, scaled_class):
             if not _is_pure(operation):
                 classes.pin([*inputs, *outputs])
 
-    def travel(leaf):
-        return classes.consumers(leaf) if isinstance(leaf, keras.KerasTensor) else None
-
     planned = [
         call
         for call in calls
         if isinstance(call.operation, scaled_class) and times_called[id(call.operation)] == 1
     ]
+    passing = [call for call in planned if _may_pass(call) and classes.consumers(call.outputs[0])]
+    only_taken_by_it = [classes.consumers(call.inputs[0]) == (call.operation,) for call in passing]
+    for call, joined in zip(passing, only_taken_by_it, strict=True):
+        classes.add_passing(call.outputs[0], call.operation)
+        if joined:
+            classes.join([*call.inputs, *call.outputs])
+
+    def travel(leaf):
+        return classes.travels_at(leaf) if isinstance(leaf, keras.KerasTensor) else None
+
+    def passes_from(call):
+        if not any(call is other for other in passing):
+            return ()
+        consumers = classes.consumers(call.outputs[0])
+        return tuple(layer for layer in consumers if layer is not call.operation)
+
     borders = {
         id(call.operation): Border(
             args=tuple(travel(leaf) for leaf in tree.flatten(call.args)),
@@ -181,6 +214,7 @@ def plan_of(model, scaled_class):
                 for name, value in call.kwargs.items()
             },
             outputs=tuple(travel(tensor) for tensor in call.outputs),
+            passes_from=passes_from(call),
         )
         for call in planned
     }
@@ -247,6 +281,16 @@ def _scaled_layers(operation, scaled_class):
     return [layer for layer in operation._flatten_layers() if isinstance(layer, scaled_class)]
 
 
+def _may_pass(call):
+    """Whether a call is one of a layer that normalises its only input."""
+    layer = call.operation.layer
+    return (
+        isinstance(layer, _NORMALISATIONS)
+        and is_plain_keras_layer(layer)
+        and len(call.inputs) == len(call.outputs) == 1
+    )
+
+
 def _is_pure(operation):
     """Whether `operation` has a linear backward pass and no gradients of its own."""
     if not isinstance(operation, keras.layers.Layer):
@@ -278,6 +322,7 @@ class _Classes:
         self._parent = {}
         self._pinned = set()
         self._consumers = {}
+        self._passing = {}
 
     def _find(self, tensor):
         key = id(tensor)
@@ -294,7 +339,8 @@ class _Classes:
         for root in others:
             if root != first:
                 self._parent[root] = first
-                self._consumers.setdefault(first, []).extend(self._consumers.pop(root, []))
+                for layers in (self._consumers, self._passing):
+                    layers.setdefault(first, []).extend(layers.pop(root, []))
                 if root in self._pinned:
                     self._pinned.add(first)
 
@@ -307,8 +353,16 @@ class _Classes:
         if layer not in consumers:
             consumers.append(layer)
 
+    def add_passing(self, tensor, layer):
+        self._passing.setdefault(self._find(tensor), []).append(layer)
+
     def consumers(self, tensor):
-        """The class of `tensor`: a tuple of consumers, or `None` for S."""
+        """The consumers in the class of `tensor`, `None` if it travels at S."""
         root = self._find(tensor)
         consumers = self._consumers.get(root)
         return tuple(consumers) if consumers and root not in self._pinned else None
+
+    def travels_at(self, tensor):
+        """The layers at whose smallest scale the class of `tensor` travels, `None` for S."""
+        consumers = self.consumers(tensor)
+        return consumers and tuple(self._passing.get(self._find(tensor), ()) or consumers)

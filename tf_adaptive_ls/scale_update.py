@@ -12,6 +12,21 @@ from tf_adaptive_ls import spectrum
 from tf_adaptive_ls.scale_state import MAX_LOG2_SCALE, LayerStates, LossState
 
 
+class Flow(NamedTuple):
+    """How gradients flow between layers; NumPy arrays.
+
+    Attributes:
+        call_order: The place of each layer in the forward pass, `[layers]`.
+        passes_from: Whether what layer j produces is what comes to layer i, and passes it
+            without being looked at on arrival, boolean `[i, j]`.
+        held_to: Whether layer i is to work at no larger scale than layer j, `[i, j]`.
+    """
+
+    call_order: np.ndarray
+    passes_from: np.ndarray
+    held_to: np.ndarray
+
+
 class Moves(NamedTuple):
     """By how many binades scales are to move, and what the rule then remembers.
 
@@ -26,7 +41,7 @@ class Moves(NamedTuple):
     memory: Any
 
 
-def update(layers, loss, evidence, *, rule, float_format, call_order, restart, sample_every):
+def update(layers, loss, evidence, *, rule, float_format, flow, restart, sample_every):
     """The state after a step.
 
     Args:
@@ -35,7 +50,7 @@ def update(layers, loss, evidence, *, rule, float_format, call_order, restart, s
         evidence: The step's `Evidence`.
         rule: The `ScaleRule`.
         float_format: The `FloatFormat` of the evidence.
-        call_order: The place of each layer in the forward pass, NumPy `[layers]`.
+        flow: The `Flow` of gradients between the layers.
         restart: log2 of the S to go back to when all that arrives at S is zero.
         sample_every: Steps from one sample to the next, an int.
 
@@ -45,7 +60,7 @@ def update(layers, loss, evidence, *, rule, float_format, call_order, restart, s
     finite = evidence.finite
     backoff = float(rule.backoff(float_format))
     sampled = is_sampled(loss)
-    layers_at_fault, loss_at_fault = at_fault(evidence, layers, call_order)
+    layers_at_fault, loss_at_fault = at_fault(evidence, layers, flow)
     ruled = moves(evidence, layers, loss, rule, float_format, restart)
 
     move = ops.where(layers_at_fault, -backoff, ops.where(finite, ruled.layers, 0.0))
@@ -54,6 +69,7 @@ def update(layers, loss, evidence, *, rule, float_format, call_order, restart, s
     # A change of S by the rule moves no layer.
     taken_back = ops.where(finite, log2_scale - loss.log2_scale, 0.0)
     log2_scales = _bounded(layers.log2_scales + move - taken_back)
+    log2_scales = _held(log2_scales, move, flow.held_to)
 
     seen = ops.sum(evidence.produced_peaks, axis=-1) > 0
     totals = _totals(layers, loss)
@@ -85,7 +101,7 @@ def is_sampled(loss):
     return ops.equal(loss.steps_to_sample, 0)
 
 
-def at_fault(evidence, layers, call_order):
+def at_fault(evidence, layers, flow):
     """Whose scales are to blame for gradients that are not finite.
 
     A layer is that made such gradients, unless those that arrived at a layer called later
@@ -95,8 +111,13 @@ def at_fault(evidence, layers, call_order):
     Returns:
         Booleans: `[layers]`, and a scalar for S.
     """
-    order = np.argsort(np.argsort(call_order)).astype("float32")
-    last_broken = ops.max(ops.where(evidence.arrived_broken > 0, order, -1.0))
+    order = np.argsort(np.argsort(flow.call_order)).astype("float32")
+    arrived_broken = evidence.arrived_broken
+    if flow.passes_from.any():
+        from_later = np.logical_and(flow.passes_from, order[:, None] < order)
+        came = ops.where(from_later, evidence.produced_broken, 0.0)
+        arrived_broken = ops.maximum(arrived_broken, ops.max(came, axis=1))
+    last_broken = ops.max(ops.where(arrived_broken > 0, order, -1.0))
     differ = ops.logical_or(ops.any(layers.spectra > 0), ops.any(layers.log2_scales != 0))
     made_it = ops.logical_and(evidence.produced_broken > 0, order > last_broken)
     made_it = ops.logical_and(made_it, differ)
@@ -133,6 +154,15 @@ def next_sample(loss, finite, move, move_of_loss, backoff, sample_every):
     at_once = ops.logical_or(ops.logical_not(finite), too_far)
     wait = ops.where(sampled, sample_every - 1, ops.maximum(loss.steps_to_sample - 1, 0))
     return ops.where(at_once, 0, wait)
+
+
+def _held(log2_scales, move, held_to):
+    """The r of layers, at most those of the layers they are held to, if one of them moved."""
+    if not held_to.any():
+        return log2_scales
+    moved = ops.max(ops.where(held_to, ops.abs(move), 0.0), axis=1) + ops.abs(move) > 0
+    limit = ops.min(ops.where(held_to, log2_scales, np.float32(np.inf)), axis=1)
+    return ops.where(moved, ops.minimum(log2_scales, limit), log2_scales)
 
 
 def _totals(layers, loss):
