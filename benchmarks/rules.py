@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls import spectrum
-from tf_adaptive_ls.scale_rules import NOTHING_SEEN
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 
 
 def _largest(samples, peaks, float_format):

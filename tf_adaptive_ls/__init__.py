@@ -1,16 +1,24 @@
-"""Adaptive loss scaling for Keras: every layer finds its own float16 loss scale."""
+"""Adaptive loss scaling for Keras: every layer finds its own float16 loss scale.
 
-from tf_adaptive_ls.calibration import Calibration, LayerRange, calibrate
-from tf_adaptive_ls.float_format import FloatFormat
-from tf_adaptive_ls.loss_scaled import LossScaled, neutral_scales
-from tf_adaptive_ls.monitor import LossScaleMonitor, StuckTrainingError
-from tf_adaptive_ls.nonfinite import Explanation, TensorReading, explain_nonfinite
-from tf_adaptive_ls.optimizer import AdaptiveLossScaleOptimizer
-from tf_adaptive_ls.run_record import Run, load_run, run_of
-from tf_adaptive_ls.scale_rules import FixedRule, GaussianRule, QuantileRule, ScaleRule
-from tf_adaptive_ls.scale_table import ScaleRow, ScaleTable, scale_table
-from tf_adaptive_ls.spectrum import Spectrum
-from tf_adaptive_ls.wrapping import strip_model, wrap_model
+Arrows between the three wings only point downward: `observe` reads what `training` does,
+which is made of `numerics`.
+"""
+
+import importlib
+
+from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.numerics.scale_rules import FixedRule, GaussianRule, QuantileRule, ScaleRule
+from tf_adaptive_ls.numerics.spectrum import Spectrum
+from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
+from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
+from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain_nonfinite
+from tf_adaptive_ls.observe.run_record import Run, load_run, run_of
+from tf_adaptive_ls.observe.scale_table import ScaleRow, ScaleTable, scale_table
+from tf_adaptive_ls.training.loss_scaled import LossScaled, neutral_scales
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.wrapping import strip_model, wrap_model
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveLossScaleOptimizer",
@@ -39,3 +47,10 @@ __all__ = [
     "strip_model",
     "wrap_model",
 ]
+
+
+def __getattr__(name):
+    # Only when it is asked for: it needs matplotlib.
+    if name == "plots":
+        return importlib.import_module("tf_adaptive_ls.observe.plots")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,165 @@
+"""From gradients to reports, and from reports to counts."""
+
+import numpy as np
+import pytest
+from steps import MODES
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.evidence import Evidence, Ownership, evidence_of
+from tf_adaptive_ls.numerics.report import (
+    SAMPLE_SIZE,
+    SIZE,
+    Report,
+    report_of_arrivals,
+    report_of_products,
+)
+
+FLOAT16 = als.FloatFormat("float16")
+SMALL, LARGE = np.float16([0, -(2.0**-24)]), np.float16([1, -65504, 3])
+
+
+def read(vector):
+    report = Report.unpacked(np.array(vector))
+    return Report(*(np.array(field) for field in report))
+
+
+def test_what_arrived_is_told_at_its_scale_and_at_that_of_the_layer():
+    report = read(
+        report_of_arrivals(
+            [SMALL, LARGE, np.float32([1e9])],
+            [None, np.float32(0.25), np.float32(8)],
+            at_s=[True, False, False],
+            narrow=[True, True, False],
+        )
+    )
+    assert report.arrived_at_s == 2.0**-24
+    assert report.arrived_otherwise == np.float32(1e9)
+    assert report.set_out_from == 4 * 65504
+    assert report.num_arrived == 2
+    np.testing.assert_array_equal(report.arrived_sample[:3], [0, 2.0**-24, 0])
+    assert (report.produced, report.produced_least, report.num_produced) == (0, 0, 0)
+
+
+def test_what_is_produced_is_told_by_its_largest_and_smallest_peak():
+    report = read(
+        report_of_products([SMALL, LARGE, np.float32([-1e9])], narrow=[True, True, False])
+    )
+    figures = report.produced, report.produced_least, report.produced_wide
+    assert figures == (65504, 2.0**-24, np.float32(1e9))
+    assert report.num_produced == 5
+    np.testing.assert_array_equal(
+        report.produced_sample[:6], [0, 2.0**-24, *np.abs(LARGE.astype("float32")), 0]
+    )
+    assert report.arrived_at_s == report.num_arrived == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_is_told(value, mode):
+    x = np.float16([1, value])
+    arrived = MODES[mode](
+        lambda: report_of_arrivals([x], [np.float32(8)], at_s=[True], narrow=[True])
+    )
+    produced = MODES[mode](lambda: report_of_products([x], narrow=[True]))
+    arrived, produced = read(arrived()), read(produced())
+    assert arrived.arrived_at_s == arrived.set_out_from == np.inf
+    assert produced.produced == produced.produced_least == np.inf
+
+
+def test_reports_add_up():
+    arrived = report_of_arrivals([LARGE], [None], at_s=[True], narrow=[True])
+    produced = report_of_products([SMALL], narrow=[True])
+    both = read(arrived + produced)
+    assert arrived.shape == produced.shape == (SIZE,)
+    assert (both.arrived_at_s, both.produced) == (65504, 2.0**-24)
+    assert (both.num_arrived, both.num_produced) == (3, 2)
+
+
+def of_two_layers(gradients=(), owner=(), arrived=(), produced=(), r=(0, 0), **options):
+    """Evidence of two layers, with gradients of weights and the layers that have them."""
+    reports = []
+    for layer in range(2):
+        vector = np.zeros(SIZE, "float32")
+        if layer < len(arrived):
+            vector += report_of_arrivals([arrived[layer]], [None], at_s=[True], narrow=[True])
+        if layer < len(produced):
+            vector += report_of_products([produced[layer]], narrow=[True])
+        reports.append(vector)
+    weights = [[i for i, of in enumerate(owner) if of == layer] for layer in range(2)]
+    settings = {"narrow": np.array([True, True]), "sampled": True, "float_format": FLOAT16}
+    evidence = evidence_of(
+        Report.unpacked(np.stack(reports)),
+        list(gradients),
+        Ownership.of(weights, [[], []], len(gradients)),
+        np.float32(r),
+        **settings | options,
+    )
+    return Evidence(*map(np.array, evidence))
+
+
+def occupied(counts):
+    """How many gradients are in each binade; zeros under the name "zero"."""
+    names = ["zero", *FLOAT16.exponents, "nonfinite"]
+    return {name: int(n) for name, n in zip(names, counts, strict=True) if n}
+
+
+def test_gradients_of_weights_count_at_the_scale_they_were_written_at():
+    evidence = of_two_layers([np.float32([1.0]), np.float32([1.0, 4.0])], [0, 1], r=[5, -3])
+    assert occupied(evidence.produced_peaks[0]) == {5: 2}
+    assert occupied(evidence.produced_peaks[1]) == {-1: 2}
+    # Each is gone through until there are as many elements as of any other.
+    assert occupied(evidence.produced[1]) == {-3: SAMPLE_SIZE / 2, -1: SAMPLE_SIZE / 2}
+    assert evidence.finite and not evidence.arrived.any()
+
+
+def test_without_a_sample_only_peaks_are_counted():
+    evidence = of_two_layers([LARGE], [0], arrived=[SMALL], produced=[SMALL], sampled=False)
+    assert not evidence.arrived.any() and not evidence.produced.any()
+    assert occupied(evidence.arrived_peaks[0]) == {-24: 1}
+    # Of the least and the largest that it made; and what it set out from.
+    assert occupied(evidence.produced_peaks[0]) == {15: 1, -24: 1 + 1}
+    assert occupied(evidence.produced_peaks[1]) == {}
+
+
+def test_zeros_that_arrive_are_no_loss_and_zeros_that_a_layer_makes_are():
+    zeros = np.zeros(4, "float16")
+    evidence = of_two_layers(arrived=[zeros], produced=[LARGE, zeros])
+    assert occupied(evidence.arrived_peaks[0]) == {}
+    assert occupied(evidence.arrived[0]) == {"zero": 4}
+    assert occupied(evidence.produced_peaks[0]) == {15: 2}
+    assert occupied(evidence.produced_peaks[1]) == {"zero": 2}
+
+
+def test_what_is_broken_is_told_by_layer():
+    broken = np.float16([np.nan])
+    evidence = of_two_layers([np.float32([np.inf])], [1], arrived=[broken], produced=[LARGE])
+    assert evidence.weights_broken == 1 and not evidence.finite
+    assert evidence.arrived_broken.tolist() == [1, 0]
+    # The first set out from what was broken, the second has a broken weight gradient.
+    assert evidence.produced_broken.tolist() == [1, 1]
+
+
+def test_gradients_of_wide_layers_count_only_as_broken_or_not():
+    narrow = np.array([False, True])
+    evidence = of_two_layers([np.float32([1e20])], [0], narrow=narrow)
+    assert not evidence.produced_peaks.any() and not evidence.produced_broken.any()
+    evidence = of_two_layers([np.float32([np.nan])], [0], narrow=narrow)
+    assert evidence.produced_broken.tolist() == [1, 0]
+
+
+def test_a_shared_weight_counts_for_the_innermost_layers_that_have_it():
+    # Layer 1 is inside layer 0 and has weight 1; layer 2 shares weight 0 with layer 0.
+    ownership = Ownership.of([[0, 1], [1], [0]], [[1], [], []], 2)
+    own = [set(places[places < 2]) for places in ownership.places]
+    assert own == [{0}, {1}, {0}]
+    scales = np.array(ownership.scales(np.float32([3, 4, 5])))
+    assert scales.tolist() == [2.0**3, 2.0 ** (3 + 4), 2.0**5]
+
+
+def test_spectra_of_replicas_add_up_to_those_of_all():
+    halves = [of_two_layers([half], [0]) for half in (np.float32([1, 2]), np.float32([4, 8]))]
+    summed = Evidence.unpacked(halves[0].packed() + halves[1].packed(), 2)
+    counts = np.array(summed.produced[0])
+    assert counts.sum() == 2 * SAMPLE_SIZE
+    assert float(spectrum.top_exponent(counts, FLOAT16)) == 3

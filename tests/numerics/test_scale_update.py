@@ -1,0 +1,316 @@
+"""The pure update: from what was kept and what was seen to the scales of the next step."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.evidence import Evidence
+from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
+from tf_adaptive_ls.numerics.scale_state import LossState, initial_layer_states
+from tf_adaptive_ls.numerics.scale_update import Flow, at_fault, moves, next_sample, update
+
+FLOAT16 = als.FloatFormat("float16")
+NOTHING = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Moving(als.ScaleRule):
+    """Moves layers by what it is told, S last, and remembers the top binade."""
+
+    by: tuple = ()
+    memory_size = 1
+
+    def __call__(self, samples, peaks, memory, float_format):
+        top = spectrum.top_exponent(peaks, float_format)
+        return np.float32(self.by), np.maximum(memory, np.array(top)[:, None])
+
+
+def spectra(*of_layers, float_format=FLOAT16):
+    counts = [
+        spectrum.spectrum(np.float32(values), float_format)
+        if len(values)
+        else np.zeros(spectrum.num_bins(float_format))
+        for values in of_layers
+    ]
+    return np.float32(counts)
+
+
+def evidence(produced=((1.0,), (1.0,)), arrived=(NOTHING, NOTHING), sampled=True, **fields):
+    """That of layers whose gradients are as given, by layer, and whole."""
+    whole = np.zeros(len(produced), "float32")
+    produced, arrived = spectra(*produced), spectra(*arrived)
+    seen = Evidence(
+        np.float32(0), whole, whole, arrived * sampled, arrived, produced * sampled, produced
+    )
+    return seen._replace(**fields)
+
+
+def layer_states(*log2_scales, float_format=FLOAT16, memory_size=1, **fields):
+    states = initial_layer_states(len(log2_scales), memory_size, float_format)
+    return states._replace(log2_scales=np.float32(log2_scales), **fields)
+
+
+def loss_state(log2_scale=15, steps_to_sample=0, memory=(NOTHING_SEEN,)):
+    return LossState(np.float32(log2_scale), np.float32(memory), np.int32(steps_to_sample))
+
+
+def updated(layers, loss, seen, rule=None, float_format=FLOAT16, **options):
+    options = {"restart": 15, "sample_every": 10} | options
+    number = len(layers.log2_scales)
+    layers, loss = update(
+        layers,
+        loss,
+        seen,
+        rule=rule or Moving((0,) * (number + 1)),
+        float_format=float_format,
+        **{"flow": flow(range(number))} | options,
+    )
+    as_arrays = type(layers)(*map(np.array, layers))
+    return as_arrays, type(loss)(*map(np.array, loss))
+
+
+def flow(call_order, passes_from=(), passes_with=()):
+    """That of layers, with pairs `(i, j)` of those that i passes from or with j."""
+    number = len(call_order)
+    relations = np.zeros((2, number, number), bool)
+    for relation, pairs in zip(relations, (passes_from, passes_with), strict=True):
+        for i, j in pairs:
+            relation[i, j] = True
+    return Flow(np.array(call_order), relations[0], relations[0] | relations[1])
+
+
+def flags(text):
+    return np.float32([letter != "." for letter in text])
+
+
+# Whose fault it is. Layers are called from left to right, so gradients come from the right.
+
+
+@pytest.mark.parametrize(
+    ("arrived", "produced", "guilty"),
+    [
+        ("...", "...", "..."),
+        ("...", "x..", "x.."),
+        ("...", "..x", "..x"),
+        ("x..", ".x.", ".x."),  # the one before it only passed it on
+        ("xx.", "xxx", "..x"),
+        ("...", ".xx", ".xx"),  # side by side: neither came to the other
+        ("..x", "..x", "..."),  # it was broken at the loss
+        ("x.x", ".xx", "..."),
+    ],
+)
+def test_the_last_layer_that_nothing_broken_came_to_is_at_fault(arrived, produced, guilty):
+    seen = evidence([()] * 3, [()] * 3)
+    seen = seen._replace(arrived_broken=flags(arrived), produced_broken=flags(produced))
+    layers = layer_states(1, 2, 3)
+    for weights_broken in (0, 1):
+        seen = seen._replace(weights_broken=np.float32(weights_broken))
+        of_layers, of_loss = at_fault(seen, layers, flow([0, 1, 2]))
+        np.testing.assert_array_equal(of_layers, flags(guilty) > 0)
+        assert bool(of_loss) == (weights_broken and "x" not in guilty)
+
+
+def test_the_order_is_that_of_calls_whatever_that_of_layers():
+    seen = evidence([()] * 3, [()] * 3)
+    seen = seen._replace(arrived_broken=flags(".x."), produced_broken=flags("xx."))
+    assert np.array(at_fault(seen, layer_states(1, 2, 3), flow([7, 2, 5]))[0]).tolist() == [1, 0, 0]
+    assert not np.any(at_fault(seen, layer_states(1, 2, 3), flow([2, 7, 5]))[0])
+
+
+def test_before_anything_was_sampled_the_loss_scale_is_at_fault():
+    seen = evidence(produced_broken=flags("x."), weights_broken=np.float32(1))
+    layers, loss = at_fault(seen, layer_states(0, 0), flow([0, 1]))
+    assert not np.any(layers) and loss
+    sampled = layer_states(0, 0, spectra=np.ones((2, 2, 42), "float32"))
+    for states in (sampled, layer_states(0, 3)):
+        layers, loss = at_fault(seen, states, flow([0, 1]))
+        assert np.array(layers).tolist() == [True, False] and not loss
+
+
+def test_a_skipped_step_lowers_what_is_at_fault_and_nothing_else():
+    rule = Moving((1, 2, 3))
+    seen = evidence(produced_broken=flags(".x"), weights_broken=np.float32(1))
+    layers, loss = updated(layer_states(4, 5), loss_state(), seen, rule)
+    assert layers.log2_scales.tolist() == [4, 5 - rule.backoff(FLOAT16)]
+    assert layers.overflows.tolist() == [0, 1]
+    assert loss.log2_scale == 15 and loss.steps_to_sample == 0
+    assert not layers.spectra.any() and (layers.memory == NOTHING_SEEN).all()
+    seen = seen._replace(arrived_broken=flags(".x"))
+    layers, loss = updated(layer_states(4, 5), loss_state(), seen, rule)
+    assert layers.log2_scales.tolist() == [4, 5] and loss.log2_scale == 5
+    assert layers.overflows.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("produced", "guilty"),
+    [
+        (".x.", ".x."),
+        ("..x", "..x"),
+        (".xx", "..x"),  # what it made of what was broken already
+        ("xxx", "..x"),
+        ("xx.", ".x."),
+    ],
+)
+def test_what_comes_to_a_layer_that_passes_is_what_the_one_after_it_made(produced, guilty):
+    """Layer 1 passes on what comes from layer 2, and layer 0 sees what it makes of it."""
+    seen = evidence([()] * 3, [()] * 3, weights_broken=np.float32(1))
+    arrived = "x.." if "x" in produced[1:] else "..."
+    seen = seen._replace(arrived_broken=flags(arrived), produced_broken=flags(produced))
+    # A layer before it may be among those, if both are in one class.
+    between = flow([0, 1, 2], passes_from=[(1, 2), (1, 0)])
+    of_layers, of_loss = at_fault(seen, layer_states(1, 2, 3), between)
+    np.testing.assert_array_equal(of_layers, flags(guilty) > 0)
+    assert not of_loss
+
+
+# How scales move.
+
+
+def test_layers_move_by_what_they_produced_and_s_by_what_arrived_at_it():
+    rule = als.QuantileRule()
+    seen = evidence(produced=[(2.0**-20,), (2.0**10,)], arrived=[(2.0**3,), (2.0**5,)])
+    unknown = np.float32([[NOTHING_SEEN]])
+    expected = [
+        float(rule(spectra((e,)), spectra((e,)), unknown, FLOAT16)[0][0])
+        for e in (2.0**-20, 2.0**10)
+    ]
+    of_s = rule(spectra((8.0, 32.0)), spectra((8.0, 32.0)), unknown, FLOAT16)[0][0]
+    found = moves(seen, layer_states(0, 0), loss_state(), rule, FLOAT16, restart=15)
+    assert np.array(found.layers).tolist() == expected
+    assert found.loss == of_s != 0
+
+
+def test_a_move_of_s_moves_no_layer():
+    before = layer_states(4, -5), loss_state(15)
+    seen = evidence(arrived=[(1.0,), ()])
+    layers, loss = updated(*before, seen, Moving((0, 2, -3)))
+    assert loss.log2_scale == 12
+    np.testing.assert_array_equal(layers.log2_scales + loss.log2_scale, [15 + 4, 15 - 5 + 2])
+
+
+@pytest.mark.parametrize(
+    ("log2_scale", "steps_to_sample", "expected"), [(-60, 0, 15), (-60, 3, -60), (20, 0, 20)]
+)
+def test_s_returns_when_nothing_but_zeros_arrives_at_it(log2_scale, steps_to_sample, expected):
+    state = loss_state(log2_scale, steps_to_sample)
+    _, loss = updated(layer_states(0, 0), state, evidence(), Moving((0, 0, 7)))
+    assert loss.log2_scale == expected
+
+
+def test_layers_that_pass_are_held_to_those_they_pass_from_and_with():
+    together = flow(range(3), passes_from=[(0, 2), (1, 2)], passes_with=[(0, 1), (1, 0)])
+    seen = evidence([(1.0,)] * 3, [(1.0,), (), ()])
+    for by, expected in (((9, 8, 4, 0), [4, 4, 4]), ((3, 5, 7, 0), [3, 3, 7])):
+        layers, _ = updated(layer_states(0, 0, 0), loss_state(), seen, Moving(by), flow=together)
+        assert layers.log2_scales.tolist() == expected
+    # As they are while none moves.
+    layers, _ = updated(layer_states(6, 5, 4), loss_state(), seen, flow=together)
+    assert layers.log2_scales.tolist() == [6, 5, 4]
+
+
+@pytest.mark.parametrize("by", [-200, 200])
+def test_scales_stay_within_bounds(by):
+    seen = evidence(arrived=[(1.0,), ()])
+    layers, loss = updated(layer_states(0, 0), loss_state(), seen, Moving((by, 0, 0)))
+    assert layers.log2_scales[0] == np.sign(by) * 60
+    layers, loss = updated(layer_states(0, 0), loss_state(), seen, Moving((0, 0, by)))
+    assert loss.log2_scale == np.sign(by) * 60
+
+
+def test_what_is_remembered_is_of_gradients_without_any_scale():
+    seen = evidence([(2.0**3,), (2.0**-2,)], [(2.0**7,), ()])
+    layers, loss = updated(layer_states(4, -5), loss_state(15), seen, Moving((1, 2, 3)))
+    np.testing.assert_array_equal(layers.memory[:, 0], [3 - 4 - 15, -2 + 5 - 15])
+    assert loss.memory[0] == 7 - 15
+    # Nothing is larger at other scales either, so it stays.
+    weaker = evidence([(2.0**-20,)] * 2, [(2.0**-20,), ()])
+    again, _ = updated(layers, loss, weaker, Moving((-7, 6, 5)))
+    np.testing.assert_array_equal(again.memory, layers.memory)
+
+
+def test_a_layer_that_did_not_run_keeps_what_is_known_of_it():
+    known = np.full((2, 2, 42), 5, "float32")
+    states = layer_states(0, 0, spectra=known, memory=np.float32([[3], [3]]))
+    seen = evidence([(1.0,), ()], arrived=[(1.0,), ()])
+    layers, loss = updated(states, loss_state(), seen, als.QuantileRule(forget=1.0))
+    np.testing.assert_array_equal(layers.spectra[1], known[1])
+    assert layers.memory[1] == 3 != layers.memory[0]
+    assert layers.log2_scales[1] == 15 - loss.log2_scale
+
+
+# When to sample.
+
+
+@pytest.mark.parametrize("sample_every", [1, 10])
+@pytest.mark.parametrize(
+    ("steps_to_sample", "finite", "moved", "expected"),
+    [
+        (0, True, 0, "next"),
+        (0, True, 10, "next"),
+        (0, True, -11, 0),  # further than the spectrum was good for
+        (0, False, 0, 0),
+        (5, True, 0, 4),
+        (5, True, -1, 0),  # only an overflow ahead moves a scale without a sample
+        (5, False, 0, 0),
+        (1, True, 0, 0),
+    ],
+)
+def test_when_to_sample_next(steps_to_sample, finite, moved, expected, sample_every):
+    expected = sample_every - 1 if expected == "next" else expected
+    loss = loss_state(steps_to_sample=steps_to_sample)
+    for move, move_of_loss in (([0, moved], 0), ([0, 0], moved)):
+        move, move_of_loss = np.float32(move), np.float32(move_of_loss)
+        wait = next_sample(loss, finite, move, move_of_loss, 10.0, sample_every)
+        assert wait == expected
+
+
+def test_spectra_are_kept_with_the_scale_of_their_step():
+    layers, loss = updated(layer_states(4, -5), loss_state(15), evidence(), Moving((1, 1, 0)))
+    np.testing.assert_array_equal(layers.log2_sampled_at, [19, 10])
+    np.testing.assert_array_equal(layers.spectra[:, 0], spectra((1.0,), (1.0,)))
+    assert loss.steps_to_sample == 9
+    weaker = evidence([(0.5,), (0.5,)], sampled=False)
+    again, _ = updated(layers, loss, weaker)
+    np.testing.assert_array_equal(again.spectra, layers.spectra)
+    np.testing.assert_array_equal(again.log2_sampled_at, layers.log2_sampled_at)
+
+
+@pytest.mark.parametrize("name", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_any_format_will_do(name):
+    """Gradients from 2^-3 to 2^2 end where the format has most room for them."""
+    float_format = als.FloatFormat(name)
+    layers = layer_states(0, float_format=float_format)
+    loss = loss_state(0)
+    rule = als.QuantileRule(headroom=2)
+    for _ in range(3):
+        total = float(loss.log2_scale + layers.log2_scales[0])
+        counts = spectra(np.exp2(total + np.arange(-3.0, 3.0)), float_format=float_format)
+        nothing = np.zeros_like(counts)
+        whole = np.zeros(1, "float32")
+        seen = Evidence(np.float32(0), whole, whole, nothing, nothing, counts, counts)
+        layers, loss = updated(layers, loss, seen, rule, float_format)
+    top = 2 + layers.log2_scales[0] + loss.log2_scale
+    spare = float_format.max_exponent - float_format.min_normal_exponent - 5
+    assert top == float_format.max_exponent - max(spare // 2, 2)
+
+
+# Evidence.
+
+
+def test_evidence_is_one_vector_and_adds_up():
+    rng = np.random.default_rng(0)
+    one, other = (
+        Evidence(
+            np.float32(rng.integers(2)),
+            *rng.integers(2, size=(2, 3)).astype("float32"),
+            *rng.integers(9, size=(4, 3, 42)).astype("float32"),
+        )
+        for _ in range(2)
+    )
+    summed = Evidence.unpacked(one.packed() + other.packed(), 3)
+    for found, a, b in zip(summed, one, other, strict=True):
+        np.testing.assert_array_equal(found, a + b)
+    assert not bool(Evidence(1, *one[1:]).finite) and bool(Evidence(0, *one[1:]).finite)

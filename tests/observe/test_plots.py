@@ -1,0 +1,140 @@
+"""Pictures of runs: they show what the record says, whatever its size, in light and dark."""
+
+import itertools
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from graphs import floats
+from keras import layers
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls import plots
+from tf_adaptive_ls.__main__ import main
+
+PLOTS = {
+    "scales": plots.plot_scales,
+    "spectra": plots.plot_spectra,
+    "training": plots.plot_training,
+}
+
+
+def run_of_size(moments, layers):
+    """A made-up run: a step skipped at the third moment, for which layer 1 is to blame."""
+    rng = np.random.default_rng(0)
+    overflows = np.zeros((moments, layers), int)
+    overflows[2:, 1:2] = 1
+    spectra = np.zeros((moments, layers, 42))
+    spectra[:, :, 20:30] = rng.integers(1, 100, (moments, layers, 10))
+    return als.Run(
+        layers=[f"block/with_a_rather_long_name/{i}" for i in range(layers)],
+        classes=["Dense"] * layers,
+        float_format=als.FloatFormat("float16"),
+        steps=100 * np.arange(1, moments + 1),
+        skipped_steps=(np.arange(moments) >= 2).astype(int),
+        log2_loss_scale=np.full(moments, 15),
+        log2_scales=rng.integers(0, 20, (moments, layers)),
+        log2_sampled_at=rng.integers(15, 35, (moments, layers)),
+        overflows=overflows,
+        underflow=np.zeros((moments, layers)),
+        subnormal=np.zeros((moments, layers)),
+        spectra=spectra,
+        logs={"loss": np.geomspace(3, 0.01, moments)},
+    )
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 5), (300, 200)])
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_size_can_be_drawn(name, size, dark, tmp_path):
+    figure = PLOTS[name](run_of_size(*size), dark=dark)
+    figure.savefig(tmp_path / "picture.png", dpi=50)
+    background = np.mean(figure.get_facecolor()[:3])
+    assert background == (0.0 if dark else 1.0)
+
+
+@pytest.mark.parametrize("count", [5, 50, 200])
+@pytest.mark.parametrize("name", ["scales", "spectra"])
+def test_labels_of_layers_do_not_overlap(name, count):
+    figure = PLOTS[name](run_of_size(3, count))
+    figure.canvas.draw()
+    axes = figure.axes[1 if name == "scales" else 0]
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    boxes.sort(key=lambda box: box.y0)
+    assert len(boxes) == min(count, 50)
+    for below, above in itertools.pairwise(boxes):
+        assert below.y1 <= above.y0 + 2.0  # pixels of 100 per inch: descenders may touch
+
+
+def test_scales_show_every_moment_and_who_overflowed():
+    run = run_of_size(5, 3)
+    above, axes, _ = plots.plot_scales(run).axes
+    (mesh,) = axes.collections
+    expected = (run.log2_loss_scale[:, None] + run.log2_scales).T
+    np.testing.assert_array_equal(mesh.get_array(), expected)
+    for line in axes.lines:  # a cross and its rim
+        np.testing.assert_array_equal(line.get_xydata(), [[300, 1]])
+    (bar,) = above.patches
+    assert bar.get_height() == 1
+    assert bar.get_x() + bar.get_width() / 2 == 300
+
+
+def test_spectra_stand_at_their_binades_before_and_after():
+    run = run_of_size(3, 2)
+    left, right = plots.plot_spectra(run, step=250).axes
+    for axes, shifts in ((left, -run.log2_sampled_at[1]), (right, [0, 0])):
+        (ridges,) = axes.collections
+        for path, shift in zip(ridges.get_paths(), shifts, strict=True):
+            x = path.vertices[:, 0]
+            # Bins 20 to 29 are binades -5 to 4, drawn at their middle, with a foot each side.
+            assert (x.min(), x.max()) == (-5 - 0.5 + shift, 4 + 1.5 + shift)
+    spans = [patch.get_x() + patch.get_width() for patch in left.patches[:2]]
+    assert spans == [-24, -14]
+
+
+def test_a_file_and_a_live_model_can_be_drawn(mixed_float16, tmp_path):
+    inputs = keras.Input((4,))
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="scores")(inputs)))
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=False)
+    path = tmp_path / "run.jsonl"
+    monitor = als.LossScaleMonitor(path, every=2)
+    model.fit(floats(32, 4), floats(32, 2), 8, verbose=0, callbacks=[monitor])
+    for plot in PLOTS.values():
+        assert len(plot(str(path)).axes) == len(plot(path).axes) == len(plot(model).axes)
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_what_is_no_run_is_refused(name):
+    with pytest.raises(ValueError, match=r"Expected a Run.* Received: 3"):
+        PLOTS[name](3)
+    with pytest.raises(ValueError, match=r"with LossScaled layers\. Received: one without"):
+        PLOTS[name](run_of_size(3, 0))
+
+
+def test_the_command_writes_all_of_them_and_prints_the_table(mixed_float16, tmp_path, capsys):
+    test_a_file_and_a_live_model_can_be_drawn(None, tmp_path)
+    main([str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "pictures"), "--dark"])
+    printed = capsys.readouterr().out
+    assert "scores" in printed and "gradient binades" in printed
+    written = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert written == {"scales.png", "spectra.png", "training.png"}
+    for path in (tmp_path / "missing.jsonl", tmp_path / "pictures" / "scales.png"):
+        with pytest.raises(SystemExit, match=r"No such file|does not begin like one"):
+            main([str(path)])
+
+
+def test_matplotlib_is_asked_for_only_where_it_is_needed():
+    program = """
+import sys
+sys.modules["matplotlib"] = None
+import tf_adaptive_ls
+try:
+    from tf_adaptive_ls import plots
+except ImportError as error:
+    assert "pip install 'tf_adaptive_ls[plots]'" in str(error), error
+else:
+    raise AssertionError("imported")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

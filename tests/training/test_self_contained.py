@@ -1,0 +1,414 @@
+"""Invariants 1 and 3: a scaled layer is right in any surroundings.
+
+Gradients are compared in float32 between all scales at 1 and random scales, which
+differ as soon as one gradient crosses a border without being shifted; and with the
+same computation on plain layers.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from graphs import RELU, Penalty, chain, floats
+from keras import layers, ops
+from steps import (
+    assert_equal,
+    assert_gradients_equal,
+    layer_stepper,
+    randomize_scales,
+    scaled_layers,
+    stepper,
+)
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls.training import scale_plan
+from tf_adaptive_ls.training.planning import plan_of
+
+MODES = ["eager", "graph"]
+
+
+def assert_right_at_any_scale(model, inputs, rng, plain=None, **options):
+    """`model` gives what it gives at scale 1, and what `plain` gives."""
+    weights = [v for v in model.trainable_variables if not v.overwrite_with_gradient]
+    others = [v for v in model.non_trainable_variables if not v.overwrite_with_gradient]
+
+    def runner(model):
+        return stepper(model, {"args": inputs}, weights, others, lambda: model.losses, **options)
+
+    for layer in scaled_layers(model):
+        layer.log2_scale = 0
+    run = runner(model)
+    neutral = run()
+    if plain is not None:
+        assert_equal(neutral, runner(plain)())
+    for _ in range(3):
+        randomize_scales(model, rng)
+        assert_equal(run(), neutral)
+
+
+class Subclassed(keras.Model):
+    def __init__(self, wrap):
+        super().__init__()
+        self.first = wrap(layers.Dense(4, activity_regularizer="l2", **RELU))
+        self.norm = layers.LayerNormalization()  # not wrapped
+        self.penalty = Penalty()
+        self.last = wrap(layers.Dense(2))
+
+    def call(self, x, training=None):
+        x = self.first(x)
+        return self.last(self.penalty(self.norm(x)) + x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = ops.mean((self(x, training=True) - y) ** 2) + sum(self.losses)
+            scaled = self.optimizer.scale_loss(loss)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(scaled, variables), variables)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hand_wrapped_layers_in_a_subclassed_model(mode, rng):
+    model = Subclassed(als.LossScaled)
+    model(floats(3, 4))
+    assert_right_at_any_scale(model, (floats(3, 4),), rng, mode=mode)
+
+
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {}, {"jit_compile": True}])
+def test_a_train_step_of_ones_own_trains_like_the_plain_model(options):
+    def trained(wrap, optimizer):
+        keras.utils.set_random_seed(0)
+        model = Subclassed(wrap)
+        options.setdefault("jit_compile", False)
+        model.compile(optimizer, **options)
+        model.fit(floats(8, 4), floats(8, 2), batch_size=4, epochs=3, shuffle=False, verbose=0)
+        return [v.numpy() for v in model.trainable_variables if not v.overwrite_with_gradient]
+
+    with pytest.warns(UserWarning, match="computes in float16"):
+        ours = trained(als.LossScaled, als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(0.1)))
+    plain = trained(lambda layer: layer, keras.optimizers.SGD(0.1))
+    for a, b in zip(ours, plain, strict=True):
+        # XLA and the fork at `first` may sum in another order.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_some_layers_wrapped(mode, rng):
+    model, inputs = chain()
+    wrapped = als.wrap_model(model, layer_filter=lambda layer: layer.name != "dense_1")
+    assert len(scaled_layers(wrapped)) == 3
+    assert_right_at_any_scale(wrapped, inputs, rng, plain=model, mode=mode)
+
+
+class Block(layers.Layer):
+    """A layer that uses scaled layers inside."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inside = als.LossScaled(layers.Dense(4, activity_regularizer="l1"))
+        self.outside = layers.Dense(4)
+
+    def call(self, x):
+        return self.outside(ops.relu(self.inside(x))) + x
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrappers_inside_wrappers(mode, rng):
+    x = inputs = keras.Input((4,))
+    x = als.LossScaled(Block())(layers.Dense(4)(x))
+    x = Block()(x)
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(2)(x)))
+    assert len(scaled_layers(model)) == 6
+    assert_right_at_any_scale(model, (floats(3, 4),), rng, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wrapper_around_a_wrapped_model(mode, rng):
+    model, inputs = chain()
+    outer = als.LossScaled(als.wrap_model(model))
+    assert_right_at_any_scale(outer, inputs, rng, plain=model, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_models_cut_out_of_a_wrapped_model(mode, rng):
+    model, inputs = chain()
+    wrapped = als.wrap_model(model)
+    head = keras.Model(wrapped.input, wrapped.get_layer("dense_1").output)
+    tail = keras.Model(wrapped.get_layer("dense_1").output, wrapped.output)
+    plain_head = keras.Model(model.input, model.get_layer("dense_1").output)
+    plain_tail = keras.Model(model.get_layer("dense_1").output, model.output)
+    assert_right_at_any_scale(head, inputs, rng, plain=plain_head, mode=mode)
+    assert_right_at_any_scale(tail, (floats(3, 5),), rng, plain=plain_tail, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_feature_extractor_and_its_model_in_one_loss(mode, rng):
+    model, inputs = chain()
+    wrapped = als.wrap_model(model)
+    features = keras.Model(wrapped.input, [layer.output for layer in wrapped.layers[1:4]])
+
+    def both(x, training):
+        return [wrapped(x, training=training), features(x, training=training)]
+
+    weights = model.trainable_variables
+
+    run = stepper(both, {"args": inputs}, weights, [], mode=mode)
+    neutral = run()
+    for _ in range(3):
+        randomize_scales(wrapped, rng)
+        assert_equal(run(), neutral)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_called_on_its_own_and_in_the_model(mode, rng):
+    model, inputs = chain()
+    wrapped = als.wrap_model(model)
+    layer = wrapped.get_layer("dense_1")
+
+    def both(x, training):
+        return [wrapped(x, training=training), layer(ops.tile(x, (1, 2))[:, :5])]
+
+    weights = model.trainable_variables
+    run = stepper(both, {"args": inputs}, weights, [], mode=mode)
+    neutral = run()
+    randomize_scales(wrapped, rng)
+    assert_equal(run(), neutral)
+
+
+class Borrower(layers.Layer):
+    """Calls a layer that the graph calls too."""
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(**kwargs)
+        self.borrowed = layer
+
+    def call(self, x):
+        return ops.relu(self.borrowed(x))
+
+
+@pytest.mark.parametrize("borrower_wrapped", [False, True])
+def test_a_scaled_layer_that_another_layer_calls_as_well(borrower_wrapped, rng):
+    x = inputs = keras.Input((4,))
+    shared = als.LossScaled(layers.Dense(4))
+    x = layers.Dense(4)(Borrower(shared)(shared(layers.Dense(4)(x))))
+    wrapped = als.wrap_model(
+        keras.Model(inputs, x),
+        layer_filter=lambda layer: borrower_wrapped or not isinstance(layer, Borrower),
+    )
+    assert len(scaled_layers(wrapped)) == 3 + borrower_wrapped
+    assert_right_at_any_scale(wrapped, (floats(3, 4),), rng)
+
+
+def test_a_backbone_run_in_inference_mode_inside_a_trained_model(rng):
+    x = inputs = keras.Input((4,))
+    for _ in range(2):
+        x = layers.ReLU()(layers.BatchNormalization()(layers.Dense(4)(x)))
+    backbone = keras.Model(inputs, x, name="backbone")
+    inputs = keras.Input((4,))
+    x = backbone(layers.Dense(4)(inputs), training=False)
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    wrapped = als.wrap_model(model)
+    assert len(scaled_layers(wrapped)) == 6
+    assert_right_at_any_scale(wrapped, (floats(8, 4),), rng, plain=model)
+
+
+def test_a_weight_that_the_layer_does_not_track_is_refused():
+    foreign = layers.Dense(3)
+    foreign.build((None, 3))
+    kernels = {"kernel": lambda: foreign.kernel}
+
+    class Thief(layers.Layer):
+        def call(self, x):
+            return ops.matmul(x, kernels["kernel"]())
+
+    scaled = als.LossScaled(Thief())
+    with pytest.raises(ValueError, match=r"reading 'dense/kernel'.*attribute of 'thief'"):
+        scaled(floats(2, 3))
+
+
+def test_outside_of_its_model_a_plan_does_not_hold(rng):
+    """The plan is worth testing only if it makes a difference inside the model."""
+    model, inputs = chain()
+    wrapped = als.wrap_model(model)
+    seen = []
+    original = als.LossScaled._scaled_call
+
+    def spy(self, *args, **kwargs):
+        route = scale_plan.route_of(self)
+        seen.append(None if route is None else (route.args, route.outputs))
+        return original(self, *args, **kwargs)
+
+    als.LossScaled._scaled_call = spy
+    try:
+        wrapped(inputs[0])
+        keras.Model(wrapped.input, wrapped.layers[2].output)(inputs[0])
+    finally:
+        als.LossScaled._scaled_call = original
+    first, second, third, last = scaled_layers_in_order(wrapped)
+    assert seen[:4] == [
+        ((None,), ((second,),)),
+        (((second,),), ((third,),)),
+        (((third,),), ((last,),)),
+        (((last,),), (None,)),
+    ]
+    assert seen[4:] == [None]
+    del first
+
+
+def routes_of(model):
+    wrapped = als.wrap_model(model)
+    plan = plan_of(wrapped)
+    names = {id(layer): layer.name for layer in scaled_layers(wrapped)}
+
+    def named(classes):
+        return [c and "+".join(names[id(layer)] for layer in c) for c in classes]
+
+    return {
+        names[key]: (
+            *named(route.args),
+            *named(route.outputs),
+            [names[id(layer)] for layer in route.passes_from],
+        )
+        for key, route in plan.routes.items()
+    }
+
+
+def test_a_layer_that_normalises_passes_gradients_on_at_one_scale():
+    x = inputs = keras.Input((4,))
+    x = layers.BatchNormalization(name="n")(layers.Dense(4, name="a")(x))
+    x = layers.Dense(4, name="b")(layers.ReLU()(x))
+    # Another takes the same, so that only what leaves it is passed on.
+    y = layers.LayerNormalization(name="m")(x)
+    x = layers.Add()([layers.Dense(4, name="c")(y), layers.Dense(4, name="d")(x)])
+    # At the end all is at S.
+    outputs = layers.RMSNormalization(name="e")(x)
+    assert routes_of(keras.Model(inputs, outputs)) == {
+        "a": (None, "n", []),
+        "n": ("n", "n", ["b"]),
+        "b": ("n", "m+d", []),
+        "m": ("m+d", "m", ["c"]),
+        "c": ("m", "e", []),
+        "d": ("m+d", "e", []),
+        "e": ("e", None, []),
+    }
+
+
+def test_layers_whose_normalised_outputs_meet_pass_gradients_on_together():
+    inputs = keras.Input((4,))
+    branches = [layers.Dense(4, name=name)(inputs) for name in "ab"]
+    x = layers.Add()(
+        [layers.BatchNormalization(name=f"{i}")(b) for i, b in zip("nm", branches, strict=True)]
+    )
+    x = layers.Dense(2, name="c")(layers.GroupNormalization(2, name="o")(x))
+    routes = routes_of(keras.Model(inputs, x))
+    assert {routes[name][-2] for name in "abnmo"} == {"n+m+o"}
+    assert [set(routes[name][-1]) for name in "nmo"] == [
+        {"m", "o", "c"},
+        {"n", "o", "c"},
+        set("nmc"),
+    ]
+
+
+def scaled_layers_in_order(model):
+    return [layer for layer in model.layers if isinstance(layer, als.LossScaled)]
+
+
+def test_neutral_scales_make_layers_transparent(rng):
+    model, inputs = chain()
+    plain = layer_stepper(model, model, {"args": inputs})()
+    wrapped = als.wrap_model(model)
+    randomize_scales(wrapped, rng)
+    with als.neutral_scales():
+        neutral = stepper(wrapped, {"args": inputs}, wrapped.trainable_variables, [])()
+    for layer in scaled_layers(wrapped):
+        for variable in (layer.loss_scale, layer.loss_scale_report):
+            assert neutral.gradients.pop(variable.path) is None
+    assert_gradients_equal(neutral, plain)
+
+
+def gradient_penalty(critic, x, weights):
+    """The penalty of WGAN-GP and its gradients (Gulrajani et al. 2017, equation 3)."""
+    with tf.GradientTape() as outer:
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            score = critic(x)
+        slopes = tf.norm(inner.gradient(score, x), axis=1)
+        penalty = tf.reduce_mean((slopes - 1) ** 2)
+    return penalty, outer.gradient(penalty, weights)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_second_order_gradients_are_refused(compiled):
+    model, (x,) = chain()
+    wrapped = als.wrap_model(model)
+    compute = tf.function(gradient_penalty) if compiled else gradient_penalty
+    with pytest.raises(NotImplementedError, match="neutral_scales"):
+        compute(wrapped, tf.constant(x), [v.value for v in model.trainable_variables])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_penalty_is_exact_inside_neutral_scales(compiled, rng):
+    model, (x,) = chain()
+    weights = [v.value for v in model.trainable_variables]
+    plain = gradient_penalty(model, tf.constant(x), weights)
+    wrapped = als.wrap_model(model)
+    randomize_scales(wrapped, rng)
+
+    def neutrally(*args):
+        with als.neutral_scales():
+            return gradient_penalty(*args)
+
+    compute = tf.function(neutrally) if compiled else neutrally
+    ours = compute(wrapped, tf.constant(x), weights)
+    for a, b in zip(keras.tree.flatten(ours), keras.tree.flatten(plain), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            np.testing.assert_array_equal(a, b)
+
+
+def test_two_gradients_of_a_persistent_tape(rng):
+    model, (x,) = chain()
+    wrapped = als.wrap_model(model)
+    weights = [v.value for v in model.trainable_variables]
+
+    @tf.function
+    def forward(model, x):
+        return model(x)
+
+    def two(model):
+        with tf.GradientTape(persistent=True) as tape:
+            y = forward(model, x)
+            first, second = tf.reduce_sum(y), tf.reduce_sum(y**2)
+        return tape.gradient(first, weights) + tape.gradient(second, weights)
+
+    plain = two(model)
+    randomize_scales(wrapped, rng)
+    for a, b in zip(two(wrapped), plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("r", [-40, -20, 0, 20, 40])
+def test_a_float32_layer_rounds_the_gradient_of_a_float16_input_once_and_after_shifting(r, mode):
+    """As plain layers do, whatever the scale: not where r has sent it out of range."""
+    plain = layers.Dense(3, dtype="float32")
+    plain.build((8, 4))
+    x = tf.constant(floats(8, 4), "float16")
+
+    def gradients(layer):
+        def run():
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_sum(layer(x) ** 2) * 2.0**-12
+            return tape.gradient(loss, [x, plain.kernel.value])
+
+        return [g.numpy() for g in (tf.function(run) if mode == "graph" else run)()]
+
+    expected = gradients(plain)
+    wrapped = als.LossScaled(plain)
+    wrapped.log2_scale = r
+    found = gradients(wrapped)
+    assert found[0].dtype == np.float16
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,203 @@
+"""What a step tells of all layers: counts, before anything is decided.
+
+Counts add up, over replicas as over micro-batches; magnitudes do not, and no collective
+of `tf.distribute` takes a maximum. So reports and the gradients of weights become spectra,
+and numbers of gradients that were not finite, and only these are looked at by
+`scale_update`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.gradient_tap import power_of_two
+from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, dense
+
+
+class Evidence(NamedTuple):
+    """What a step tells; all float32.
+
+    A layer *produces* the gradients of its inputs and of its weights. "Peaks" are the
+    largest magnitude of each gradient.
+
+    Attributes:
+        weights_broken: Whether a gradient of a weight was not finite, `[]`.
+        arrived_broken: Whether one that arrived at the layer was not, `[layers]`.
+        produced_broken: Whether one that the layer produced was not, or one that it
+            shifted to its own scale, `[layers]`.
+        arrived: Spectra of a sample of what arrived at scale S, `[layers, bins]`; all zero
+            if none was asked for.
+        arrived_peaks: Spectra of its peaks, zero ones left out.
+        produced: Spectra of a sample of what the layer produced, at scale S * 2**r; all
+            zero if none was asked for.
+        produced_peaks: Spectra of its peaks; and of what it was computed from, zero ones
+            of this left out.
+    """
+
+    weights_broken: Any
+    arrived_broken: Any
+    produced_broken: Any
+    arrived: Any
+    arrived_peaks: Any
+    produced: Any
+    produced_peaks: Any
+
+    @property
+    def finite(self):
+        """Whether all gradients of weights are finite, a boolean scalar."""
+        return ops.equal(self.weights_broken, 0)
+
+    def packed(self):
+        """All of it as one vector: what replicas sum."""
+        broken = ops.stack([self.arrived_broken, self.produced_broken], axis=1)
+        of_layers = ops.concatenate([broken, *self[3:]], axis=1)
+        return ops.concatenate([self.weights_broken[None], ops.ravel(of_layers)])
+
+    @classmethod
+    def unpacked(cls, vector, num_layers):
+        """The evidence in a vector made by `packed`."""
+        of_layers = ops.reshape(vector[1:], (num_layers, -1))
+        spectra = ops.reshape(of_layers[:, 2:], (num_layers, 4, -1))
+        return cls(vector[0], of_layers[:, 0], of_layers[:, 1], *(spectra[:, i] for i in range(4)))
+
+
+class Ownership(NamedTuple):
+    """Which weights each of several layers has of its own, NumPy arrays.
+
+    A weight belongs to every innermost layer that has it: there its gradient is written,
+    at the scale of that layer and of all around it together.
+
+    Attributes:
+        places: Places of a layer's weights among all, int32 `[layers, most]`; the number
+            of all weights stands for none.
+        around: Whether layer j is around layer i, float32 `[i, j]`.
+        is_weight: Which of `places` are weights, boolean `[layers, most]`.
+    """
+
+    places: np.ndarray
+    around: np.ndarray
+    is_weight: np.ndarray
+
+    @classmethod
+    def of(cls, weights_of_layers, inside, num_weights):
+        """From lists, by layer, of the places of its weights and of the layers inside it."""
+        own = [
+            sorted(set(weights).difference(*(weights_of_layers[other] for other in others)))
+            for weights, others in zip(weights_of_layers, inside, strict=True)
+        ]
+        most = max(1, *map(len, own))
+        places = np.full((len(own), most), num_weights, "int32")
+        around = np.zeros((len(own), len(own)), "float32")
+        for layer, (weights, others) in enumerate(zip(own, inside, strict=True)):
+            places[layer, : len(weights)] = weights
+            around[others, layer] = 1.0
+        return cls(places, around, places < num_weights)
+
+    def scales(self, log2_scales):
+        """2**r of each layer and of those around it together, `[layers]`."""
+        if self.around.any():
+            outer = ops.sum(self.around * log2_scales, axis=1)
+            log2_scales = ops.clip(log2_scales + outer, -126.0, 127.0)
+        return power_of_two(log2_scales)
+
+
+def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, float_format):
+    """Turns what was seen into counts.
+
+    Args:
+        reports: The layers' reports, a `Report` of arrays `[layers]`.
+        gradients: List of all gradients of weights, at scale S.
+        ownership: Their `Ownership`.
+        log2_scales: r of each layer, float32 `[layers]`.
+        narrow: Whether each layer computes in `float_format`, NumPy `[layers]`.
+        sampled: Whether samples are asked for, a boolean scalar.
+        float_format: The `FloatFormat` of narrow gradients.
+
+    Returns:
+        An `Evidence`.
+    """
+    gradients = [dense(gradient) for gradient in gradients]
+    scales = ownership.scales(log2_scales)
+    num_layers = len(narrow)
+    infinity = np.float32(np.inf)
+
+    # The peaks of weights, at the scales that the layers wrote them at.
+    peaks = ops.concatenate([spectrum.peaks(gradients), np.zeros(1, "float32")])
+    of_weights = ops.take(peaks, ownership.places, axis=0) * scales[:, None]
+    largest = ops.max(of_weights, axis=1)
+    smallest = ops.min(ops.where(ownership.is_weight, of_weights, infinity), axis=1)
+    produced_wide = ops.maximum(reports.produced_wide, ops.where(narrow, 0.0, largest))
+
+    # Together with those of inputs.
+    any_input = reports.num_produced > 0
+    largest = ops.maximum(reports.produced, ops.where(narrow, largest, 0.0))
+    smallest = ops.minimum(
+        ops.where(any_input, reports.produced_least, infinity),
+        ops.where(narrow, smallest, infinity),
+    )
+    any_produced = ops.logical_or(any_input, np.logical_and(narrow, ownership.is_weight.any(1)))
+
+    overflow = 2.0 ** (float_format.max_exponent + 1)
+    arrived_whole = ops.logical_and(
+        reports.arrived_at_s < overflow, ops.isfinite(reports.arrived_otherwise)
+    )
+    produced_whole = ops.logical_and(
+        ops.maximum(largest, reports.set_out_from) < overflow, ops.isfinite(produced_wide)
+    )
+
+    def counts(values):
+        return spectrum.spectrum(values, float_format)
+
+    def counts_of_one(values):
+        return counts(ops.maximum(values, 0.0)[:, None])
+
+    # An output that nothing uses sends zeros back on purpose.
+    nonzero = np.ones(spectrum.num_bins(float_format), "float32")
+    nonzero[spectrum.ZERO] = 0.0
+    arrived_peaks = counts_of_one(reports.arrived_at_s) * nonzero
+    produced_peaks = counts_of_one(largest) + counts_of_one(smallest)
+    produced_peaks = produced_peaks * ops.cast(any_produced, "float32")[:, None]
+    produced_peaks = produced_peaks + counts_of_one(reports.set_out_from) * nonzero
+
+    def samples():
+        """Spectra of what arrived at S and of what was produced, `[layers, 2, bins]`."""
+        reported = counts(ops.stack([reports.arrived_sample, reports.produced_sample], axis=1))
+        sizes = ops.stack([reports.num_arrived, reports.num_produced], axis=1)
+        padding = (SAMPLE_SIZE - sizes)[..., None] * (1 - nonzero)
+        reported = ops.maximum(reported - padding, 0.0)
+        drawn = ops.take(_samples(gradients), ownership.places, axis=0) * scales[:, None, None]
+        counted = np.logical_and(ownership.is_weight, narrow[:, None])
+        drawn = ops.sum(counts(drawn) * counted[..., None].astype("float32"), axis=1)
+        return ops.stack([reported[:, 0], reported[:, 1] + drawn], axis=1)
+
+    nothing = (num_layers, 2, len(nonzero))
+    drawn = ops.cond(sampled, samples, lambda: ops.zeros(nothing))
+    return Evidence(
+        _count(ops.all(ops.isfinite(peaks))),
+        _count(arrived_whole),
+        _count(produced_whole),
+        drawn[:, 0],
+        arrived_peaks,
+        drawn[:, 1],
+        produced_peaks,
+    )
+
+
+def _count(whole):
+    return ops.cast(ops.logical_not(whole), "float32")
+
+
+def _samples(gradients):
+    """Magnitudes of each gradient, and zeros for none, `[gradients + 1, SAMPLE_SIZE]`.
+
+    Tensors without so many elements are gone through repeatedly.
+    """
+    samples = [spectrum.sample(gradient, SAMPLE_SIZE) for gradient in gradients]
+    sizes = [*(sample.shape[0] for sample in samples), 1]
+    starts = np.cumsum([0, *sizes[:-1]])
+    places = starts[:, None] + np.arange(SAMPLE_SIZE) % np.array(sizes)[:, None]
+    return ops.take(
+        ops.abs(ops.concatenate([*samples, np.zeros(1, "float32")])), places.astype("int32")
+    )

@@ -1,0 +1,101 @@
+"""The one custom-gradient op: identity forward, powers of two backward."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.numerics import backend
+
+_FLOAT32 = np.finfo(np.float32)
+
+
+def power_of_two(exponent):
+    """Exactly `2 ** exponent` in float32, for whole numbers in [-126, 127]."""
+    # Written bit by bit, since `2 ** k` need not be exact on an accelerator.
+    biased = ops.cast(exponent, "int32") + (_FLOAT32.maxexp - 1)
+    return backend.bitcast(ops.left_shift(biased, _FLOAT32.nmant), "float32")
+
+
+def gradient_tap(tensors, divisors, receivers, report):
+    """Identity whose backward pass divides gradients and reports what it saw.
+
+    Args:
+        tensors: List of floating-point tensors, at least one.
+        divisors: List of float32 scalars, powers of two, one per tensor: what its
+            gradient is divided by. `None` leaves a gradient as it is.
+        receivers: List of tensors. The "gradient" of the last is the report, those of
+            the others are zero.
+        report: Function `(gradients, divisors) -> tensor` of the shape of the last of
+            `receivers`, of the gradients as they arrived.
+
+    Returns:
+        List of tensors equal to `tensors`. Differentiating their gradients once
+        more raises a `NotImplementedError`.
+    """
+    # Most gradients of a layer share one divisor.
+    distinct = {id(divisor): divisor for divisor in divisors if divisor is not None}
+
+    def identity(constants, *inputs):
+        values = inputs[: len(tensors)]
+        silent = inputs[len(tensors) : -1]
+
+        def backward(*gradients):
+            if isinstance(gradients[0], (list, tuple)):  # JAX passes one tuple
+                (gradients,) = gradients
+            constant = dict(zip(distinct, constants, strict=True))
+            of_each = [constant.get(id(divisor)) for divisor in divisors]
+            shifted = [
+                gradient if divisor is None else _divide(gradient, divisor)
+                for gradient, divisor in zip(gradients, of_each, strict=True)
+            ]
+            reported = report(list(gradients), of_each)
+            return (*_first_order(shifted), *map(ops.zeros_like, silent), reported)
+
+        return tuple(values), backward
+
+    return list(backend.custom_gradient(identity, list(distinct.values()))(*tensors, *receivers))
+
+
+def replaced(tensor, value):
+    """`value`, whose gradient goes to `tensor` instead."""
+
+    @keras.ops.custom_gradient
+    def replace(tensor, value):
+        def backward(*gradients):
+            (gradient,) = gradients
+            return gradient, ops.zeros_like(value)
+
+        return ops.convert_to_tensor(value), backward
+
+    return replace(tensor, ops.stop_gradient(value))
+
+
+def _divide(x, divisor):
+    """`x / divisor` in `x`'s dtype, rounded once."""
+    # In float16 the divisor alone would overflow at 2**16.
+    wide = keras.backend.result_type(x.dtype, "float32")
+    divisor = ops.cast(divisor, wide)
+    return ops.cast(backend.divide_by_power_of_two(ops.cast(x, wide), divisor), x.dtype)
+
+
+def _first_order(gradients):
+    """`gradients`, which cannot be differentiated."""
+
+    @keras.ops.custom_gradient
+    def identity(*tensors):
+        def backward(*_):
+            raise NotImplementedError(
+                "Expected gradients through a LossScaled layer to be taken once. "
+                "Received: a gradient of such a gradient, which its loss scale would "
+                "falsify. Compute the inner gradient, and the forward pass it belongs "
+                "to, inside `with tf_adaptive_ls.neutral_scales():`."
+            )
+
+        return tuple(tensors), backward
+
+    # `tf.IndexedSlices` are let through: their source is guarded.
+    dense = [not hasattr(gradient, "indices") for gradient in gradients]
+    if not any(dense):
+        return gradients
+    guarded = iter(identity(*[g for g, d in zip(gradients, dense, strict=True) if d]))
+    return [next(guarded) if d else g for g, d in zip(gradients, dense, strict=True)]

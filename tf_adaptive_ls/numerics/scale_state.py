@@ -1,0 +1,143 @@
+"""What is kept from step to step: the scales themselves, and what they are moved by.
+
+Each layer has its scale in a weight of its own, as the pair `(r, 2**r)`, so that no step
+computes a power. An optimizer that knows nothing of scales leaves the "gradient" of that
+weight there, which is zero: that stands for r = 0, and for knowing nothing else. All other
+state is stacked, in the optimizer.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.numerics.gradient_tap import power_of_two
+from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
+
+# The scale keeps gradients inside this format.
+FORMAT = FloatFormat("float16")
+
+# Bound of log2 scales, of layers and of the loss alike, either way. The largest
+# shift between two layers is then 2**120, which float32 holds.
+MAX_LOG2_SCALE = 60
+
+NUM_SPECTRA = 2  # of the sample, and of the peaks
+
+
+class LayerStates(NamedTuple):
+    """The state of all layers; float32 tensors.
+
+    Attributes:
+        log2_scales: r of each, `[layers]`.
+        memory: What the rule remembers, `[layers, n]`: exponents of gradients as they
+            are without any scale, so that they stay right however scales move.
+        overflows: On how many steps each made finite gradients non-finite, `[layers]`.
+        spectra: Those of the last sample of what each produced, and of its peaks,
+            `[layers, 2, bins]`.
+        log2_sampled_at: log2 of the scale S * 2**r that these were taken at, `[layers]`.
+    """
+
+    log2_scales: Any
+    memory: Any
+    overflows: Any
+    spectra: Any
+    log2_sampled_at: Any
+
+
+class LossState(NamedTuple):
+    """The state of the loss scale S; tensors.
+
+    Attributes:
+        log2_scale: log2(S), a float32 scalar.
+        memory: What the rule remembers of what arrives at S, float32 `[n]`; as that of
+            layers.
+        steps_to_sample: How many steps to go before one is sampled, an int32 scalar.
+    """
+
+    log2_scale: Any
+    memory: Any
+    steps_to_sample: Any
+
+
+def packed_scale(log2_scale):
+    """`[…, 2]`, what a layer's weight holds, of r `[…]`."""
+    return ops.stack([log2_scale, power_of_two(log2_scale)], axis=-1)
+
+
+def factor_of(packed):
+    """2**r of scales `[…, 2]`, `[…]`."""
+    factor = packed[..., 1]
+    return ops.where(factor > 0, factor, 1.0)
+
+
+def is_known(packed):
+    """Whether a scale `[2]` was left there by anyone who knows about scales."""
+    return bool(packed[1] > 0)
+
+
+def initial_scale(shape=(2,), dtype="float32"):
+    """A scale of 1: an initializer."""
+    return ops.convert_to_tensor(np.array([0, 1], dtype))
+
+
+def initial_layer_states(num_layers, memory_size, float_format):
+    """`LayerStates` before anything was seen, of NumPy arrays; r is 0."""
+    bins = spectrum.num_bins(float_format)
+    return LayerStates(
+        np.zeros(num_layers, "float32"),
+        np.full((num_layers, memory_size), NOTHING_SEEN, "float32"),
+        np.zeros(num_layers, "float32"),
+        np.zeros((num_layers, NUM_SPECTRA, bins), "float32"),
+        np.zeros(num_layers, "float32"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """What is known of a layer, for a person.
+
+    Attributes:
+        log2_scale: The int r.
+        log2_sampled_at: log2 of the scale S * 2**r that `spectrum` was taken at.
+        overflows: On how many steps the layer made finite gradients non-finite.
+        spectrum: `Spectrum` of the last sample of its input and weight gradients.
+        peaks: `Spectrum` of the largest of each of them on that step.
+    """
+
+    log2_scale: int
+    log2_sampled_at: int
+    overflows: int
+    spectrum: spectrum.Spectrum
+    peaks: spectrum.Spectrum
+
+    @classmethod
+    def of(cls, state):
+        """Reads the `LayerStates` of one layer, of NumPy arrays."""
+        spectra = [spectrum.Spectrum(np.array(each), FORMAT) for each in state.spectra]
+        return cls(
+            int(state.log2_scales), int(state.log2_sampled_at), int(state.overflows), *spectra
+        )
+
+    @classmethod
+    def of_unknown(cls, log2_scale):
+        """When nothing is known but r."""
+        nothing = spectrum.Spectrum(np.zeros(spectrum.num_bins(FORMAT), "float32"), FORMAT)
+        return cls(log2_scale, 0, 0, nothing, nothing)
+
+    @property
+    def binades(self):
+        """Lowest and highest binade of the gradients themselves, `None` if all are zero."""
+        if self.spectrum.binades is None:
+            return None
+        low, high = self.spectrum.binades
+        return low - self.log2_sampled_at, high - self.log2_sampled_at
+
+
+def is_limited(dtype):
+    """Whether gradients of this dtype have no more range than `FORMAT`."""
+    dtype = keras.backend.standardize_dtype(dtype)
+    return FloatFormat(dtype).max_exponent <= FORMAT.max_exponent

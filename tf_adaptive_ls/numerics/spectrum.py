@@ -1,0 +1,190 @@
+"""The exponent spectrum of a tensor, and what can be read off it.
+
+A spectrum is a float32 vector of counts, one *bin* each for
+
+    [zero, binade min_exponent, …, binade max_exponent, non-finite]
+
+of a `FloatFormat`. Counts add up: the spectrum of two tensors is the sum of
+their spectra, whether they are two calls of a layer, two replicas or two
+micro-batches. Values of a wider format that are too small for this one count in its
+lowest binade, those too large as non-finite.
+"""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.float_format import FloatFormat
+
+ZERO = 0
+NONFINITE = -1
+
+
+def num_bins(float_format):
+    """Length of a spectrum of `float_format`."""
+    return len(float_format.exponents) + 2
+
+
+def sample(x, size):
+    """At most `size` elements spread evenly over `x`, a float32 vector.
+
+    They are a stride apart that shares no factor with the size of `x`: any other would
+    visit only some channels of it.
+    """
+    x = ops.reshape(x, (-1,))
+    if x.shape[0] is None:
+        places = ((np.arange(size) + 0.5) / size).astype("float32")
+        total = ops.cast(ops.shape(x)[0], "float32")
+        x = ops.take(x, ops.cast(places * total, "int32"))
+    else:
+        stride = max(-(-x.shape[0] // size), 1)
+        while math.gcd(stride, x.shape[0]) > 1:
+            stride += 1
+        x = x[::stride] if stride > 1 else x
+    return ops.cast(x, "float32")
+
+
+def peaks(tensors):
+    """Largest magnitude of each of several tensors, float32 `[len(tensors)]`.
+
+    Infinite if any element is not finite, zero if there is none. Read as integers, the
+    bits of magnitudes are in the order finite < infinite < NaN: one maximum finds the peak
+    and whether all is finite. (One of floats may pass over NaN, and is not vectorised if
+    told not to.)
+    """
+    places = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(keras.backend.standardize_dtype(tensor.dtype), []).append(place)
+    if not places:
+        return ops.zeros(0)
+    of_dtypes = [_peaks([tensors[place] for place in places[dtype]], dtype) for dtype in places]
+    if len(of_dtypes) == 1:
+        return of_dtypes[0]
+    order = np.argsort(np.concatenate(list(places.values()))).astype("int32")
+    return ops.take(ops.concatenate(of_dtypes), order)
+
+
+def _peaks(tensors, dtype):
+    infinity = np.array(np.inf, dtype)
+    bits = f"int{8 * infinity.itemsize}"
+    no_sign = np.array(np.iinfo(bits).max, bits)
+    largest = [
+        ops.zeros((), bits)
+        if 0 in x.shape
+        else ops.max(ops.bitwise_and(backend.bitcast(x, bits), no_sign))
+        for x in tensors
+    ]
+    # What is empty only at run time gives the least integer, which is minus zero.
+    largest = ops.minimum(ops.stack(largest), infinity.view(bits))
+    return ops.cast(backend.bitcast(largest, dtype), "float32")
+
+
+def spectrum(values, float_format):
+    """Spectrum `[..., bins]` of the magnitudes `values[..., n]`, float32; NaN is infinite."""
+    values = ops.where(ops.isnan(values), np.float32(np.inf), values)
+    edges = np.ldexp(np.float32(1), float_format.exponents)
+    # The lowest binade also takes what is smaller still in float32, but for its
+    # subnormals: processors may flush those to zero.
+    edges[0] = 0.0
+    edges = np.maximum(edges, np.finfo(np.float32).tiny)
+    edges = np.append(edges, 2 * edges[-1])
+    reached = ops.sum(ops.cast(values[..., None] >= edges, "float32"), axis=-2)
+    total = ops.sum(ops.ones_like(values), axis=-1, keepdims=True)
+    reached = ops.concatenate([total, reached], axis=-1)
+    beyond = ops.concatenate([reached[..., 1:], ops.zeros_like(total)], axis=-1)
+    return reached - beyond
+
+
+def nonzero_total(counts):
+    """How many finite, non-zero values `counts[..., bins]` holds, `[...]`."""
+    return ops.sum(counts[..., 1:NONFINITE], axis=-1)
+
+
+def top_exponent(counts, float_format):
+    """Highest occupied binade of `counts[..., bins]`, `[...]`.
+
+    `min_exponent - 1` where there is no finite, non-zero value.
+    """
+    exponents = np.asarray(float_format.exponents, "float32")
+    occupied = counts[..., 1:NONFINITE] > 0
+    return ops.max(ops.where(occupied, exponents, exponents[0] - 1), axis=-1)
+
+
+def quantile_exponent(counts, share, float_format):
+    """Lowest binade that more than `share` of the non-zero values do not exceed.
+
+    Args:
+        counts: Spectra `[..., bins]`.
+        share: Float in `[0, 1)`.
+        float_format: The `FloatFormat` of the bins.
+
+    Returns:
+        Exponents `[...]`; `max_exponent + 1` where there is no finite, non-zero
+        value.
+    """
+    exponents = np.asarray(float_format.exponents, "float32")
+    up_to = ops.cumsum(counts[..., 1:NONFINITE], axis=-1)
+    enough = up_to > share * nonzero_total(counts)[..., None]
+    return ops.min(ops.where(enough, exponents, exponents[-1] + 1), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A spectrum as a person reads it.
+
+    Args:
+        counts: Float32 array `[bins]`, see the module.
+        float_format: The `FloatFormat` of the bins.
+    """
+
+    counts: np.ndarray
+    float_format: FloatFormat
+
+    @property
+    def zeros(self):
+        """Count of zeros: structural ones (a ReLU's) and underflow together."""
+        return float(self.counts[ZERO])
+
+    @property
+    def nonfinite(self):
+        """Count of infinities and NaNs."""
+        return float(self.counts[NONFINITE])
+
+    @property
+    def nonzero(self):
+        """Count of finite, non-zero values."""
+        return float(np.sum(self.counts[1:NONFINITE]))
+
+    @property
+    def binades(self):
+        """Lowest and highest occupied binade, or `None` if all is zero."""
+        occupied = np.flatnonzero(self.counts[1:NONFINITE])
+        if not occupied.size:
+            return None
+        lowest = self.float_format.min_exponent
+        return lowest + int(occupied[0]), lowest + int(occupied[-1])
+
+    @property
+    def subnormal_share(self):
+        """Share of the non-zero values that lack full precision, `nan` if none."""
+        normal = self.float_format.min_normal_exponent - self.float_format.min_exponent
+        return self._share(np.sum(self.counts[1 : 1 + normal]))
+
+    @property
+    def underflow_share(self):
+        """Estimated share of values lost to underflow, `nan` if nothing was seen.
+
+        Zeros cannot be counted: most are no loss but a ReLU's. What is lost is
+        inferred from the lowest binade, which rounding fills from
+        `[u/2, 3u/2)` (u the smallest subnormal) while `[0, u/2)` becomes zero:
+        half as wide, so half as many, for any density that is even near zero.
+        """
+        lost = 0.5 * float(self.counts[1])
+        return lost / (self.nonzero + lost) if self.nonzero else float("nan")
+
+    def _share(self, count):
+        return float(count / self.nonzero) if self.nonzero else float("nan")

@@ -1,0 +1,1 @@
+"""What shows and records gradients: reads, and never steers."""

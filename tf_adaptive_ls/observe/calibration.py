@@ -1,0 +1,255 @@
+"""`calibrate`: finds the scales of a model before it is trained."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+
+import keras
+import numpy as np
+
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.scale_state import FORMAT, MAX_LOG2_SCALE
+from tf_adaptive_ls.observe.named_layers import scaled_layers
+from tf_adaptive_ls.observe.run_record import Moment
+from tf_adaptive_ls.observe.text_table import power, powers, text_table
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+
+# Scales have settled once none has moved by more than this many binades for so many
+# batches: by less they follow how batches differ.
+_STILL_BINADES = 2
+_STILL_BATCHES = 5
+
+# The share of a layer's gradients that may be lost, and that its range leaves out at
+# the lower end: that of Zhao et al.
+_TAIL = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRange:
+    """What one layer's gradients need.
+
+    Attributes:
+        name, layer_class: As in `scale_table`.
+        log2_total: log2 of the scale S * 2**r that it settled at.
+        binades: Lowest and highest binade of its gradients, without any scale, but
+            for the smallest 0.1 %. `None` if all were zero.
+        underflow: Estimated share of its gradients lost at that scale.
+        subnormal: Share of them without full precision.
+        fits: Whether float16 holds all but 0.1 % of them.
+        lost_by_one_scale: How many of its binades would be lost under a single scale
+            for all layers, as large as can be without any overflow.
+    """
+
+    name: str
+    layer_class: str
+    log2_total: int
+    binades: tuple | None
+    underflow: float
+    subnormal: float
+    fits: bool
+    lost_by_one_scale: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        layers: A `LayerRange` per scaled layer.
+        log2_loss_scale: log2 of the S that suits the loss. `calibrate` leaves that of
+            the model's optimizer alone.
+        log2_one_scale: log2 of the largest single scale for all layers under which
+            nothing overflows; `None` if all gradients were zero.
+        settled: Whether the scales had come to rest.
+        batches: How many batches it took.
+    """
+
+    layers: tuple
+    log2_loss_scale: int
+    log2_one_scale: int | None
+    settled: bool
+    batches: int
+
+    def __str__(self):
+        columns = {
+            "layer": "left",
+            "class": "left",
+            "S · scale": "right",
+            "gradient binades": "right",
+            "needs": "right",
+            "underflow": "right",
+            "subnormal": "right",
+            "float16": "left",
+            "lost by one scale": "right",
+        }
+        rows = (
+            (
+                layer.name,
+                layer.layer_class,
+                power(layer.log2_total),
+                powers(layer.binades),
+                str(layer.binades[1] - layer.binades[0] + 1) if layer.binades else "",
+                f"{layer.underflow:.2%}" if layer.binades else "",
+                f"{layer.subnormal:.2%}" if layer.binades else "",
+                "fits" if layer.fits else "too small",
+                f"{layer.lost_by_one_scale} binades" if layer.lost_by_one_scale else "",
+            )
+            for layer in self.layers
+        )
+        state = "Settled" if self.settled else "Not settled yet"
+        text = f"{state} after {self.batches} batches; loss scale S: {power(self.log2_loss_scale)}."
+        if self.log2_one_scale is not None:
+            text += f" One scale for all layers could be {power(self.log2_one_scale)} at most."
+        return f"{text}\n\n{text_table(columns, rows)}"
+
+
+def calibrate(model, batches):
+    """Finds every layer's scale without training.
+
+    Runs batches forward and backward, samples all gradients and moves the scales, until
+    they have settled or the batches end. Only the scales of layers change: weights,
+    statistics, seeds, metrics and everything in the optimizer are as before. Where the
+    loss itself needs a scale other than the optimizer's, the result says which.
+
+    Args:
+        model: A built model with `LossScaled` layers, compiled with an
+            `AdaptiveLossScaleOptimizer`, whose rule is used.
+        batches: Iterable of batches `(x, y)` or `(x, y, sample_weight)`, such as a
+            `tf.data.Dataset`. Twenty are usually enough.
+
+    Returns:
+        A `Calibration`, which prints as a table.
+
+    Raises:
+        ValueError: If `model` is not as said, or if there are no batches.
+    """
+    _check_ready(model)
+    named = scaled_layers(model)
+    layers = [layer for _, layer in named]
+
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("`calibrate` expected at least one batch. Received: none.")
+    seen = []  # a Moment after each batch, since the last overflow
+    with _standing_still(model) as optimizer:
+        for batch in itertools.chain([first], batches):
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+            model.train_on_batch(x, y, sample_weight)
+            seen = [] if optimizer.last_step_skipped else [*seen, Moment.of(layers, optimizer)]
+            if settled := _is_settled(seen):
+                break
+        used, log2_loss_scale = optimizer.steps, round(math.log2(optimizer.loss_scale))
+        log2_scales = [layer.log2_scale for layer in layers]
+
+    if seen:  # else every batch overflowed, and the scales mean nothing
+        change_of_s = round(math.log2(model.optimizer.loss_scale)) - log2_loss_scale
+        for layer, r in zip(layers, log2_scales, strict=True):
+            layer.log2_scale = max(-MAX_LOG2_SCALE, min(r - change_of_s, MAX_LOG2_SCALE))
+    return _calibration(named, seen[-_STILL_BATCHES:], log2_loss_scale, settled, used)
+
+
+def _is_settled(moments):
+    if len(moments) <= _STILL_BATCHES:
+        return False
+    totals = np.array(
+        [
+            [moment.log2_loss_scale + reading.log2_scale for reading in moment.readings]
+            for moment in moments[-_STILL_BATCHES - 1 :]
+        ]
+    )
+    return bool(np.all(np.abs(totals - totals[-1]) <= _STILL_BINADES))
+
+
+class _Still(keras.optimizers.Optimizer):
+    """An optimizer that leaves weights as they are."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        pass
+
+
+@contextlib.contextmanager
+def _standing_still(model):
+    """Lets `model` be trained without changing its weights, and then undoes the rest.
+
+    Yields the `AdaptiveLossScaleOptimizer` that moves the scales meanwhile.
+    """
+    optimizer, train_function = model.optimizer, model.train_function
+    variables = [*model.variables, *model.metrics_variables]
+    before = [(v, np.array(keras.ops.convert_to_numpy(v))) for v in variables]
+    still = AdaptiveLossScaleOptimizer(
+        _Still(0.0), initial_scale=optimizer.loss_scale, rule=optimizer.rule, update_every=1
+    )
+    model.optimizer, model.train_function = still, None
+    try:
+        yield still
+    finally:
+        model.optimizer, model.train_function = optimizer, train_function
+        for variable, value in before:
+            variable.assign(value)
+        if optimizer.built:
+            optimizer.show_on_layers()
+
+
+def _calibration(named, moments, log2_loss_scale, settled, batches):
+    """Figures from what was seen in the last batches."""
+    found = []
+    for i, (name, layer) in enumerate(named):
+        readings = [moment.readings[i] for moment in moments]
+        found.append((name, layer, readings, _binades(readings)))
+    highest = max((binades[1] for *_, binades in found if binades), default=None)
+    one_scale = None if highest is None else FORMAT.max_exponent - highest
+    layers = []
+    for name, layer, readings, binades in found:
+        shares = [r.spectrum.underflow_share for r in readings if r.spectrum.nonzero]
+        subnormal = [r.spectrum.subnormal_share for r in readings if r.spectrum.nonzero]
+        underflow = float(np.mean(shares)) if shares else 0.0
+        lost = 0
+        if binades:
+            lowest = binades[0] + one_scale
+            lost = min(max(FORMAT.min_exponent - lowest, 0), binades[1] - binades[0] + 1)
+        layers.append(
+            LayerRange(
+                name,
+                type(layer.layer).__name__,
+                readings[-1].log2_sampled_at if readings else log2_loss_scale + layer.log2_scale,
+                binades,
+                underflow,
+                float(np.mean(subnormal)) if subnormal else 0.0,
+                underflow <= _TAIL,
+                lost,
+            )
+        )
+    return Calibration(tuple(layers), log2_loss_scale, one_scale, settled, batches)
+
+
+def _binades(readings):
+    """Lowest and highest binade of gradients seen at several scales, less their tail."""
+    lows, highs = [], []
+    for reading in readings:
+        if reading.spectrum.nonzero:
+            counts = reading.spectrum.counts[None]
+            tail = spectrum.quantile_exponent(counts, _TAIL, FORMAT)
+            tops = spectrum.top_exponent(np.stack([counts[0], reading.peaks.counts]), FORMAT)
+            lows.append(int(tail[0]) - reading.log2_sampled_at)
+            highs.append(int(max(tops)) - reading.log2_sampled_at)
+    return (min(lows), max(highs)) if lows else None
+
+
+def _check_ready(model):
+    if not isinstance(model, keras.Model):
+        problem = "which is not a model."
+    elif not isinstance(model.optimizer, AdaptiveLossScaleOptimizer):
+        problem = f"compiled with {model.optimizer!r}. Compile it with that optimizer."
+    elif not scaled_layers(model):
+        problem = "which has none. Wrap it with `wrap_model`, or its layers with `LossScaled`."
+    elif not model.built:
+        problem = "which is not built yet. Call it on a batch of data first."
+    else:
+        return
+    raise ValueError(
+        "`calibrate` expected a built model with LossScaled layers, compiled with an "
+        f"AdaptiveLossScaleOptimizer. Received: {model!r} (of type {type(model).__name__}), "
+        f"{problem}"
+    )

@@ -1,0 +1,229 @@
+"""`LossScaleMonitor`: records a run, and ends it with a reason when it is stuck."""
+
+import collections
+import contextlib
+import warnings
+
+import keras
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.observe.named_layers import scaled_layers
+from tf_adaptive_ls.observe.nonfinite import explain_nonfinite
+from tf_adaptive_ls.observe.run_record import Moment, RunWriter
+from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+
+_RECENT = 6
+
+
+class StuckTrainingError(RuntimeError):
+    """Training skips every step.
+
+    Attributes:
+        explanation: An `Explanation` of the batch after those, `None` if it could not
+            be run.
+    """
+
+    def __init__(self, message, explanation=None):
+        super().__init__(message)
+        self.explanation = explanation
+
+
+class LossScaleMonitor(keras.callbacks.Callback):
+    """Shows and records loss scales while a model trains, and never lets it get stuck.
+
+    To the `logs` of Keras it adds
+
+        loss_scale      S
+        skipped_steps   how many steps were skipped so far
+        underflow       share of its gradients that the worst layer loses to underflow
+
+    so that the progress bar and `History` show them, and every callback that comes
+    after it in the list, such as `CSVLogger`. It reads figures off the device every so
+    many steps, between two of them, and never waits for one otherwise.
+
+    Args:
+        path: File to append records to, for `load_run`, `plots` and
+            `python -m tf_adaptive_ls`. None are kept by default. If it cannot be
+            written, training goes on without it, with a warning.
+        every: Int >= 1. Steps from one record to the next. There is one more when
+            `fit` ends.
+        tensorboard: Directory for TensorBoard: scalars per layer, and histograms of
+            log2 of its gradients.
+        stuck_after: Int >= 1, or `None` for never. After so many steps skipped in a row
+            the next batch is not trained on but looked into, and `fit` raises a
+            `StuckTrainingError` that says what is not finite and since when. Weights
+            are then as they were after the last step that was not skipped.
+
+    Raises:
+        ValueError: If an argument is not as said; from `fit`, if the model is not
+            compiled with an `AdaptiveLossScaleOptimizer`.
+    """
+
+    # Batches end here without waiting for the device.
+    async_safe = True
+
+    def __init__(self, path=None, *, every=100, tensorboard=None, stuck_after=100):
+        super().__init__()
+        _check_steps("every", every)
+        if stuck_after is not None:
+            _check_steps("stuck_after", stuck_after)
+        self.path, self.every = path, every
+        self.tensorboard, self.stuck_after = tensorboard, stuck_after
+        self._look_every = every if stuck_after is None else min(every, stuck_after)
+        self._figures = {}
+
+    def on_train_begin(self, logs=None):
+        if not isinstance(self.model.optimizer, AdaptiveLossScaleOptimizer):
+            raise ValueError(
+                "Expected a model compiled with an AdaptiveLossScaleOptimizer. Received: model "
+                f"'{self.model.name}' with {type(self.model.optimizer).__name__}. Leave out "
+                "LossScaleMonitor, or compile the model with that optimizer."
+            )
+        self._epoch, self._logs = 0, {}
+        self._recent = collections.deque(maxlen=_RECENT)
+        # What a callback after this one may restore is known with the first batch.
+        self._begun = self._stuck = False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+        self._batches_done = 0
+
+    # Records are made before a batch, not after: Keras may call what is after one in
+    # another thread, while the next is being trained on.
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self._begun:
+            self._begin()
+        self._unseen += batch - self._batches_done
+        self._batches_done = batch
+        if self._unseen >= self._look_every:
+            self._look()
+        if self._stuck:
+            self._look_into_next_batch()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if logs is not None:
+            self._logs = dict(logs)
+            logs.update(self._figures)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            self._logs = dict(logs)
+        self._look()
+        if logs is not None:
+            logs.update(self._figures)
+
+    def on_train_end(self, logs=None):
+        if not self._begun:
+            return
+        self._look(end=True)
+        self._write("close")
+        if self._stuck:
+            raise StuckTrainingError(
+                f"{self._complaint()}\nTo find out where, call "
+                "`tf_adaptive_ls.explain_nonfinite(model, x, y)` with a batch of the data."
+            )
+
+    def _begin(self):
+        self._layers = scaled_layers(self.model)
+        moment = self._moment()
+        self._unseen, self._last_recorded = 0, moment.step
+        self._overflows = [reading.overflows for reading in moment.readings]
+        self._writers = []
+        for writer, path in ((RunWriter, self.path), (TensorBoardWriter, self.tensorboard)):
+            if path is not None:
+                with self._only_warning(path):
+                    self._writers.append(writer(path, self._layers, moment.step))
+        self._begun = True
+
+    def _moment(self):
+        backend.sync_state(self.model)
+        moment = Moment.of([layer for _, layer in self._layers], self.model.optimizer)
+        self._figures = {
+            "loss_scale": 2.0**moment.log2_loss_scale,
+            "skipped_steps": moment.skipped_steps,
+            "underflow": moment.worst_underflow,
+        }
+        return moment
+
+    def _look(self, end=False):
+        """Reads the scales; notices if training is stuck; records them if it is time."""
+        moment = self._moment()
+        self._unseen = 0
+        self._recent.append(moment)
+        stuck_after = self.stuck_after
+        self._stuck = stuck_after is not None and moment.skipped_in_a_row >= stuck_after
+        new = moment.step - self._last_recorded
+        if new >= self.every or (new > 0 and (end or self._stuck)):
+            self._last_recorded = moment.step
+            self._write("add", moment, self._epoch, self._logs)
+
+    def _write(self, method, *args):
+        for writer in tuple(self._writers):
+            self._writers.remove(writer)
+            with self._only_warning(writer.path):
+                getattr(writer, method)(*args)
+                self._writers.append(writer)
+
+    @contextlib.contextmanager
+    def _only_warning(self, path):
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(
+                f"LossScaleMonitor cannot write to '{path}' and leaves it at that: {error}. "
+                "Training goes on.",
+                stacklevel=2,
+            )
+
+    def _look_into_next_batch(self):
+        """Makes `fit` explain the next batch instead of training on it."""
+        train_function = self.model.train_function
+
+        def look(*args):
+            self.model.train_function = train_function
+            batch = keras.utils.unpack_x_y_sample_weight(next(args[-1]))
+            try:
+                explanation = explain_nonfinite(self.model, *batch)
+            except Exception as error:  # a step of its own that cannot be run like this
+                raise StuckTrainingError(
+                    f"{self._complaint()}\nTo find out where, the next batch could not be run "
+                    f"again: {error}"
+                ) from error
+            if explanation.first is None:
+                warnings.warn(
+                    f"{self._complaint()} All is finite with the next batch, which was looked "
+                    "into and not trained on: training goes on.",
+                    stacklevel=2,
+                )
+                return backend.no_step(self.model, args)
+            raise StuckTrainingError(f"{self._complaint()}\n{explanation}", explanation)
+
+        self._stuck = False
+        self.model.train_function = look
+
+    def _complaint(self):
+        last = self._recent[-1]
+        since = last.step - last.skipped_in_a_row
+        scales = ", ".join(f"2^{m.log2_loss_scale} at {m.step}" for m in self._recent)
+        text = (
+            f"Training is stuck: the last {last.skipped_in_a_row} steps were skipped, all since "
+            f"step {since}, since their gradients were not finite. Weights are as they were "
+            f"then. Loss scale S: {scales}."
+        )
+        blamed = [
+            f"'{name}' ({reading.overflows - before})"
+            for (name, _), reading, before in zip(
+                self._layers, last.readings, self._overflows, strict=True
+            )
+            if reading.overflows > before
+        ]
+        return f"{text} Layers blamed in this run: {', '.join(blamed)}." if blamed else text
+
+
+def _check_steps(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"Expected `{name}` to be a whole number of steps, at least 1. "
+            f"Received: {name}={value!r}."
+        )

@@ -1,0 +1,332 @@
+"""`explain_nonfinite`: where in a training step infinities and NaNs come from.
+
+The step is run once more, operation by operation, with probes on every tensor that
+enters or leaves a layer. A probe is a `gradient_tap` that shifts nothing; what it has
+to tell about a gradient leaves the backward pass as the "gradient" of a dummy input.
+"""
+
+import contextlib
+import dataclasses
+
+import keras
+from keras import ops, tree
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
+from tf_adaptive_ls.numerics.scale_state import FORMAT
+from tf_adaptive_ls.observe.named_layers import named_layers
+from tf_adaptive_ls.observe.text_table import text_table
+from tf_adaptive_ls.training.border import is_float_tensor, with_mask_of
+from tf_adaptive_ls.training.held_variables import is_scaled_weight
+from tf_adaptive_ls.training.keras_internals import parts_of
+
+# What is printed of the tensors before the first that is not finite.
+_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReading:
+    """What was seen of one tensor.
+
+    Attributes:
+        phase: "input", "weights", "forward", "loss" or "backward".
+        layer: Name of the layer, as in `scale_table`; empty for none.
+        tensor: What the tensor is to that layer.
+        dtype: Name of its dtype.
+        largest: Its largest finite magnitude. Gradients bear the scale that they
+            travel at.
+        infs, nans: How many of its elements are infinite, or no number.
+    """
+
+    phase: str
+    layer: str
+    tensor: str
+    dtype: str
+    largest: float
+    infs: int
+    nans: int
+
+    @property
+    def kind(self):
+        """Which of "Inf", "NaN" or "Inf and NaN" it holds; empty if all is finite."""
+        return " and ".join(name for name, n in (("Inf", self.infs), ("NaN", self.nans)) if n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which tensor of a training step was the first to hold Inf or NaN.
+
+    Attributes:
+        first: Its `TensorReading`, `None` if all were finite.
+        trail: `TensorReading`s of those before it, in the order of computation.
+    """
+
+    first: TensorReading | None
+    trail: tuple
+
+    def __str__(self):
+        if self.first is None:
+            return "Every tensor of this training step is finite."
+        text = f"{self._sentence()}\n{self._advice()}"
+        readings = [*self.trail[-_SHOWN:], self.first]
+        columns = {"phase": "left", "layer": "left", "tensor": "left", "dtype": "left"}
+        columns |= {"largest": "right", "Inf": "right", "NaN": "right"}
+        rows = (
+            (r.phase, r.layer, r.tensor, r.dtype, f"{r.largest:.3g}", f"{r.infs}", f"{r.nans}")
+            for r in readings
+        )
+        return f"{text}\n\n{text_table(columns, rows)}"
+
+    def _sentence(self):
+        first = self.first
+        count = first.infs + first.nans
+        text = f"{count} {'value' if count == 1 else 'values'}"
+        where = {
+            "input": f"the input data: {first.tensor}",
+            "weights": f"the weights: {first.tensor} of layer '{first.layer}'",
+            "forward": f"the forward pass: {first.tensor} of layer '{first.layer}'",
+            "loss": "the loss",
+            "backward": f"the backward pass: {first.tensor} of layer '{first.layer}'",
+        }[first.phase]
+        return f"The first {first.kind} is in {where} ({text})."
+
+    def _advice(self):
+        if self.first.phase == "input":
+            return "Find and mend or drop such examples before they reach the model."
+        if self.first.phase == "weights":
+            return (
+                "Go back to a checkpoint from before that. No skipped step changes a weight: "
+                "look at what else does, such as a constraint, or at a learning rate so "
+                "large that an update overflows."
+            )
+        if self.first.phase == "forward":
+            text = (
+                "Look for a division by zero, the logarithm or root of what can be zero or "
+                "less, or an exponential."
+            )
+            if self.first.dtype == FORMAT.name:
+                text += (
+                    f" Or its values grew past {FORMAT.largest:g}, where {FORMAT.name} ends: "
+                    'normalise its inputs, or build it with dtype="float32".'
+                )
+            return text
+        if self.first.phase == "loss":
+            return (
+                "All outputs of the model are finite: look for a logarithm of zero (compute "
+                "losses from_logits), a division by zero, or targets out of range."
+            )
+        return (
+            "All before it is finite. Where gradients have just grown, a step is skipped and the "
+            "scale at fault is lowered. If that does not help, the derivative itself is infinite "
+            "there, as that of a root or a norm is at zero."
+        )
+
+
+def explain_nonfinite(model, x, y=None, sample_weight=None):
+    """Finds the first tensor of a training step that holds Inf or NaN.
+
+    Runs one batch forward and backward, operation by operation, at the scales as they
+    are, and looks at data, weights, what enters and leaves every layer, the loss, and
+    all gradients, in that order. Nothing is updated: neither weights nor statistics,
+    seeds, metrics or scales. What overflows only by the way in which a compiler fuses
+    operations is not seen.
+
+    Args:
+        model: A built `keras.Model`, compiled; the loss is that of its `compute_loss`.
+        x: One batch of inputs, as for `fit`.
+        y: The targets of that batch.
+        sample_weight: The weights of its examples.
+
+    Returns:
+        An `Explanation`, which prints as a sentence, what to try, and a table.
+
+    Raises:
+        ValueError: If `model` is not as said.
+    """
+    _check_ready(model)
+    x, y, sample_weight = tree.map_structure(
+        lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), (x, y, sample_weight)
+    )
+    readings = [
+        *_readings_of_data(x=x, y=y, sample_weight=sample_weight),
+        *_readings_of_weights(model),
+        *_readings_of_step(model, x, y, sample_weight),
+    ]
+    for i, reading in enumerate(readings):
+        if reading.kind:
+            return Explanation(reading, tuple(readings[:i]))
+    return Explanation(None, tuple(readings))
+
+
+def _readings_of_data(**data):
+    for name, structure in data.items():
+        leaves = tree.flatten(structure)
+        for i, leaf in enumerate(leaves):
+            if is_float_tensor(leaf):
+                tensor = name if len(leaves) == 1 else f"{name}, part {i + 1} of {len(leaves)}"
+                yield _reading("input", "", tensor, leaf)
+
+
+def _readings_of_weights(model):
+    owners = _owners(model)
+    for variable in model.variables:
+        if keras.backend.is_float_dtype(variable.dtype) and not variable.overwrite_with_gradient:
+            owner = owners.get(id(variable), "")
+            yield _reading("weights", owner, variable.name, variable.value)
+
+
+def _readings_of_step(model, x, y, sample_weight):
+    variables = [v for v in model.trainable_variables if is_scaled_weight(v)]
+    watched = list(_watched(model))
+
+    def run(watch, values=()):
+        # The scope also holds back updates of statistics and seeds.
+        mapping = list(zip(variables, values, strict=False))
+        with keras.StatelessScope(mapping), _intercepted(watched, watch):
+            outputs = model(x, training=True)
+            return model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
+
+    # Once forward, to see what tensors there are; once more with a probe on each.
+    watch = _Watch()
+    loss = run(watch)
+    for layer, place, tensor in watch.seen:
+        reading = _reading("forward", layer, place, tensor)
+        if place == _OUTPUT or reading.kind:  # what enters a layer has left another
+            yield reading
+    yield _reading("loss", "", "loss", loss)
+
+    def scaled_loss(tensors):
+        values, probes = tensors[: len(variables)], tensors[len(variables) :]
+        return model.optimizer.scale_loss(run(_Watch(probes), values))
+
+    values = [ops.convert_to_tensor(v.value) for v in variables]
+    gradients = backend.gradients(scaled_loss, values + [ops.zeros(3) for _ in watch.seen])
+    yield from _readings_of_gradients(model, watch, variables, gradients)
+
+
+def _readings_of_gradients(model, watch, variables, gradients):
+    owners = _owners(model)
+    # By time of the forward pass, which the backward pass runs through in reverse.
+    readings = []
+    for variable, gradient in zip(variables, gradients, strict=False):
+        if gradient is not None:
+            gradient = getattr(gradient, "values", gradient)  # of embeddings: sparse
+            owner = owners.get(id(variable), "")
+            reading = _reading("backward", owner, f"gradient of {variable.name}", gradient)
+            readings.append((watch.entered.get(owner, 0) - 0.5, reading))
+    probed = zip(watch.seen, gradients[len(variables) :], strict=True)
+    for time, ((layer, place, tensor), summary) in enumerate(probed):
+        if summary is not None:
+            dtype = keras.backend.standardize_dtype(tensor.dtype)
+            figures = _figures(ops.convert_to_numpy(summary))
+            reading = TensorReading("backward", layer, f"gradient of the {place}", dtype, *figures)
+            if place == _OUTPUT or reading.kind:
+                readings.append((time, reading))
+    return [reading for _, reading in sorted(readings, key=lambda pair: -pair[0])]
+
+
+_INPUT, _OUTPUT = "input", "output"
+
+
+class _Watch:
+    """Sees every floating-point tensor that enters or leaves an operation.
+
+    Args:
+        probes: Tensors `[3]`, one for each of them, whose gradients are to tell of
+            theirs; `None` only to look.
+    """
+
+    def __init__(self, probes=None):
+        self.seen = []  # (layer, place, tensor)
+        self.entered = {}  # by layer: how many tensors had been seen when it began
+        self._probes = probes
+
+    def __call__(self, name, call, args, kwargs):
+        args, kwargs = self._probed(name, _INPUT, (args, kwargs))
+        self.entered.setdefault(name, len(self.seen))
+        return self._probed(name, _OUTPUT, call(*args, **kwargs))
+
+    def _probed(self, name, place, structure):
+        leaves = tree.flatten(structure)
+        leaves = [self._see(name, place, x) if is_float_tensor(x) else x for x in leaves]
+        return tree.pack_sequence_as(structure, leaves)
+
+    def _see(self, name, place, tensor):
+        probe = None if self._probes is None else self._probes[len(self.seen)]
+        self.seen.append((name, place, tensor))
+        if probe is None:
+            return tensor
+        (tapped,) = gradient_tap(
+            [tensor], [None], [probe], lambda gradients, _: _summary(*gradients)
+        )
+        return with_mask_of(tensor, tapped)
+
+
+@contextlib.contextmanager
+def _intercepted(operations, watch):
+    """Passes every call of `operations`, pairs of a name and one, to `watch`."""
+    with contextlib.ExitStack() as undo:
+        for name, operation in operations:
+
+            def call(*args, _name=name, _call=operation.call, **kwargs):
+                return watch(_name, _call, args, kwargs)
+
+            if "call" in operation.__dict__:
+                undo.callback(object.__setattr__, operation, "call", operation.call)
+            else:
+                undo.callback(object.__delattr__, operation, "call")
+            object.__setattr__(operation, "call", call)
+        yield
+
+
+def _watched(model):
+    """Pairs of a name and an operation: layers, and operations between them."""
+    # Layers of Keras may run what is inside them in loops, of which nothing gets out.
+    closed = ()
+    for name, layer in named_layers(model):
+        if not name.startswith(closed):
+            yield name, layer
+            if type(layer).__module__.startswith("keras."):
+                closed = f"{name}/"
+    for part in parts_of(model):
+        for operation in getattr(part, "operations", ()):
+            if not isinstance(operation, keras.layers.Layer):
+                yield operation.name, operation
+
+
+def _owners(model):
+    """Names of layers by `id` of their variables."""
+    return {id(v): name for name, layer in named_layers(model) for v in layer.variables}
+
+
+def _reading(phase, layer, tensor, value):
+    dtype = keras.backend.standardize_dtype(value.dtype)
+    figures = _figures(ops.convert_to_numpy(_summary(value)))
+    return TensorReading(phase, layer, tensor, dtype, *figures)
+
+
+def _summary(x):
+    """Largest finite magnitude, number of infinities and of NaNs, `[3]`."""
+    x = ops.cast(getattr(x, "values", x), "float32")
+    magnitudes = ops.where(ops.isfinite(x), ops.abs(x), 0.0)
+    infs, nans = (ops.sum(ops.cast(faults, "float32")) for faults in (ops.isinf(x), ops.isnan(x)))
+    return ops.stack([ops.max(magnitudes, initial=0.0), infs, nans])
+
+
+def _figures(summary):
+    return float(summary[0]), int(summary[1]), int(summary[2])
+
+
+def _check_ready(model):
+    if not isinstance(model, keras.Model):
+        problem = "which is not a model."
+    elif not model.built:
+        problem = "which is not built yet. Call it on a batch of data first."
+    elif not model.compiled or model.optimizer is None:
+        problem = "which is not compiled. Call `model.compile` first."
+    else:
+        return
+    raise ValueError(
+        "`explain_nonfinite` expected a built and compiled model. Received: "
+        f"{model!r} (of type {type(model).__name__}), {problem}"
+    )

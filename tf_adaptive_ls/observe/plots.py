@@ -1,0 +1,281 @@
+"""Pictures of what gradients do in a training run.
+
+Each function takes a `Run` (see `load_run`), the path of its record, or a model that is
+being trained, and returns a `matplotlib.figure.Figure`.
+"""
+
+import functools
+import os
+
+import keras
+import numpy as np
+
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.observe.run_record import Run, load_run, run_of
+
+try:
+    import matplotlib.style
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+except ImportError as error:
+    raise ImportError(
+        "Expected matplotlib for plots of runs. Received: no such package. Install it with "
+        "`pip install 'tf_adaptive_ls[plots]'`."
+    ) from error
+
+# As many moments as a picture has columns of pixels, or nearly.
+MOST_MOMENTS = 500
+
+# Of Okabe and Ito (2008), which the colour-blind can tell apart.
+_LOST, _SUBNORMAL, _SKIPPED = "#D55E00", "#E69F00", "#D55E00"
+_LINES = ("#0072B2", "#009E73")
+_COLOURS_OF_SCALES = "viridis"
+
+_INCHES_PER_LAYER = 0.2
+_MOST_LABELS = 50
+
+
+def _picture(plot):
+    """Lets a function of a `Run` take what stands for one, in light or dark."""
+
+    @functools.wraps(plot)
+    def wrapper(run, *, dark=False, **kwargs):
+        if isinstance(run, (str, os.PathLike)):
+            run = load_run(run, MOST_MOMENTS)
+        elif isinstance(run, keras.Model):
+            run = run_of(run)
+        if not isinstance(run, Run):
+            raise ValueError(
+                "Expected a Run, the path of its record, or a model. "
+                f"Received: {run!r} (of type {type(run).__name__})."
+            )
+        if not run.layers:
+            raise ValueError(
+                "Expected a run of a model with LossScaled layers. Received: one without. Wrap "
+                "the model with `wrap_model`."
+            )
+        with matplotlib.style.context("dark_background" if dark else "default"):
+            return plot(run, **kwargs)
+
+    return wrapper
+
+
+@_picture
+def plot_scales(run):
+    """Every layer's scale over time, with the steps that were skipped.
+
+    A row is a layer, the first on top; its colour is log2 of the scale S * 2**r that
+    it works at. Crosses mark where the layer overflowed, and bars above how many steps
+    were skipped.
+
+    Args:
+        run: A `Run`, the path of its record, or a model.
+        dark: Whether to draw on black. By keyword only.
+    """
+    layers = len(run.layers)
+    figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
+    above, axes = figure.subplots(
+        2, 1, sharex=True, height_ratios=[0.6, max(_height(layers), 1)], squeeze=True
+    )
+    _bars_of_skipped(above, run)
+    steps = _edges(run.steps)
+    total = run.log2_loss_scale[:, None] + run.log2_scales
+    mesh = axes.pcolormesh(
+        steps, np.arange(layers + 1) - 0.5, total.T, cmap=_COLOURS_OF_SCALES, rasterized=True
+    )
+    times, places = np.nonzero(_increase(run.overflows))
+    if len(times):
+        axes.plot(run.steps[times], places, "x", color="white", markersize=5, markeredgewidth=2.4)
+        axes.plot(run.steps[times], places, "x", color=_SKIPPED, markersize=4, markeredgewidth=1.4)
+    axes.set_xlabel("step")
+    axes.set_xlim(steps[0], steps[-1])
+    axes.set_ylim(layers - 0.5, -0.5)
+    _label_layers(axes, run.layers, range(layers))
+    figure.colorbar(
+        mesh,
+        ax=[above, axes],
+        label="scale S · 2^r",
+        format=StrMethodFormatter("2^{x:.0f}"),
+        ticks=MaxNLocator(8, integer=True),
+        aspect=30,
+        pad=0.01,
+    )
+    return figure
+
+
+@_picture
+def plot_spectra(run, step=None):
+    """What every layer's gradients span, against what the format holds.
+
+    A ridge is a layer, the first on top: how many of its gradients lie in each binade.
+    On the left the gradients themselves, as float16 would have to hold them without
+    any scale; on the right as they are at the layer's scale.
+
+    Args:
+        run: A `Run`, the path of its record, or a model.
+        step: Int. The moment to show, or the last before it; defaults to the last.
+        dark: Whether to draw on black. By keyword only.
+    """
+    moment = len(run.steps) - 1
+    if step is not None:
+        moment = max(int(np.searchsorted(run.steps, step, side="right")) - 1, 0)
+    counts = run.spectra[moment][:, 1 : spectrum.NONFINITE]
+    scales = run.log2_sampled_at[moment]
+    layers = len(run.layers)
+    figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    binades = np.array(run.float_format.exponents) + 0.5
+    for axes, shifts, title in (
+        (left, -scales, "gradients themselves"),
+        (right, 0 * scales, "at each layer's scale"),
+    ):
+        _shade_zones(axes, run.float_format)
+        _draw_ridges(axes, counts, binades, shifts)
+        axes.set_title(title, fontsize="medium", pad=16)
+        axes.set_xlabel("log2 of magnitude")
+    left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    left.set_xlim(*_limits(counts, binades, -scales, run.float_format))
+    left.set_ylim(layers - 0.4, -1.6)
+    _label_layers(left, run.layers, range(layers))
+    right.tick_params(left=False)
+    figure.suptitle(f"step {run.steps[moment]}", fontsize="medium")
+    return figure
+
+
+@_picture
+def plot_training(run):
+    """Loss and loss scale over time, with the steps that were skipped.
+
+    The loss is that of Keras's logs, a mean over the epoch so far. The band shows from
+    the smallest to the largest scale of any layer.
+
+    Args:
+        run: A `Run`, the path of its record, or a model.
+        dark: Whether to draw on black. By keyword only.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    above, top, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[0.5, 2, 2])
+    _bars_of_skipped(above, run)
+    if "loss" in run.logs:
+        top.plot(run.steps, run.logs["loss"], color=_LINES[0])
+        positive = run.logs["loss"][np.isfinite(run.logs["loss"])]
+        if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
+            top.set_yscale("log")
+    top.set_ylabel("loss")
+    bottom.step(run.steps, run.log2_loss_scale, where="post", color=_LINES[0], label="S")
+    total = run.log2_loss_scale[:, None] + run.log2_scales
+    bottom.fill_between(
+        run.steps,
+        total.min(axis=1),
+        total.max(axis=1),
+        step="post",
+        alpha=0.25,
+        color=_LINES[1],
+        linewidth=0,
+        label="S · 2^r of the layers",
+    )
+    bottom.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    bottom.yaxis.set_major_formatter(StrMethodFormatter("2^{x:.0f}"))
+    bottom.set_ylabel("scale")
+    bottom.set_xlabel("step")
+    bottom.legend(fontsize="small")
+    return figure
+
+
+def _bars_of_skipped(axes, run):
+    skipped = _increase(run.skipped_steps)
+    edges = _edges(run.steps)
+    shown = skipped > 0
+    # A single step out of thousands has to be seen, too.
+    width = np.maximum(np.diff(edges), (edges[-1] - edges[0]) / 300)
+    axes.bar(run.steps[shown], skipped[shown], width[shown], color=_SKIPPED)
+    axes.set_ylim(0, max(skipped.max(initial=0), 1) * 1.15)
+    axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    axes.set_ylabel("skipped", rotation=0, ha="right", va="center")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelbottom=False)
+
+
+def _draw_ridges(axes, counts, binades, shifts):
+    """One ridge per row of `counts`, moved sideways by `shifts`, the later in front."""
+    edge = matplotlib.rcParams["axes.edgecolor"]
+    height = 1.5
+    outlines, polygons = [], []
+    for row, shift, place in zip(counts, shifts, range(len(counts)), strict=True):
+        occupied = np.flatnonzero(row)
+        if not len(occupied):
+            continue
+        span = slice(occupied[0], occupied[-1] + 1)
+        x = np.concatenate([[binades[span][0] - 1], binades[span], [binades[span][-1] + 1]]) + shift
+        y = place - height * np.concatenate([[0.0], row[span] / row.max(), [0.0]])
+        polygons.append(np.column_stack([x, y]))
+        outlines.append(place)
+    shades = matplotlib.colormaps[_COLOURS_OF_SCALES](
+        0.15 + 0.7 * np.array(outlines) / max(len(counts) - 1, 1)
+    )
+    width = 0.8 if len(counts) <= 60 else 0.4
+    axes.add_collection(
+        PolyCollection(polygons, facecolors=shades, edgecolors=edge, linewidths=width, alpha=0.8)
+    )
+    axes.grid(axis="y", alpha=0.25, linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+def _shade_zones(axes, float_format):
+    lowest, normal = float_format.min_exponent, float_format.min_normal_exponent
+    highest = float_format.max_exponent + 1
+    far = 400
+    zones = (
+        (-far, lowest, _LOST, "///", "lost", lowest, "right"),
+        (lowest, normal, _SUBNORMAL, "", "subnormal", (lowest + normal) / 2, "center"),
+        (highest, far, _LOST, "///", "overflow", highest, "left"),
+    )
+    for start, end, colour, hatch, name, place, align in zones:
+        axes.axvspan(
+            start, end, facecolor=colour, alpha=0.18, hatch=hatch, edgecolor=colour, linewidth=0
+        )
+        axes.text(
+            place,
+            1.005,
+            f" {name} ",
+            transform=axes.get_xaxis_transform(),
+            ha=align,
+            va="bottom",
+            fontsize="x-small",
+            clip_on=False,
+        )
+
+
+def _limits(counts, binades, shifts, float_format):
+    occupied = (counts > 0).any(axis=1)
+    low, high = float_format.min_exponent - 4, float_format.max_exponent + 5
+    if occupied.any():
+        firsts = np.argmax(counts > 0, axis=1)[occupied]
+        low = min(low, (binades[firsts] + shifts[occupied]).min() - 2)
+    return low, high
+
+
+def _label_layers(axes, names, places):
+    every = -(-len(names) // _MOST_LABELS)
+    size = "small" if len(names) <= 40 else "x-small"
+    axes.set_yticks(places[::every], [_shortened(name) for name in names[::every]], fontsize=size)
+
+
+def _shortened(name, most=32):
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def _height(layers):
+    return float(np.clip(_INCHES_PER_LAYER * layers, 1.6, 10.5))
+
+
+def _edges(steps):
+    """Where the columns of `steps` begin and end."""
+    first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)
+    return np.concatenate([[first], steps])
+
+
+def _increase(counts):
+    """By how much counts have grown since the moment before, the first since nothing."""
+    return np.diff(counts, axis=0, prepend=np.zeros_like(counts[:1]))

@@ -1,0 +1,284 @@
+"""The record of a training run: what every layer's gradients did, and when.
+
+It is a file of JSON lines. One of them starts each process that trains the model and
+names its layers; each other one holds the figures of one moment. Lines are only
+added, and each is handed to the system at once, so that a process that is killed
+leaves at most its last line unfinished. A start at an earlier step than the record
+has reached, as after going back to a checkpoint, supersedes what comes after it.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+
+from tf_adaptive_ls.numerics import scale_state
+from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.numerics.scale_state import Reading
+from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins
+from tf_adaptive_ls.observe.named_layers import scaled_layers
+from tf_adaptive_ls.observe.scale_table import ScaleTable, scaled_row
+
+VERSION = 1
+_START = '{"tf_adaptive_ls":'
+_MOMENT = re.compile(rb'\{"step":(\d+),.*\}')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moment:
+    """What all layers of a model showed at one moment.
+
+    Attributes:
+        step: How many steps the optimizer had taken or skipped.
+        skipped_steps: How many of them were skipped.
+        skipped_in_a_row: How many of them were skipped up to this one.
+        log2_loss_scale: log2(S).
+        readings: A `scale_state.Reading` per layer.
+    """
+
+    step: int
+    skipped_steps: int
+    skipped_in_a_row: int
+    log2_loss_scale: int
+    readings: list
+
+    @classmethod
+    def of(cls, layers, optimizer):
+        """Reads all `LossScaled` layers and the optimizer."""
+        return cls(
+            optimizer.steps,
+            optimizer.skipped_steps,
+            optimizer.skipped_in_a_row,
+            round(math.log2(optimizer.loss_scale)),
+            optimizer.readings(layers),
+        )
+
+    @property
+    def worst_underflow(self):
+        """The largest share of gradients that any layer loses to underflow."""
+        shares = [r.spectrum.underflow_share for r in self.readings if r.spectrum.nonzero]
+        return max(shares, default=0.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """The record of a run as arrays: N moments of L layers.
+
+    Attributes:
+        layers, classes: Lists of L strings, as in `scale_table`.
+        float_format: The `FloatFormat` that gradients are written in.
+        steps: `[N]`, how many steps had been taken or skipped.
+        skipped_steps: `[N]`, how many of them were skipped.
+        log2_loss_scale: `[N]`, log2(S).
+        log2_scales: `[N, L]`, each layer's r.
+        log2_sampled_at: `[N, L]`, log2 of the scale S * 2**r at the last sample.
+        overflows: `[N, L]`, on how many steps the layer had made finite gradients
+            non-finite.
+        underflow: `[N, L]`, estimated share of gradients lost to underflow; NaN for
+            none seen.
+        subnormal: `[N, L]`, share of gradients without full precision, likewise.
+        spectra: `[N, L, bins]`, the last sample of gradients, see `Spectrum`.
+        logs: Dict of arrays `[N]`: what else Keras logged. Its metrics are means over
+            the epoch so far. NaN where there was no finite value.
+    """
+
+    layers: list
+    classes: list
+    float_format: FloatFormat
+    steps: np.ndarray
+    skipped_steps: np.ndarray
+    log2_loss_scale: np.ndarray
+    log2_scales: np.ndarray
+    log2_sampled_at: np.ndarray
+    overflows: np.ndarray
+    underflow: np.ndarray
+    subnormal: np.ndarray
+    spectra: np.ndarray
+    logs: dict
+
+    def table(self):
+        """`scale_table` of the last moment, of the scaled layers."""
+        rows = []
+        for i, (name, kind) in enumerate(zip(self.layers, self.classes, strict=True)):
+            spectrum = Spectrum(self.spectra[-1, i], self.float_format)
+            reading = Reading(
+                int(self.log2_scales[-1, i]),
+                int(self.log2_sampled_at[-1, i]),
+                int(self.overflows[-1, i]),
+                spectrum,
+                peaks=None,
+            )
+            rows.append(scaled_row(name, kind, reading, int(self.log2_loss_scale[-1])))
+        return ScaleTable(rows)
+
+
+def run_of(model, optimizer=None):
+    """The `Run` of one moment: now.
+
+    Args:
+        model: A model with `LossScaled` layers.
+        optimizer: Its `AdaptiveLossScaleOptimizer`, if it was not compiled with that.
+    """
+    optimizer = model.optimizer if optimizer is None else optimizer
+    layers = scaled_layers(model)
+    moment = Moment.of([layer for _, layer in layers], optimizer)
+    start = json.loads(_start_line(layers, moment.step))
+    return _run(start, [json.loads(_moment_line(moment, 0, {}))])
+
+
+def load_run(path, most=None):
+    """Reads the record of a run that a `LossScaleMonitor` has written.
+
+    Args:
+        path: The file.
+        most: Int. If there are more moments than this, so many of them, evenly
+            spread, with the first and the last. Counts of steps skipped and of
+            overflows add up all the same. Defaults to all.
+
+    Returns:
+        A `Run`.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is none of these records, or has no moment in it yet.
+    """
+    with open(path, "rb") as file:
+        lines = file.read().splitlines()
+    if not lines or not lines[0].startswith(_START.encode()):
+        raise ValueError(
+            "Expected the record of a run, as `LossScaleMonitor(path)` writes it. "
+            f"Received: {str(path)!r}, which does not begin like one."
+        )
+    start, moments = None, []
+    for line in lines:
+        if line.startswith(_START.encode()):
+            try:
+                new_start = json.loads(line)
+            except ValueError:  # unfinished
+                continue
+            if start is None or new_start["layers"] != start["layers"]:
+                moments = []
+            moments = [(step, text) for step, text in moments if step <= new_start["step"]]
+            start = new_start
+        elif match := _MOMENT.fullmatch(line):
+            moments.append((int(match[1]), line))
+    if not moments:
+        raise ValueError(
+            "Expected the record of a run with figures in it. Received: "
+            f"{str(path)!r}, which has none yet. They come every so many steps, and when "
+            "`fit` ends."
+        )
+    if most is not None and len(moments) > most:
+        places = np.linspace(0, len(moments) - 1, most).round().astype(int)
+        moments = [moments[place] for place in places]
+    return _run(start, [json.loads(text) for _, text in moments])
+
+
+class RunWriter:
+    """Appends to the record of a run.
+
+    Args:
+        path: The file; made if there is none, with its directory.
+        layers: Pairs of a name and a `LossScaled` layer.
+        step: How many steps had been taken or skipped before.
+
+    Raises:
+        OSError: If the file cannot be written, now or later.
+        ValueError: If it exists and is something else.
+    """
+
+    def __init__(self, path, layers, step):
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            file.seek(0)
+            content = file.read()
+            if content[: len(_START)] != _START[: len(content)].encode():
+                raise ValueError(
+                    "Expected the path of a new file, or of the record of a run to append to. "
+                    f"Received: '{path}', which is something else."
+                )
+            # What a killed process left unfinished.
+            file.truncate(content.rfind(b"\n") + 1)
+        self._append(_start_line(layers, step))
+
+    def add(self, moment, epoch, logs):
+        """Adds a `Moment`, with the epoch and what Keras has logged."""
+        self._append(_moment_line(moment, epoch, logs))
+
+    def close(self):
+        """Does nothing: the file is open only while a line is written."""
+
+    def _append(self, line):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+
+def _start_line(layers, step):
+    start = {
+        "tf_adaptive_ls": VERSION,
+        "step": step,
+        "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "float_format": scale_state.FORMAT.name,
+        "layers": [name for name, _ in layers],
+        "classes": [type(layer.layer).__name__ for _, layer in layers],
+    }
+    return json.dumps(start, separators=(",", ":"))
+
+
+def _moment_line(moment, epoch, logs):
+    readings = moment.readings
+    line = {
+        "step": moment.step,
+        "epoch": epoch,
+        "skipped_steps": moment.skipped_steps,
+        "log2_loss_scale": moment.log2_loss_scale,
+        "logs": {name: _number(value) for name, value in logs.items() if np.ndim(value) == 0},
+        "log2_scales": [r.log2_scale for r in readings],
+        "log2_sampled_at": [r.log2_sampled_at for r in readings],
+        "overflows": [r.overflows for r in readings],
+        "underflow": [_number(r.spectrum.underflow_share) for r in readings],
+        "subnormal": [_number(r.spectrum.subnormal_share) for r in readings],
+        "spectra": [r.spectrum.counts.astype(int).tolist() for r in readings],
+    }
+    return json.dumps(line, separators=(",", ":"), allow_nan=False)
+
+
+def _number(value):
+    """A number as JSON knows them: `null` for what is not finite."""
+    value = float(value)
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _run(start, moments):
+    def array(name):
+        return np.array([moment[name] for moment in moments], "float64")
+
+    def per_layer(name, *shape):
+        values = [np.array(moment[name], "float32") for moment in moments]
+        return np.stack(values).reshape(len(moments), len(start["layers"]), *shape)
+
+    names = {name: None for moment in moments for name in moment["logs"]}
+    float_format = FloatFormat(start["float_format"])
+    return Run(
+        layers=start["layers"],
+        classes=start["classes"],
+        float_format=float_format,
+        steps=array("step").astype(int),
+        skipped_steps=array("skipped_steps").astype(int),
+        log2_loss_scale=array("log2_loss_scale").astype(int),
+        log2_scales=per_layer("log2_scales").astype(int),
+        log2_sampled_at=per_layer("log2_sampled_at").astype(int),
+        overflows=per_layer("overflows").astype(int),
+        underflow=per_layer("underflow"),
+        subnormal=per_layer("subnormal"),
+        spectra=per_layer("spectra", num_bins(float_format)),
+        logs={
+            name: np.array([moment["logs"].get(name) for moment in moments], "float64")
+            for name in names
+        },
+    )

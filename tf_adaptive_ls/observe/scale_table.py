@@ -1,0 +1,120 @@
+"""`scale_table`: what every layer's gradients do, at a glance."""
+
+import dataclasses
+import math
+
+import keras
+
+from tf_adaptive_ls.observe.named_layers import named_layers, scaled_inside
+from tf_adaptive_ls.observe.text_table import power, powers, text_table
+from tf_adaptive_ls.training.loss_scaled import LossScaled
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleRow:
+    """One layer of a model.
+
+    Attributes:
+        name: The layer's name, behind those of the models it is nested in.
+        layer_class: The name of its class.
+        log2_scale: r, `None` if the layer is not scaled.
+        log2_total: log2 of the scale S * 2**r that it works at, `None` if the layer
+            is not scaled or the optimizer is not known.
+        binades: Lowest and highest binade that its gradients were last seen to
+            occupy, without any scale, `None` if none were seen.
+        underflow: Estimated share of its gradients still lost to underflow, `None`
+            if none were seen.
+        note: Why the layer is not scaled; empty if it is.
+    """
+
+    name: str
+    layer_class: str
+    log2_scale: int | None
+    log2_total: int | None
+    binades: tuple | None
+    underflow: float | None
+    note: str
+
+
+class ScaleTable(list):
+    """A list of `ScaleRow` that prints as an aligned table."""
+
+    def __str__(self):
+        columns = {
+            "layer": "left",
+            "class": "left",
+            "scale": "right",
+            "S · scale": "right",
+            "gradient binades": "right",
+            "underflow": "right",
+            "not scaled because": "left",
+        }
+        rows = (
+            (
+                row.name,
+                row.layer_class,
+                power(row.log2_scale),
+                power(row.log2_total),
+                powers(row.binades),
+                "" if row.underflow is None else f"{row.underflow:.2%}",
+                row.note,
+            )
+            for row in self
+        )
+        return text_table(columns, rows)
+
+
+def scale_table(model, optimizer=None):
+    """What every layer's gradients do, and which layers have no scale, and why.
+
+    Args:
+        model: Any `keras.Model` or layer.
+        optimizer: The `AdaptiveLossScaleOptimizer` that it is trained with, if the
+            model was not compiled with one.
+
+    Returns:
+        A `ScaleTable`: a list of one `ScaleRow` per layer, in the model's order.
+
+    Raises:
+        ValueError: If `model` or `optimizer` is not as said.
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise ValueError(
+            f"Expected a model or layer. Received: {model!r} (of type {type(model).__name__})."
+        )
+    if optimizer is None:
+        optimizer = getattr(model, "optimizer", None)
+        if not isinstance(optimizer, AdaptiveLossScaleOptimizer):
+            optimizer = None
+    elif not isinstance(optimizer, AdaptiveLossScaleOptimizer):
+        raise ValueError(
+            "Expected `optimizer` to be an AdaptiveLossScaleOptimizer. Received: "
+            f"{optimizer!r}. Leave it out to see scales relative to the loss scale."
+        )
+    log2_loss_scale = None if optimizer is None else round(math.log2(optimizer.loss_scale))
+    return ScaleTable(_row(name, layer, log2_loss_scale) for name, layer in named_layers(model))
+
+
+def _row(name, layer, log2_loss_scale):
+    if isinstance(layer, LossScaled):
+        return scaled_row(name, type(layer.layer).__name__, layer.reading, log2_loss_scale)
+    inside = scaled_inside(layer)
+    note = f"has {len(inside)} scaled layers inside" if inside else _why_not(layer)
+    return ScaleRow(name, type(layer).__name__, None, None, None, None, note)
+
+
+def scaled_row(name, layer_class, reading, log2_loss_scale):
+    """The `ScaleRow` of a scaled layer, from a `scale_state.Reading` of its state."""
+    r, spectrum = reading.log2_scale, reading.spectrum
+    total = None if log2_loss_scale is None else log2_loss_scale + r
+    underflow = spectrum.underflow_share if spectrum.nonzero else None
+    return ScaleRow(name, layer_class, r, total, reading.binades, underflow, "")
+
+
+def _why_not(layer):
+    if not layer.weights:
+        return "no weights"
+    if layer.trainable_weights:
+        return "not wrapped"
+    return "no trainable weights" if layer.trainable else "frozen"

@@ -1,0 +1,85 @@
+"""Writes what a run shows for TensorBoard."""
+
+import contextlib
+
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.scale_state import FORMAT
+
+
+class TensorBoardWriter:
+    """Scalars and histograms per layer.
+
+    A histogram shows how many gradients lie in each binade: its axis is log2 of their
+    magnitude, without any scale.
+
+    Args:
+        path: Directory to write event files to.
+        layers: Pairs of a name and a `LossScaled` layer.
+        step: How many steps had been taken or skipped before.
+
+    Raises:
+        OSError: If they cannot be written, now or later.
+    """
+
+    def __init__(self, path, layers, step):
+        # Here, so that only who asks for it needs TensorFlow on another backend.
+        import tensorflow as tf
+
+        self.path = path
+        self._tf = tf
+        self._names = [name for name, _ in layers]
+        with self._as_os_errors():
+            self._writer = tf.summary.create_file_writer(str(path))
+            self._writer.init()
+
+    def add(self, moment, epoch, logs):
+        """Adds a `Moment`; Keras's own callback adds what it has logged."""
+        tf = self._tf
+        values = [
+            self._scalar("log2_loss_scale", moment.log2_loss_scale),
+            self._scalar("skipped_steps", moment.skipped_steps),
+        ]
+        for name, reading in zip(self._names, moment.readings, strict=True):
+            values += [
+                self._scalar(f"log2_scale/{name}", moment.log2_loss_scale + reading.log2_scale),
+                self._scalar(f"overflows/{name}", reading.overflows),
+            ]
+            if reading.spectrum.nonzero:
+                values += [
+                    self._scalar(f"underflow/{name}", reading.spectrum.underflow_share),
+                    self._scalar(f"subnormal/{name}", reading.spectrum.subnormal_share),
+                    self._histogram(f"gradient_binades/{name}", reading),
+                ]
+        summary = tf.compat.v1.Summary(value=values).SerializeToString()
+        with self._as_os_errors(), self._writer.as_default():
+            tf.summary.experimental.write_raw_pb(summary, moment.step)
+            self._writer.flush()
+
+    def close(self):
+        with self._as_os_errors():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _as_os_errors(self):
+        try:
+            yield
+        except self._tf.errors.OpError as error:
+            raise OSError(error.message) from error
+
+    def _scalar(self, tag, value):
+        return self._value(tag, "scalars", self._tf.make_tensor_proto(value, "float32"))
+
+    def _histogram(self, tag, reading):
+        counts = reading.spectrum.counts[1 : spectrum.NONFINITE]
+        # Left and right edge and count of each bin: what TensorBoard's plugin stores
+        # (tensorboard/plugins/histogram/summary_v2.py).
+        bins = [
+            (binade - reading.log2_sampled_at, binade + 1 - reading.log2_sampled_at, count)
+            for binade, count in zip(FORMAT.exponents, counts, strict=True)
+        ]
+        return self._value(tag, "histograms", self._tf.make_tensor_proto(bins, "float64"))
+
+    def _value(self, tag, plugin, tensor):
+        summary = self._tf.compat.v1.SummaryMetadata
+        metadata = summary(plugin_data=summary.PluginData(plugin_name=plugin))
+        return self._tf.compat.v1.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)

@@ -1,0 +1,1 @@
+"""What Keras trains with: layers, plans of models, the optimizer."""

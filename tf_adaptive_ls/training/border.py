@@ -1,0 +1,166 @@
+"""The border of a `LossScaled` layer: everything that crosses it is shifted and reported."""
+
+import keras
+from keras import ops, tree
+
+from tf_adaptive_ls.numerics import scale_state
+from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
+from tf_adaptive_ls.numerics.report import report_of_arrivals, report_of_products
+from tf_adaptive_ls.training import keras_internals, scale_plan
+
+
+class Border:
+    """The border in one call of a layer.
+
+    With S * 2**r the scale of the layer, S * 2**r_in and S * 2**r_out those that gradients
+    travel at outside (r_in = r_out = 0 without a plan), taps shift
+
+        gradient of an output    * 2**(r - r_out)   coming in
+        gradient of an input     * 2**(r_in - r)    going out
+        gradient of a weight     * 2**-r            in float32
+        loss added by the layer  * 2**r
+
+    Args:
+        scaled: The `LossScaled` layer.
+    """
+
+    def __init__(self, scaled):
+        self._scaled = scaled
+        self._route = scale_plan.route_of(scaled)
+        self._receivers = scaled.loss_scale.value, scaled.loss_scale_report.value
+        self.passes_from = self._route.passes_from if self._route else ()
+        self.passes_with = self._route.outputs[0] if self.passes_from else ()
+        # The layers at whose smallest scale this one works: itself.
+        self._own = self.passes_with or (scaled,)
+        self._up, self._down = scale_plan.factors(self._own)  # 2**r and 2**-r
+
+    def tap_inputs(self, args, kwargs, weights):
+        """Where gradients leave.
+
+        Args:
+            args: The arguments of the call by position, a tuple.
+            kwargs: Those by name, a dict.
+            weights: List of variables.
+
+        Returns:
+            The arguments, and pairs of a variable and its value, to run the layer on.
+        """
+        arguments = _Arguments(self._scaled, args, kwargs, self._route)
+        number = len(arguments.tensors)
+        tensors = [*arguments.tensors, *(v.value for v in weights)]
+        if tensors:
+
+            def report(gradients, _):
+                # The optimizer sees those of weights for itself.
+                return report_of_products(gradients[:number], narrow=arguments.limited)
+
+            divisors = [*map(self._divisor_out, arguments.classes), *[self._up] * len(weights)]
+            tensors = gradient_tap(tensors, divisors, self._receivers, report)
+        args, kwargs = arguments.replaced(tensors[:number])
+        return args, kwargs, list(zip(weights, tensors[number:], strict=True))
+
+    def tap_outputs(self, outputs):
+        """Where gradients arrive. What a layer passes on is not looked at on arrival."""
+        leaves = tree.flatten(outputs)
+        classes = self._route.outputs if self._route else [None] * len(leaves)
+        places = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
+        if not places or self.passes_from:
+            return outputs
+        narrow = [scale_state.is_limited(leaves[i].dtype) for i in places]
+        at_s = [n and classes[i] is None for i, n in zip(places, narrow, strict=True)]
+
+        def report(gradients, divisors):
+            return report_of_arrivals(gradients, divisors, at_s=at_s, narrow=narrow)
+
+        tapped = gradient_tap(
+            [leaves[i] for i in places],
+            [self._divisor_in(classes[i]) for i in places],
+            self._receivers,
+            report,
+        )
+        for i, tensor in zip(places, tapped, strict=True):
+            leaves[i] = with_mask_of(leaves[i], tensor)
+        return tree.pack_sequence_as(outputs, leaves)
+
+    def tap_loss(self, loss):
+        """Where the gradient of a loss that the layer has added arrives, 1 times S."""
+        narrow = keras.backend.result_type(loss.dtype, "float32") != loss.dtype
+
+        def report(gradients, divisors):
+            return report_of_arrivals(gradients, divisors, at_s=[False], narrow=[narrow])
+
+        (tapped,) = gradient_tap([loss], [self._down], self._receivers, report)
+        return tapped
+
+    def _divisor_out(self, layers):
+        """2**r over the factor that the gradient of a class travels at, `None` for one."""
+        if layers is None:
+            return self._up
+        return None if layers == self._own else self._up * scale_plan.factors(layers)[1]
+
+    def _divisor_in(self, layers):
+        """The inverse of that."""
+        if layers is None:
+            return self._down
+        return None if layers == self._own else self._down * scale_plan.factors(layers)[0]
+
+
+class _Arguments:
+    """The arguments of a call, and the floating-point tensors among them.
+
+    The tensors are cast as the layer would cast them if it computes in a wider format
+    than they have: a gradient is then still wide when it is shifted, and rounded
+    only after that. `limited` tells which gradients are written in a narrow format.
+    """
+
+    def __init__(self, scaled, args, kwargs, route):
+        self._args, self._kwargs = args, kwargs
+        self._leaves = []
+        classes = []
+        for name, value in [(None, args), *kwargs.items()]:
+            leaves = tree.flatten(value)
+            planned = route and (route.args if name is None else route.kwargs.get(name))
+            self._leaves += leaves
+            classes += planned or [None] * len(leaves)
+        self._places = [i for i, leaf in enumerate(self._leaves) if is_float_tensor(leaf)]
+        self.tensors = [self._leaves[i] for i in self._places]
+        self.limited = [scaled.is_limited] * len(self.tensors)
+        layer = scaled.layer
+        if layer.autocast and not scaled.is_limited:
+            self.limited = [scale_state.is_limited(tensor.dtype) for tensor in self.tensors]
+            self.tensors = [
+                ops.cast(tensor, layer.compute_dtype) if limited else tensor
+                for tensor, limited in zip(self.tensors, self.limited, strict=True)
+            ]
+        self.classes = [classes[i] for i in self._places]
+
+    def replaced(self, tensors):
+        """`(args, kwargs)` with `tensors` in place of `self.tensors`."""
+        leaves = list(self._leaves)
+        for i, tensor in zip(self._places, tensors, strict=True):
+            leaves[i] = with_mask_of(leaves[i], tensor)
+        leaves = iter(leaves)
+
+        def refilled(value):
+            return tree.pack_sequence_as(value, [next(leaves) for _ in tree.flatten(value)])
+
+        return refilled(self._args), {name: refilled(v) for name, v in self._kwargs.items()}
+
+
+def is_float_tensor(x):
+    """Whether `x` is a dense tensor that may have a gradient."""
+    return (
+        ops.is_tensor(x)
+        and keras.backend.is_float_dtype(x.dtype)
+        # Sparse and ragged tensors carry data, not gradients.
+        and not hasattr(x, "dense_shape")
+        and not hasattr(x, "row_splits")
+    )
+
+
+def with_mask_of(original, tensor):
+    """`tensor`, with the Keras mask of `original` if it has one."""
+    mask = keras_internals.mask_of(original)
+    if mask is not None:
+        keras_internals.set_mask(tensor, mask)
+    return tensor

@@ -1,0 +1,342 @@
+"""`LossScaled`: one layer, and the scale that its backward pass works at."""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import itertools
+import numbers
+import weakref
+
+import keras
+import numpy as np
+
+from tf_adaptive_ls.numerics import report, scale_state
+from tf_adaptive_ls.numerics.evidence import Ownership
+from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
+from tf_adaptive_ls.numerics.scale_update import Flow
+from tf_adaptive_ls.training import keras_internals, scale_plan
+from tf_adaptive_ls.training.border import Border
+from tf_adaptive_ls.training.held_variables import HeldVariables, scaled_weights_of
+
+_clock = itertools.count()
+_neutral = contextvars.ContextVar("neutral_scales", default=False)
+
+
+@contextlib.contextmanager
+def neutral_scales():
+    """Makes every `LossScaled` layer that is called inside it transparent.
+
+    Such a call is exactly a call of the layer itself: gradients pass at the scale
+    of the surroundings, nothing is measured, and derivatives of any order are
+    right. Use it around forward passes whose gradients are differentiated again:
+
+    ```python
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        with als.neutral_scales():
+            score = critic(x)
+    penalty = (tf.norm(tape.gradient(score, x)) - 1) ** 2
+    ```
+
+    In compiled code it counts when the code is traced.
+    """
+    token = _neutral.set(True)
+    try:
+        yield
+    finally:
+        _neutral.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The last call of a `LossScaled` layer, in eager code or while it was traced.
+
+    Attributes:
+        at: When it was. It tells which of two layers a gradient comes to first.
+        passes_from: The layers that gradients come from which this one passes on at the
+            scale they come at, see `scale_plan`.
+        passes_with: The layers that pass gradients on at the same scale, itself included.
+    """
+
+    at: int = -1
+    passes_from: tuple = ()
+    passes_with: tuple = ()
+
+
+@keras.saving.register_keras_serializable("tf_adaptive_ls")
+class LossScaled(keras.layers.Wrapper):
+    """Runs the backward pass of a layer at a loss scale of its own.
+
+    With S the scale of the surroundings (the optimizer's loss scale, or that of
+    an enclosing wrapper) the layer works at S * 2**r. Everything that crosses
+    its `Border` is shifted there, and nothing else is touched. Forward, a call is
+    a call of `layer`: same signature, outputs, masks and updates, bit for bit.
+
+    `AdaptiveLossScaleOptimizer` chooses r from what the backward pass saw; under
+    any other optimizer it becomes and stays 0, and nothing is known of gradients.
+
+    Args:
+        layer: The `keras.layers.Layer` to scale. It keeps its weights, and lends
+            the wrapper its name.
+        name: String, defaults to `layer.name`.
+        trainable: Boolean, as for any layer.
+
+    Raises:
+        ValueError: If `layer` is not a layer, is a `LossScaled` layer, is inside
+            one already, or is rematerialised (`keras.RematScope`).
+
+    Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
+    Training", 2019 (arXiv 1910.12385).
+    """
+
+    def __init__(self, layer, *, name=None, trainable=True):
+        _check_can_be_wrapped(layer)
+
+        # Keras learns from the signature of `call` which arguments are tensors,
+        # masks or flags: it has to be the layer's.
+        @functools.wraps(layer.call)
+        def call(*args, **kwargs):
+            return self._scaled_call(*args, **kwargs)
+
+        object.__setattr__(self, "call", call)
+        # One dtype for computing and for weights, so that nothing is cast on the
+        # way to the layer, which casts for itself.
+        super().__init__(
+            layer,
+            name=name or layer.name,
+            trainable=trainable,
+            dtype=layer.variable_dtype,
+            autocast=False,
+        )
+        _check_is_not_rematerialised(self)
+        self.supports_masking = True
+        self.supports_jit = layer.supports_jit
+        keras_internals.allow_any_positional_arguments(self)
+        self.loss_scale = self._add_weight_of_scaling("loss_scale", (2,), scale_state.initial_scale)
+        self.loss_scale_report = self._add_weight_of_scaling(
+            "loss_scale_report", (report.SIZE,), "zeros"
+        )
+        self._optimizer = None  # weak reference to the one that knows about it
+        self.last_call = Call()
+        layer._loss_scaled = _Owner(self)
+        self.built = layer.built
+
+    def _add_weight_of_scaling(self, name, shape, initializer):
+        # Trainable, since nothing else reaches a stateless optimizer on JAX.
+        weight = self.add_weight(
+            shape=shape,
+            initializer=initializer,
+            dtype="float32",
+            autocast=False,
+            overwrite_with_gradient=True,
+            name=name,
+        )
+        weight.loss_scaled = self
+        return weight
+
+    @property
+    def log2_scale(self):
+        """The int r: the layer works at 2**r times the scale of its surroundings.
+
+        Assignable between steps, from -60 to 60. It changes no gradient but for
+        rounding in float16.
+        """
+        return int(self.loss_scale.numpy()[0])
+
+    @log2_scale.setter
+    def log2_scale(self, value):
+        if not isinstance(value, numbers.Integral) or abs(value) > MAX_LOG2_SCALE:
+            raise ValueError(
+                "Expected `log2_scale` to be a whole number from "
+                f"{-MAX_LOG2_SCALE} to {MAX_LOG2_SCALE}. Received: "
+                f"log2_scale={value!r} for layer '{self.name}'. It is an exponent: "
+                "3 stands for a scale of 8."
+            )
+        self.loss_scale.assign([float(value), 2.0 ** int(value)])
+
+    @property
+    def is_limited(self):
+        """Whether any part of the layer computes in a format that its scale matters to."""
+        parts = keras_internals.parts_of(self.layer)
+        return any(scale_state.is_limited(part.compute_dtype) for part in parts)
+
+    @property
+    def spectrum(self):
+        """`Spectrum` of the gradients last sampled, at the scale of that step."""
+        return self.reading.spectrum
+
+    @property
+    def overflows(self):
+        """On how many steps the layer made finite gradients non-finite: an int.
+
+        Counted by the `AdaptiveLossScaleOptimizer` that trains it, from its first step.
+        """
+        return self.reading.overflows
+
+    @property
+    def reading(self):
+        """All that is known of its gradients, a `scale_state.Reading`, between steps."""
+        optimizer = self._optimizer and self._optimizer()
+        if optimizer is None:
+            return scale_state.Reading.of_unknown(self.log2_scale)
+        return optimizer.readings([self])[0]
+
+    def shows(self, optimizer):
+        """From now on `reading` is what `optimizer` knows of the layer."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def _scaled_call(self, *args, **kwargs):
+        if _neutral.get():
+            with scale_plan.running(None):
+                return self.layer(*args, **kwargs)
+        border = Border(self)
+        self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
+        weights = scaled_weights_of(self.layer)
+        args, kwargs, weights = border.tap_inputs(args, kwargs, weights)
+        with scale_plan.running(None), HeldVariables(self.layer, weights) as held:
+            outputs = self.layer(*args, **kwargs)
+            losses = list(held.losses)
+            keras_internals.drop_losses(self.layer)
+        held.assign_updates()
+        for loss in losses:
+            self.add_loss(border.tap_loss(loss))
+        return border.tap_outputs(outputs)
+
+    # From here on the wrapper is its layer, as far as Keras can see.
+
+    def _maybe_build(self, call_spec):
+        if not self.layer.built:
+            keras_internals.build_for_call(self.layer, call_spec)
+        self.built = True
+
+    def _open_name_scope(self):
+        # The layer opens its own: paths of weights read as without a wrapper.
+        return contextlib.nullcontext()
+
+    def build(self, *args, **kwargs):
+        if not self.layer.built:
+            self.layer.build(*args, **kwargs)
+        self.built = True
+
+    def get_build_config(self):
+        return self.layer.get_build_config()
+
+    def build_from_config(self, config):
+        if not self.layer.built:
+            self.layer.build_from_config(config)
+        self.built = True
+
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_output_spec(self, *args, **kwargs):
+        plain = keras.layers.Layer
+        kind = type(self.layer)
+        if (
+            kind.compute_output_shape is plain.compute_output_shape
+            and kind.compute_output_spec is plain.compute_output_spec
+        ):
+            # Only a call tells, and only `__call__` knows the layer's dtypes.
+            return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        return self.layer.compute_output_spec(*args, **kwargs)
+
+    def compute_mask(self, inputs, previous_mask):
+        if not self.layer.supports_masking:
+            return None
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "layer": keras.saving.serialize_keras_object(self.layer),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        layer = keras.saving.deserialize_keras_object(
+            config.pop("layer"), custom_objects=custom_objects
+        )
+        return cls(layer, **config)
+
+
+def ownership_of(layers, weights):
+    """The `Ownership` of a list of `LossScaled` layers and one of variables."""
+    place_of_layer = {id(layer): place for place, layer in enumerate(layers)}
+    place_of_weight = {id(weight): place for place, weight in enumerate(weights)}
+
+    def places(items, place_of):
+        return [place_of[id(item)] for item in items if id(item) in place_of]
+
+    return Ownership.of(
+        [places(layer.layer.trainable_variables, place_of_weight) for layer in layers],
+        [places(keras_internals.parts_of(layer.layer), place_of_layer) for layer in layers],
+        len(weights),
+    )
+
+
+def flow_of(layers):
+    """The `Flow` of gradients between `LossScaled` layers when they were last called."""
+    place_of = {id(layer): place for place, layer in enumerate(layers)}
+
+    def relation(others_of):
+        related = np.zeros((len(layers), len(layers)), bool)
+        for place, layer in enumerate(layers):
+            related[place, [place_of[id(o)] for o in others_of(layer) if id(o) in place_of]] = True
+        return related
+
+    passes_from = relation(lambda layer: layer.last_call.passes_from)
+    passes_with = relation(lambda layer: set(layer.last_call.passes_with) - {layer})
+    call_order = np.array([layer.last_call.at for layer in layers])
+    return Flow(call_order, passes_from, np.logical_or(passes_from, passes_with))
+
+
+def wrapper_of(layer):
+    """The `LossScaled` layer around `layer`, or `None`."""
+    owner = layer.__dict__.get("_loss_scaled")
+    return owner and owner.wrapper
+
+
+def release(layer):
+    """Makes `layer` forget its wrapper, so that another may wrap it."""
+    layer.__dict__.pop("_loss_scaled")
+
+
+class _Owner:
+    """Leads from a layer to its wrapper, without Keras taking that for a sublayer."""
+
+    def __init__(self, wrapper):
+        self.wrapper = wrapper
+
+
+def _check_can_be_wrapped(layer):
+    if not isinstance(layer, keras.layers.Layer):
+        raise ValueError(
+            f"Expected a keras.layers.Layer to wrap. Received: {layer!r} (of type "
+            f"{type(layer).__name__}). Create the layer first: "
+            "LossScaled(keras.layers.Dense(8))."
+        )
+    if isinstance(layer, LossScaled):
+        raise ValueError(
+            "Expected a layer that is not scaled yet. Received: the LossScaled layer "
+            f"'{layer.name}'. Use it as it is."
+        )
+    if wrapper_of(layer) is not None:
+        raise ValueError(
+            "Expected a layer that is not scaled yet. Received: layer "
+            f"'{layer.name}', which a LossScaled layer already wraps. Call that "
+            "wrapper, also where the layer is shared."
+        )
+
+
+def _check_is_not_rematerialised(scaled):
+    # Such a call runs once more in the backward pass, where neither tapped weights nor
+    # a scale plan are at hand: its gradients would be wrong.
+    if any(map(keras_internals.is_rematerialised, keras_internals.parts_of(scaled))):
+        raise ValueError(
+            "Expected a layer that is not rematerialised. Received: layer "
+            f"'{scaled.layer.name}', made or wrapped inside a `keras.RematScope`, which "
+            "LossScaled does not support. Make and wrap it outside of that scope."
+        )

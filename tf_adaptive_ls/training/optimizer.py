@@ -1,0 +1,435 @@
+"""`AdaptiveLossScaleOptimizer`: a loss scale, and one more for every layer."""
+
+import math
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.numerics import backend, report
+from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
+from tf_adaptive_ls.numerics.gradient_tap import power_of_two
+from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
+from tf_adaptive_ls.numerics.scale_state import (
+    FORMAT,
+    MAX_LOG2_SCALE,
+    LayerStates,
+    LossState,
+    Reading,
+    initial_layer_states,
+    is_known,
+    packed_scale,
+)
+from tf_adaptive_ls.numerics.scale_update import is_sampled, update
+from tf_adaptive_ls.training.loss_scaled import flow_of, ownership_of
+
+# Keras's own default, for models without `LossScaled` layers.
+_KERAS_GROWTH_STEPS = 2000
+_NEVER = 0  # a step counter that counts from 1 never gets there
+
+
+@keras.saving.register_keras_serializable("tf_adaptive_ls")
+class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+    """A `LossScaleOptimizer` that also chooses the scales of `LossScaled` layers.
+
+    On every step, with S the loss scale, r the log2 scale of a layer, and
+    `gradients` those of S * loss:
+
+        if all weight gradients are finite:
+            apply gradients / S with the inner optimizer
+            change of each r    = rule(what the layer produced)
+            change of log2(S)   = rule(what arrived anywhere at S in float16)
+            if that was nothing but zeros: raise S to `initial_scale`
+            r = r + change of r - change of log2(S)
+        else:
+            skip the step
+            lower r of each layer that made finite gradients non-finite, unless
+                those that arrived at a later layer were not finite already
+            if there is no such layer, or nothing was ever sampled: lower S
+        sample the next step if it is the `update_every`-th, if this one was skipped,
+            or if a scale moved further than a sample can be trusted
+
+    The rule is told the largest gradient of every step, and on some a sample of all.
+    A change of S by the rule is taken back from every r, so that it moves no layer.
+    Scales stay whole powers of two, S and every 2**r within 2**-60 … 2**60.
+
+    Use it in `compile`, or in a custom loop through `scale_loss` and `apply`:
+
+    ```python
+    with tf.GradientTape() as tape:
+        loss = optimizer.scale_loss(loss_fn(y, model(x, training=True)))
+    variables = model.trainable_variables
+    optimizer.apply(tape.gradient(loss, variables), variables)
+    ```
+
+    For a model without `LossScaled` layers it is Keras's `LossScaleOptimizer`.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` that updates the weights,
+            or its name. Clipping, weight decay, averaging and accumulation are its
+            business, and see unscaled gradients of weights alone.
+        initial_scale: Float, a power of two. The first S.
+        rule: A `ScaleRule`, defaults to `QuantileRule()`.
+        update_every: Int >= 1. Steps from one sample to the next once the scales
+            have settled. Spectra change slowly, sampling is not free; sampling on
+            every step is not better (`./dev benchmark convergence --variations`),
+            on every hundredth only is worse.
+        name: String.
+
+    Raises:
+        ValueError: If an argument is not as said, or if `inner_optimizer` scales
+            losses itself.
+
+    Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
+    Training", 2019 (arXiv 1910.12385).
+    """
+
+    def __init__(
+        self, inner_optimizer, initial_scale=2.0**15, rule=None, update_every=10, name=None
+    ):
+        inner_optimizer = _checked_inner_optimizer(inner_optimizer)
+        _check_initial_scale(initial_scale)
+        rule = QuantileRule() if rule is None else rule
+        if not isinstance(rule, ScaleRule):
+            raise ValueError(
+                "Expected `rule` to be a ScaleRule. "
+                f"Received: rule={rule!r} (of type {type(rule).__name__}). "
+                "Use for example QuantileRule(headroom=4)."
+            )
+        if not isinstance(rule.memory_size, int) or rule.memory_size < 0:
+            raise ValueError(
+                "Expected `rule` to remember a whole number of numbers per layer, at least 0. "
+                f"Received: rule={rule!r}, with memory_size={rule.memory_size!r}."
+            )
+        if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
+            raise ValueError(
+                "Expected `update_every` to be a whole number of steps, at least 1. "
+                f"Received: update_every={update_every!r}."
+            )
+        super().__init__(inner_optimizer, initial_scale=float(initial_scale), name=name)
+        self.rule = rule
+        self.update_every = update_every
+
+    @property
+    def loss_scale(self):
+        """S, the scale of the loss: a float, readable between steps."""
+        return float(self.dynamic_scale.numpy()) if self.built else self.initial_scale
+
+    @property
+    def steps(self):
+        """How many steps were taken or skipped so far: an int, readable between steps."""
+        return int(self._steps.numpy()) if self.built else 0
+
+    @property
+    def skipped_steps(self):
+        """How many steps were skipped so far: an int, readable between steps."""
+        return int(self._skipped_steps.numpy()) if self.built else 0
+
+    @property
+    def last_step_skipped(self):
+        """Whether the last step was skipped: a bool, readable between steps."""
+        return self.skipped_in_a_row > 0
+
+    @property
+    def skipped_in_a_row(self):
+        """How many steps up to the last were skipped: an int, readable between steps."""
+        return int(self._skipped_in_a_row.numpy()) if self.built else 0
+
+    def build(self, var_list):
+        layers = [v.loss_scaled for v in var_list if _is_scale(v)]
+        _warn_if_useless(layers)
+        super().build([v for v in var_list if not _is_of_scaling(v)])
+        self.dynamic_growth_steps = _NEVER if layers else _KERAS_GROWTH_STEPS
+        self._steps = self._add_counter("steps")
+        self._skipped_steps = self._add_counter("skipped_steps")
+        self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
+        self._steps_to_sample = self._add_counter("steps_to_sample")
+        first = initial_layer_states(len(layers), self.rule.memory_size, FORMAT)
+        self._layer_states = {
+            name: self._add_state(name, value)
+            for name, value in first._asdict().items()
+            if name != "log2_scales"  # a weight of each layer
+        }
+        self._loss_memory = self._add_state(
+            "loss_memory", np.full(self.rule.memory_size, NOTHING_SEEN, "float32")
+        )
+        # Set as it is: Keras would take what is in a list for variables of the optimizer.
+        object.__setattr__(self, "_model_variables", list(var_list))
+        object.__setattr__(self, "_scaled_layers", layers)
+        self.show_on_layers()
+
+    def _add_counter(self, name):
+        return self.add_variable(
+            shape=(), dtype="int32", initializer="zeros", aggregation="none", name=name
+        )
+
+    def _add_state(self, name, value):
+        return self.add_variable(
+            shape=value.shape,
+            dtype="float32",
+            initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
+            aggregation="none",
+            name=name,
+        )
+
+    def show_on_layers(self):
+        """Lets the layers show what this optimizer knows of them."""
+        for layer in self._scaled_layers:
+            layer.shows(self)
+
+    def readings(self, layers):
+        """A `Reading` of each of several layers; of any it does not know, an empty one."""
+        if not self.built:
+            return [Reading.of_unknown(layer.log2_scale) for layer in layers]
+        places = {id(layer): place for place, layer in enumerate(self._scaled_layers)}
+        known = {name: np.array(v.numpy()) for name, v in self._layer_states.items()}
+
+        def reading(layer):
+            place, scale = places.get(id(layer)), layer.loss_scale.numpy()
+            if place is None or not is_known(scale):
+                return Reading.of_unknown(layer.log2_scale)
+            return Reading.of(LayerStates(scale[0], **{k: v[place] for k, v in known.items()}))
+
+        return [reading(layer) for layer in layers]
+
+    def apply(self, grads, trainable_variables=None):
+        """Updates weights and scales from the gradients of the scaled loss.
+
+        Args:
+            grads: List of gradients, one per variable.
+            trainable_variables: List of variables, those of the `LossScaled`
+                layers among them: all of `model.trainable_variables`. Defaults to
+                those that the optimizer was built with.
+
+        Raises:
+            ValueError: If no variables are given to an optimizer not built yet.
+        """
+        if trainable_variables is None:
+            if not self.built:
+                raise ValueError(
+                    "Expected the variables of the model with the first gradients. "
+                    "Received: trainable_variables=None. Pass them, or call "
+                    "`optimizer.build(model.trainable_variables)` before."
+                )
+            trainable_variables = self._model_variables
+        trainable_variables = list(trainable_variables)
+        if not self.built:
+            with keras.name_scope(self.name, caller=self):
+                self.build(trainable_variables)
+
+        weights, reports = self._split(grads, trainable_variables)
+        gradients, variables = _unzipped(weights)
+        if not reports:
+            finite = self.check_finite(gradients)
+            super().apply(gradients, variables)
+            self._count_step(finite)
+            return
+        states = self._states()
+        evidence = self._evidence(weights, reports, *states)
+        backend.run_if(evidence.finite, self._apply_inner, gradients, variables)
+        self._count_step(evidence.finite)
+        self._update_scales(evidence, *states)
+
+    def _apply_inner(self, gradients, variables):
+        self.inner_optimizer.apply(self._unscaled(gradients), variables)
+
+    def _unscaled(self, gradients):
+        return [None if g is None else ops.divide(g, self.dynamic_scale) for g in gradients]
+
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        """`apply` without side effects, see `keras.optimizers.Optimizer`."""
+        if not self.built:
+            return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        own = list(zip(self.variables, optimizer_variables, strict=True))
+        model = list(zip(self._model_variables, trainable_variables, strict=True))
+        with keras.StatelessScope([*model, *own]) as scope:
+            weights, reports = self._split(grads, self._model_variables)
+            gradients, variables = _unzipped(weights)
+            if reports:
+                states = self._states()
+                evidence = self._evidence(weights, reports, *states)
+                finite = evidence.finite
+            else:
+                finite = self.check_finite(gradients)
+            values = [scope.get_current_value(v) for v in variables]
+            inner_variables = self.inner_optimizer.variables
+            inner_values = [scope.get_current_value(v) for v in inner_variables]
+            values, inner_values = ops.cond(
+                finite,
+                lambda: self.inner_optimizer.stateless_apply(
+                    inner_values, self._unscaled(gradients), values
+                ),
+                lambda: (values, inner_values),
+            )
+            for variable, value in zip(
+                [*variables, *inner_variables], [*values, *inner_values], strict=True
+            ):
+                variable.assign(value)
+            self._count_step(finite)
+            if reports:
+                self._update_scales(evidence, *states)
+        return (
+            [scope.get_current_value(v) for v in self._model_variables],
+            [scope.get_current_value(v) for v in self.variables],
+        )
+
+    def _count_step(self, finite):
+        skipped = ops.logical_not(finite)
+        self._steps.assign_add(1)
+        self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
+        in_a_row = self._skipped_in_a_row.value + 1
+        self._skipped_in_a_row.assign(ops.where(skipped, in_a_row, ops.zeros_like(in_a_row)))
+
+    def _split(self, grads, variables):
+        """Pairs `(gradient, variable)` of weights, and the reports by `id` of their layer."""
+        weights, reports = [], {}
+        for gradient, variable in zip(grads, variables, strict=True):
+            if not _is_of_scaling(variable):
+                weights.append((gradient, variable))
+            elif not _is_scale(variable) and gradient is not None:
+                reports[id(variable.loss_scaled)] = gradient
+        unknown = reports.keys() - {id(layer) for layer in self._scaled_layers}
+        if unknown:
+            names = [v.loss_scaled.name for v in variables if id(_layer_of(v)) in unknown]
+            raise ValueError(
+                "Expected gradients of the variables that the optimizer was built with. "
+                f"Received: those of other LossScaled layers too: {sorted(set(names))}. "
+                "Compile the model, or make the optimizer, anew."
+            )
+        return weights, reports
+
+    def _states(self):
+        """`LayerStates` and `LossState` as they are now."""
+        scales = ops.stack([layer.loss_scale.value for layer in self._scaled_layers])
+        kept = {name: variable.value for name, variable in self._layer_states.items()}
+        return (
+            LayerStates(ops.where(scales[:, 1] > 0, scales[:, 0], 0.0), **kept),
+            LossState(
+                ops.round(ops.log2(ops.convert_to_tensor(self.dynamic_scale))),
+                self._loss_memory.value,
+                self._steps_to_sample.value,
+            ),
+        )
+
+    def _evidence(self, weights, reports, layer_states, loss_state):
+        """The `Evidence` of a step, of all replicas together."""
+        weights = [(gradient, v) for gradient, v in weights if gradient is not None]
+        silent = np.zeros(report.SIZE, "float32")  # of a layer that did not run
+        reports = ops.stack([reports.get(id(layer), silent) for layer in self._scaled_layers])
+        evidence = evidence_of(
+            report.Report.unpacked(reports),
+            [gradient for gradient, _ in weights],
+            ownership_of(self._scaled_layers, [v for _, v in weights]),
+            layer_states.log2_scales,
+            narrow=np.array([layer.is_limited for layer in self._scaled_layers]),
+            sampled=is_sampled(loss_state),
+            float_format=FORMAT,
+        )
+        summed = backend.sum_over_replicas(evidence.packed())
+        return Evidence.unpacked(summed, len(self._scaled_layers))
+
+    def _update_scales(self, evidence, layer_states, loss_state):
+        layer_states, loss_state = update(
+            layer_states,
+            loss_state,
+            evidence,
+            rule=self.rule,
+            float_format=FORMAT,
+            flow=flow_of(self._scaled_layers),
+            restart=math.log2(self.initial_scale),
+            sample_every=self.update_every,
+        )
+        scales = packed_scale(layer_states.log2_scales)
+        scales = ops.unstack(scales, len(self._scaled_layers))
+        for layer, scale in zip(self._scaled_layers, scales, strict=True):
+            layer.loss_scale.assign(scale)
+        for name, variable in self._layer_states.items():
+            variable.assign(getattr(layer_states, name))
+        self.dynamic_scale.assign(power_of_two(loss_state.log2_scale))
+        self._loss_memory.assign(loss_state.memory)
+        self._steps_to_sample.assign(ops.cast(loss_state.steps_to_sample, "int32"))
+
+    def finalize_variable_values(self, var_list):
+        super().finalize_variable_values([v for v in var_list if not _is_of_scaling(v)])
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "initial_scale": self.initial_scale,
+            "rule": keras.saving.serialize_keras_object(self.rule),
+            "update_every": self.update_every,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        for name in ("inner_optimizer", "rule"):
+            config[name] = keras.saving.deserialize_keras_object(
+                config[name], custom_objects=custom_objects
+            )
+        return cls(**config)
+
+
+def _layer_of(variable):
+    """The `LossScaled` layer that keeps its scale or its report in `variable`, or `None`."""
+    return getattr(variable, "loss_scaled", None)
+
+
+def _is_of_scaling(variable):
+    return _layer_of(variable) is not None
+
+
+def _is_scale(variable):
+    return _is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
+
+
+def _unzipped(weights):
+    return [gradient for gradient, _ in weights], [variable for _, variable in weights]
+
+
+def _checked_inner_optimizer(inner_optimizer):
+    inner_optimizer = keras.optimizers.get(inner_optimizer)
+    if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "Expected an `inner_optimizer` that does not scale the loss. Received: a "
+            f"{type(inner_optimizer).__name__}. Pass the optimizer inside it: "
+            "`inner_optimizer.inner_optimizer`."
+        )
+    if getattr(inner_optimizer, "loss_scale_factor", None) is not None:
+        raise ValueError(
+            "Expected an `inner_optimizer` that does not scale the loss. Received: "
+            f"one with loss_scale_factor={inner_optimizer.loss_scale_factor}. Leave "
+            "that out; the first loss scale is `initial_scale`."
+        )
+    return inner_optimizer
+
+
+def _check_initial_scale(scale):
+    usable = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
+    if usable and math.isfinite(scale) and scale > 0:
+        mantissa, exponent = math.frexp(scale)
+        if mantissa == 0.5 and abs(exponent - 1) <= MAX_LOG2_SCALE:
+            return
+    raise ValueError(
+        f"Expected `initial_scale` to be a power of two from 2**-{MAX_LOG2_SCALE} to "
+        f"2**{MAX_LOG2_SCALE}. Received: initial_scale={scale!r}. The default is 2.0**15."
+    )
+
+
+def _warn_if_useless(layers):
+    if not layers:
+        warnings.warn(
+            "AdaptiveLossScaleOptimizer was given a model without trainable LossScaled "
+            "layers: it works like keras.optimizers.LossScaleOptimizer. Wrap the model "
+            "with `wrap_model`, or its layers with `LossScaled`.",
+            stacklevel=3,
+        )
+    elif not any(layer.is_limited for layer in layers):
+        warnings.warn(
+            "Loss scales do nothing for this model: none of its LossScaled layers "
+            f"computes in {FORMAT.name}. Set the dtype policy before you build it: "
+            f'keras.config.set_dtype_policy("mixed_{FORMAT.name}").',
+            stacklevel=3,
+        )

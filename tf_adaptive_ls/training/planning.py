@@ -1,0 +1,224 @@
+"""Derives a scale plan from the graph of a model."""
+
+import dataclasses
+
+import keras
+from keras import tree
+
+from tf_adaptive_ls.training.keras_internals import graph_of, nodes_of, parts_of
+from tf_adaptive_ls.training.loss_scaled import LossScaled
+from tf_adaptive_ls.training.scale_plan import Route, ScalePlan
+
+# Keras layers that run code Keras does not know.
+_FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
+
+_NORMALISATIONS = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+)
+
+
+def plan_of(model):
+    """Derives the `ScalePlan` of a Functional or built Sequential model."""
+    calls, models = [], []
+    _collect_calls(model, calls, models)
+
+    times_called = {}
+    for call in calls:
+        if call.nested is not None:
+            continue  # its layers have calls of their own in the list
+        for layer in _scaled_layers(call.operation):
+            times_called[id(layer)] = times_called.get(id(layer), 0) + 1
+
+    classes = _Classes()
+    for nested, graph in models:
+        if nested is model:
+            classes.pin([*graph.inputs, *graph.outputs])
+    for call in calls:
+        operation, inputs, outputs = call.operation, call.inputs, call.outputs
+        if isinstance(operation, LossScaled):
+            if times_called[id(operation)] > 1:
+                classes.pin([*inputs, *outputs])
+            for tensor in inputs:
+                classes.add_consumer(tensor, operation)
+        elif call.nested is not None:
+            for outside, inside in zip(inputs, call.nested.inputs, strict=True):
+                classes.join([outside, inside])
+            for outside, inside in zip(outputs, call.nested.outputs, strict=True):
+                classes.join([outside, inside])
+        else:
+            classes.join([*inputs, *outputs])
+            if not _is_pure(operation):
+                classes.pin([*inputs, *outputs])
+
+    planned = [
+        call
+        for call in calls
+        if isinstance(call.operation, LossScaled) and times_called[id(call.operation)] == 1
+    ]
+    passing = [call for call in planned if _may_pass(call) and classes.consumers(call.outputs[0])]
+    only_taken_by_it = [classes.consumers(call.inputs[0]) == (call.operation,) for call in passing]
+    for call, joined in zip(passing, only_taken_by_it, strict=True):
+        classes.add_passing(call.outputs[0], call.operation)
+        if joined:
+            classes.join([*call.inputs, *call.outputs])
+
+    def travel(leaf):
+        return classes.travels_at(leaf) if isinstance(leaf, keras.KerasTensor) else None
+
+    def passes_from(call):
+        if not any(call is other for other in passing):
+            return ()
+        consumers = classes.consumers(call.outputs[0])
+        return tuple(layer for layer in consumers if layer is not call.operation)
+
+    routes = {
+        id(call.operation): Route(
+            args=tuple(travel(leaf) for leaf in tree.flatten(call.args)),
+            kwargs={
+                name: tuple(travel(leaf) for leaf in tree.flatten(value))
+                for name, value in call.kwargs.items()
+            },
+            outputs=tuple(travel(tensor) for tensor in call.outputs),
+            passes_from=passes_from(call),
+        )
+        for call in planned
+    }
+    return ScalePlan(tuple(call.operation for call in planned), routes, tuple(models))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One node of the graph; `nested` is the graph of a model planned inline."""
+
+    operation: object
+    args: tuple
+    kwargs: dict
+    inputs: list
+    outputs: list
+    nested: object = None
+
+
+def _collect_calls(model, calls, models):
+    """Lists the calls in `model`'s graph and those of models called once in it."""
+    graph = graph_of(model)
+    models.append((model, graph))
+    nodes = nodes_of(graph)
+    for node in nodes:
+        operation, arguments = node.operation, node.arguments
+        nested = None
+        if isinstance(operation, keras.Model) and graph_of(operation) is not None:
+            shared = sum(other.operation is operation for other in nodes) > 1
+            seen = any(operation is other for other, _ in models)
+            plain = len(node.input_tensors) == len(graph_of(operation).inputs)
+            if plain and not shared and not seen:
+                nested = graph_of(operation)
+                _collect_calls(operation, calls, models)
+        calls.append(
+            _Call(
+                operation,
+                arguments.args,
+                arguments.kwargs,
+                node.input_tensors,
+                node.output_tensors,
+                nested,
+            )
+        )
+
+
+def _scaled_layers(operation):
+    """The `LossScaled` layers that a call of `operation` may run at its border."""
+    if isinstance(operation, LossScaled):
+        return [operation]
+    if not isinstance(operation, keras.layers.Layer):
+        return []
+    return [layer for layer in parts_of(operation) if isinstance(layer, LossScaled)]
+
+
+def _may_pass(call):
+    """Whether a call is one of a layer that normalises its only input."""
+    layer = call.operation.layer
+    return (
+        isinstance(layer, _NORMALISATIONS)
+        and is_plain_keras_layer(layer)
+        and len(call.inputs) == len(call.outputs) == 1
+    )
+
+
+def _is_pure(operation):
+    """Whether `operation` has a linear backward pass and no gradients of its own."""
+    if not isinstance(operation, keras.layers.Layer):
+        return _is_from_keras(type(operation))
+    return all(
+        is_plain_keras_layer(layer) and not layer.weights and layer.activity_regularizer is None
+        for layer in parts_of(operation)
+    )
+
+
+def is_plain_keras_layer(layer):
+    """Whether `layer` is one of Keras's own and runs only code of Keras."""
+    function = getattr(layer, "activation", None)
+    return (
+        _is_from_keras(type(layer))
+        and type(layer).__name__ not in _FOREIGN_CODE
+        and (function is None or _is_from_keras(function))
+    )
+
+
+def _is_from_keras(definition):
+    return definition.__module__.partition(".")[0] == "keras"
+
+
+class _Classes:
+    """Union-find over the tensors of a graph, with what is known of each class."""
+
+    def __init__(self):
+        self._parent = {}
+        self._pinned = set()
+        self._consumers = {}
+        self._passing = {}
+
+    def _find(self, tensor):
+        key = id(tensor)
+        root = self._parent.setdefault(key, key)
+        while self._parent[root] != root:
+            root = self._parent[root]
+        self._parent[key] = root
+        return root
+
+    def join(self, tensors):
+        if not tensors:
+            return
+        first, *others = (self._find(tensor) for tensor in tensors)
+        for root in others:
+            if root != first:
+                self._parent[root] = first
+                for layers in (self._consumers, self._passing):
+                    layers.setdefault(first, []).extend(layers.pop(root, []))
+                if root in self._pinned:
+                    self._pinned.add(first)
+
+    def pin(self, tensors):
+        """Lets the classes of `tensors` travel at S."""
+        self._pinned.update(self._find(tensor) for tensor in tensors)
+
+    def add_consumer(self, tensor, layer):
+        consumers = self._consumers.setdefault(self._find(tensor), [])
+        if layer not in consumers:
+            consumers.append(layer)
+
+    def add_passing(self, tensor, layer):
+        self._passing.setdefault(self._find(tensor), []).append(layer)
+
+    def consumers(self, tensor):
+        """The consumers in the class of `tensor`, `None` if it travels at S."""
+        root = self._find(tensor)
+        consumers = self._consumers.get(root)
+        return tuple(consumers) if consumers and root not in self._pinned else None
+
+    def travels_at(self, tensor):
+        """The layers at whose smallest scale the class of `tensor` travels, `None` for S."""
+        consumers = self.consumers(tensor)
+        return consumers and tuple(self._passing.get(self._find(tensor), ()) or consumers)

@@ -1,0 +1,137 @@
+"""At which scale each tensor's gradient travels through a model's graph.
+
+By default a gradient returns to the scale S of the surroundings between any two
+`LossScaled` layers. Inside a Functional or Sequential model it need not: it can
+travel from layer to layer at a scale of the layers' own. Tensors that layers
+without weights connect (activation, pooling, add, concatenate, …) must share one,
+because such a layer hands the scale of its output's gradient on to its inputs.
+They form a class. A class travels at the smallest scale of its consumers, for
+each knows what its own input gradient can bear, or at S (`None` below) if it holds
+
+- an input or output of the model,
+- an input or output of a `LossScaled` layer that is called at several places, or
+- a tensor next to an operation that is not known to treat gradients linearly and
+  to have no gradients of its own: one with weights, or not of Keras.
+
+Layers that normalise, half of all layers in many models, have few weights and hand on
+about what they get. They need no scale apart from their surroundings: such a layer
+*passes* gradients on at the scale that its outputs' class travels at, which is then its
+own, and the optimizer holds that to those of the consumers. Where nothing else takes its
+input, that belongs to the same class.
+
+A plan is derived from the graph of one model, by `planning`, and holds only while that
+model runs it: see `running`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+
+from keras import ops
+
+from tf_adaptive_ls.numerics.scale_state import factor_of
+from tf_adaptive_ls.training.keras_internals import graph_of
+
+_running = contextvars.ContextVar("running_scale_plan", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """The classes of tensors that one call of a `LossScaled` layer has at its border.
+
+    Each class is the tuple of the layers at whose smallest scale it travels, or `None`
+    for S.
+
+    Args:
+        args, kwargs, outputs: The classes of the leaves of each.
+        passes_from: The layers that gradients come from which the layer passes on at the
+            scale they come at; empty if it does not.
+    """
+
+    args: tuple = ()
+    kwargs: dict = dataclasses.field(default_factory=dict)
+    outputs: tuple = ()
+    passes_from: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScalePlan:
+    """Routes of the layers of a graph; `planning` makes them.
+
+    Args:
+        layers: The `LossScaled` layers that have a route, and
+        routes: the `Route` of each, by its `id`.
+        models: The model and those nested in it that are planned with it, each
+            with the graph that the plan was derived from.
+    """
+
+    layers: tuple
+    routes: dict
+    models: tuple
+
+    def covers(self, model):
+        return any(model is planned for planned, _ in self.models)
+
+    def is_current(self):
+        """Whether the models still have the graphs that were planned."""
+        return all(graph_of(model) is graph for model, graph in self.models)
+
+
+class _Run:
+    """One run of a planned graph; computes the factors of all layers at once."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        self._of_layers = None
+        self._of_classes = {}
+
+    def factors(self, layers):
+        if len(layers) == 1:
+            return self._factors_of_one(layers[0])
+        if layers not in self._of_classes:
+            ups, downs = zip(*map(self._factors_of_one, layers), strict=True)
+            self._of_classes[layers] = ops.min(ops.stack(ups)), ops.max(ops.stack(downs))
+        return self._of_classes[layers]
+
+    def _factors_of_one(self, layer):
+        if self._of_layers is None:
+            layers = self.plan.layers
+            factors = factor_of(ops.stack([each.loss_scale.value for each in layers]))
+            ups, downs = (ops.unstack(each, len(layers)) for each in (factors, 1 / factors))
+            self._of_layers = dict(zip(map(id, layers), zip(ups, downs, strict=True), strict=True))
+        return self._of_layers[id(layer)]
+
+
+@contextlib.contextmanager
+def running(plan):
+    """Makes `plan` hold for the `LossScaled` layers called inside; `None` for none."""
+    token = _running.set(plan and _Run(plan))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def is_covered(model):
+    """Whether the plan that holds includes the graph of `model`."""
+    run = _running.get()
+    return run is not None and run.plan.covers(model)
+
+
+def route_of(layer):
+    """The `Route` of `layer` under the plan that holds, `None` if there is none."""
+    run = _running.get()
+    return run and run.plan.routes.get(id(layer))
+
+
+def factors(layers):
+    """2**r and 2**-r of a class, two float32 scalars in the running computation.
+
+    Args:
+        layers: A tuple, the class: those at whose smallest scale it travels. A single layer
+            need not be in the plan that holds.
+    """
+    if route_of(layers[0]):
+        return _running.get().factors(layers)
+    factor = factor_of(layers[0].loss_scale.value)
+    return factor, 1 / factor

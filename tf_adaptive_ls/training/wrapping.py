@@ -1,0 +1,338 @@
+"""`wrap_model` and `strip_model`: a model with a loss scale per layer, and back."""
+
+import collections
+import functools
+import math
+import warnings
+
+import keras
+
+from tf_adaptive_ls.training import scale_plan
+from tf_adaptive_ls.training.keras_internals import (
+    arguments_of_compile,
+    graph_of,
+    parts_of,
+    variables_built_for,
+)
+from tf_adaptive_ls.training.loss_scaled import LossScaled, release, wrapper_of
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.planning import is_plain_keras_layer, plan_of
+
+
+def wrap_model(model, *, layer_filter=None):
+    """Gives every layer with trainable weights a loss scale of its own.
+
+    The result is a model of the same class around the same layers: weights and
+    inputs are shared with `model`, outputs and names are as there. It runs its
+    graph under a scale plan (see `scale_plan`), also after saving and loading. A
+    compiled model comes back compiled, with an `AdaptiveLossScaleOptimizer` around
+    a copy of its optimizer and of that one's state, unless its class has a
+    `compile` of its own.
+
+    Layers that are wrapped already, in `model` or in another model, keep their
+    wrapper. Nested Functional and Sequential models are wrapped in turn, any other
+    layer as a whole.
+
+    Args:
+        model: A Functional model or a built Sequential model.
+        layer_filter: Function `layer -> bool`. Layers for which it is false are
+            not wrapped; gradients pass them at the optimizer's loss scale.
+
+    Returns:
+        The wrapped model. `model` is left as it was.
+
+    Raises:
+        ValueError: If `model` is anything else.
+    """
+    _check_is_graph(model, "wrap_model")
+    if layer_filter is not None and not callable(layer_filter):
+        raise ValueError(
+            "Expected `layer_filter` to be a function that takes a layer and returns "
+            f"whether to wrap it. Received: layer_filter={layer_filter!r}."
+        )
+
+    def wrapped(operation):
+        if not isinstance(operation, keras.layers.Layer) or isinstance(operation, LossScaled):
+            return operation
+        if not operation.trainable_weights:
+            return _fresh_if_stateless(operation)
+        if _why_not_a_graph(operation) is None:
+            return rebuilt(operation)
+        if layer_filter is not None and not layer_filter(operation):
+            return operation
+        if wrapper_of(operation) is None:
+            LossScaled(operation)
+            newly_wrapped.append(operation)
+        return wrapper_of(operation)
+
+    def rebuilt(model):
+        return _rebuilt(model, converted, _planned_class(_plain_class(model)))
+
+    newly_wrapped = []
+    converted = _once_per_operation(wrapped)
+    try:
+        result = rebuilt(model)
+        if model.compiled:
+            _compile_like(model, result, AdaptiveLossScaleOptimizer)
+    except Exception:
+        for layer in newly_wrapped:
+            release(layer)
+        raise
+    return result
+
+
+def strip_model(model):
+    """Takes all `LossScaled` layers out of a model again.
+
+    The result is a plain Keras model around the same layers, with the weights as
+    they are: it can be saved, exported and loaded without this library. If `model`
+    is compiled so is the result, with a copy of the inner optimizer and its state.
+
+    Args:
+        model: A Functional model or a built Sequential model.
+
+    Returns:
+        The plain model. `model` is left as it was.
+
+    Raises:
+        ValueError: If `model` is anything else, or if a layer other than a nested
+            model uses `LossScaled` layers inside.
+    """
+    _check_is_graph(model, "strip_model")
+
+    def stripped(operation):
+        if isinstance(operation, LossScaled):
+            operation = operation.layer
+        elif isinstance(operation, keras.Model) and _why_not_a_graph(operation) is None:
+            return rebuilt(operation)
+        if not isinstance(operation, keras.layers.Layer):
+            return operation
+        _check_has_none_inside(operation)
+        return _fresh_if_stateless(operation)
+
+    def rebuilt(model):
+        return _rebuilt(model, converted, _plain_class(model))
+
+    converted = _once_per_operation(stripped)
+    result = rebuilt(model)
+    if model.compiled:
+        _compile_like(model, result, lambda inner_optimizer, initial_scale: inner_optimizer)
+    return result
+
+
+_registered = keras.saving.register_keras_serializable("tf_adaptive_ls", "LossScaledModel")
+
+
+@_registered
+class LossScaledModel:
+    """Mixin for models that run their graph under its scale plan.
+
+    There is one subclass for every class of model, but all are saved under this
+    name: it is the only one that is sure to be registered when a file is loaded.
+    """
+
+    base_class = None
+    _plan = None
+
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        if scale_plan.is_covered(self):
+            return super().call(inputs, training=training, mask=mask, **kwargs)
+        if self._plan is None or not self._plan.is_current():
+            self._plan = plan_of(self)
+        with scale_plan.running(self._plan):
+            return super().call(inputs, training=training, mask=mask, **kwargs)
+
+    def make_train_function(self, force=False):
+        known = isinstance(self.optimizer, AdaptiveLossScaleOptimizer)
+        if not known and (self.train_function is None or force):
+            warnings.warn(
+                f"Model '{self.name}' has LossScaled layers, but is compiled with "
+                f"{type(self.optimizer).__name__}, which leaves their scales at 1. "
+                "Compile it with AdaptiveLossScaleOptimizer.",
+                stacklevel=3,
+            )
+        return super().make_train_function(force)
+
+    def get_config(self):
+        base_class = keras.saving.get_registered_name(self.base_class)
+        return {**super().get_config(), "base_class": base_class}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        if cls.base_class is not None:
+            return super().from_config(config, custom_objects=custom_objects)
+        config = dict(config)
+        name = config.pop("base_class")
+        known = {"Functional": _functional_class(), "Sequential": keras.Sequential}
+        base_class = known.get(name) or keras.saving.get_registered_object(name, custom_objects)
+        if base_class is None:
+            raise ValueError(
+                f"Expected the class '{name}' of the saved model to be known. Received: "
+                "no class registered under that name. Decorate it with "
+                "`keras.saving.register_keras_serializable`, or name it in "
+                "`custom_objects`."
+            )
+        return _planned_class(base_class).from_config(config, custom_objects=custom_objects)
+
+
+@functools.cache
+def _planned_class(base_class):
+    """The class of wrapped models of `base_class`."""
+    name = f"LossScaled{base_class.__name__}"
+    planned_class = type(name, (LossScaledModel, base_class), {"base_class": base_class})
+    # The name stands for the subclass when saving, for the mixin when loading.
+    _registered(planned_class)
+    _registered(LossScaledModel)
+    return planned_class
+
+
+def _plain_class(model):
+    return getattr(model, "base_class", type(model))
+
+
+@functools.cache
+def _functional_class():
+    """The class of Functional models, which Keras does not export."""
+    tensor = keras.Input(())
+    return type(keras.Model(tensor, keras.layers.Identity()(tensor)))
+
+
+def _once_per_operation(convert):
+    """`convert`, but shared layers stay shared."""
+    results = {}
+
+    def converted(operation):
+        if id(operation) not in results:
+            results[id(operation)] = convert(operation)
+        return results[id(operation)]
+
+    return converted
+
+
+def _rebuilt(model, converted, model_class):
+    """A `model_class` with the graph of `model`, each operation `converted`."""
+    if isinstance(model, keras.Sequential):
+        layers = [model.inputs[0], *map(converted, model.layers)]
+        return model_class(layers, trainable=model.trainable, name=model.name)
+    # By way of an uncompiled model, since cloning would compile anew.
+    graph = keras.models.clone_model(
+        keras.Model(model.input, model.output),
+        input_tensors=model.input,
+        clone_function=converted,
+    )
+    return model_class(graph.input, graph.output, name=model.name, trainable=model.trainable)
+
+
+def _fresh_if_stateless(layer):
+    """A layer like `layer`, if it is one of Keras without any state, or `layer` itself.
+
+    So that `layer.output` of a layer of the result belongs to the result's graph.
+    """
+    if not is_plain_keras_layer(layer) or layer.variables or len(parts_of(layer)) > 1:
+        return layer
+    return type(layer).from_config(layer.get_config())
+
+
+def _compile_like(model, result, make_optimizer):
+    """Compiles `result` as `model` is, with a copy of its optimizer and its state."""
+    if type(model).compile is not keras.Model.compile:
+        return  # only its author knows what it takes
+    config = arguments_of_compile(model)
+    optimizer, loss_scale = model.optimizer, 2.0**15
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if optimizer.built:
+            loss_scale = 2.0 ** math.floor(math.log2(float(optimizer.dynamic_scale.numpy())))
+        optimizer = optimizer.inner_optimizer
+    if optimizer is None:
+        result.compile(**config)
+        return
+    copy = type(optimizer).from_config(optimizer.get_config())
+    result.compile(**{**config, "optimizer": make_optimizer(copy, initial_scale=loss_scale)})
+    if optimizer.built:
+        # A twin of the old optimizer tells what each of its variables is for.
+        twin = type(optimizer).from_config(optimizer.get_config())
+        roles = _roles_of_variables(twin, lambda: twin.build(variables_built_for(optimizer)))
+        values = dict(zip(roles, optimizer.variables, strict=True))
+        roles = _roles_of_variables(
+            copy, lambda: result.optimizer.build(result.trainable_variables)
+        )
+        for role, variable in zip(roles, copy.variables, strict=True):
+            if role in values:
+                variable.assign(values[role])
+
+
+def _roles_of_variables(optimizer, build):
+    """Builds an optimizer, and tells what each of its variables is for.
+
+    Returns:
+        A list of pairs, one for each of `optimizer.variables`: the `id` of the weight
+        that it belongs to, or `None`; and how many before it belong to the same.
+    """
+    weight_of = {}
+    add = optimizer.add_variable_from_reference
+
+    def recording(reference_variable, *args, **kwargs):
+        variable = add(reference_variable, *args, **kwargs)
+        weight_of[id(variable)] = id(reference_variable)
+        return variable
+
+    optimizer.add_variable_from_reference = recording
+    try:
+        build()
+    finally:
+        del optimizer.add_variable_from_reference
+    counts = collections.Counter()
+    roles = []
+    for variable in optimizer.variables:
+        weight = weight_of.get(id(variable))
+        roles.append((weight, counts[weight]))
+        counts[weight] += 1
+    return roles
+
+
+def _check_is_graph(model, function):
+    reason = _why_not_a_graph(model)
+    if reason is not None:
+        raise ValueError(
+            f"`{function}` expected a Functional or a built Sequential model. "
+            f"Received: {model!r} (of type {type(model).__name__}), {reason}"
+        )
+
+
+def _why_not_a_graph(model):
+    """What keeps `model` from being rebuilt from its graph, `None` if nothing does."""
+    if not isinstance(model, keras.Model):
+        return "which is not a model. Wrap a single layer with `LossScaled(layer)`."
+    plain, functional = _plain_class(model), _functional_class()
+    if isinstance(model, keras.Sequential):
+        if graph_of(model) is None:
+            return (
+                "which has no graph yet. Start it with a `keras.Input`, or call "
+                "`model.build(input_shape)`, first."
+            )
+        known_call, signature = keras.Sequential.call, keras.Sequential.__init__
+    elif isinstance(model, functional):
+        known_call, signature = functional.call, functional.__init__
+    else:
+        return (
+            "which is a subclassed model and has no graph. Wrap its layers where you "
+            "create them, in `__init__`: `self.dense = LossScaled(keras.layers.Dense(8))`."
+        )
+    if plain.call is not known_call or plain.__init__ is not signature:
+        return (
+            f"whose class {plain.__name__} has a `call` or `__init__` of its own, which a "
+            "copy of its graph would not follow. Wrap its layers where you create them, "
+            "or wrap `keras.Model(model.input, model.output)`."
+        )
+    return None
+
+
+def _check_has_none_inside(layer):
+    inside = [each.name for each in parts_of(layer) if isinstance(each, LossScaled)]
+    if inside:
+        raise ValueError(
+            "`strip_model` expected LossScaled layers only in the graph of the model and of "
+            f"models nested in it. Received: layer '{layer.name}' (of type "
+            f"{type(layer).__name__}), which has some inside: {inside}. Build that layer "
+            "without them and copy its weights."
+        )
