@@ -143,13 +143,35 @@ def test_an_initial_scale_that_is_one(scale):
 @pytest.mark.parametrize(
     "setting",
     [{"underflow": s} for s in (0, 1, -0.1, 2, "x", None, True)]
-    + [{"headroom": h} for h in (-1, 29, 2.5, "x", None, True)],
+    + [{"headroom": h} for h in (-1, 2.5, "x", None, True)],
     ids=str,
 )
 def test_impossible_rule_settings(rule, setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"Expected `{name}`"):
         rule(**setting)
+
+
+@pytest.mark.parametrize("rule", [als.QuantileRule, als.GaussianRule])
+def test_headroom_that_the_format_in_use_does_not_have(rule, mixed_float16):
+    layer = scaled_dense()
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd", rule=rule(headroom=29))
+    with pytest.raises(ValueError, match="less than the 29 binades"):
+        optimizer.build(layer.trainable_variables)
+    als.AdaptiveLossScaleOptimizer("sgd", rule=rule(headroom=28)).build(layer.trainable_variables)
+
+
+def test_a_rule_that_backs_off_by_no_whole_number():
+    class Timid(als.FixedRule):
+        def backoff(self, float_format):
+            return 0.5
+
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd", rule=Timid())
+    with (
+        pytest.warns(UserWarning, match="none of its LossScaled layers"),
+        pytest.raises(ValueError, match="`backoff` to be a whole number"),
+    ):
+        optimizer.build(scaled_dense().trainable_variables)
 
 
 @pytest.mark.parametrize("forget", [-0.1, np.inf, np.nan, "x", None, True])

@@ -87,7 +87,7 @@ def of_two_layers(gradients=(), owner=(), arrived=(), produced=(), r=(0, 0), **o
             vector += report_of_products([produced[layer]], narrow=[True])
         reports.append(vector)
     weights = [[i for i, of in enumerate(owner) if of == layer] for layer in range(2)]
-    settings = {"narrow": np.array([True, True]), "sampled": True, "float_format": FLOAT16}
+    settings = {"narrow": np.array([True, True]), "sampled": True, "float_formats": [FLOAT16] * 2}
     evidence = evidence_of(
         Report.unpacked(np.stack(reports)),
         list(gradients),

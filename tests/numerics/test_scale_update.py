@@ -28,11 +28,11 @@ class Moving(als.ScaleRule):
         return np.float32(self.by), np.maximum(memory, np.array(top)[:, None])
 
 
-def spectra(*of_layers, float_format=FLOAT16):
+def spectra(*of_layers):
     counts = [
-        spectrum.spectrum(np.float32(values), float_format)
+        spectrum.spectrum(np.float32(values), FLOAT16)
         if len(values)
-        else np.zeros(spectrum.num_bins(float_format))
+        else np.zeros(spectrum.num_bins(FLOAT16))
         for values in of_layers
     ]
     return np.float32(counts)
@@ -48,16 +48,16 @@ def evidence(produced=((1.0,), (1.0,)), arrived=(NOTHING, NOTHING), sampled=True
     return seen._replace(**fields)
 
 
-def layer_states(*log2_scales, float_format=FLOAT16, memory_size=1, **fields):
-    states = initial_layer_states(len(log2_scales), memory_size, float_format)
+def layer_states(*log2_scales, memory_size=1, **fields):
+    states = initial_layer_states(len(log2_scales), memory_size)
     return states._replace(log2_scales=np.float32(log2_scales), **fields)
 
 
-def loss_state(log2_scale=15, steps_to_sample=0, memory=(NOTHING_SEEN,)):
+def loss_state(log2_scale=15, steps_to_sample=0, memory=((NOTHING_SEEN,),)):
     return LossState(np.float32(log2_scale), np.float32(memory), np.int32(steps_to_sample))
 
 
-def updated(layers, loss, seen, rule=None, float_format=FLOAT16, **options):
+def updated(layers, loss, seen, rule=None, float_formats=None, **options):
     options = {"restart": 15, "sample_every": 10} | options
     number = len(layers.log2_scales)
     layers, loss = update(
@@ -65,7 +65,7 @@ def updated(layers, loss, seen, rule=None, float_format=FLOAT16, **options):
         loss,
         seen,
         rule=rule or Moving((0,) * (number + 1)),
-        float_format=float_format,
+        float_formats=float_formats or [FLOAT16] * number,
         **{"flow": flow(range(number))} | options,
     )
     as_arrays = type(layers)(*map(np.array, layers))
@@ -178,7 +178,7 @@ def test_layers_move_by_what_they_produced_and_s_by_what_arrived_at_it():
         for e in (2.0**-20, 2.0**10)
     ]
     of_s = rule(spectra((8.0, 32.0)), spectra((8.0, 32.0)), unknown, FLOAT16)[0][0]
-    found = moves(seen, layer_states(0, 0), loss_state(), rule, FLOAT16, restart=15)
+    found = moves(seen, layer_states(0, 0), loss_state(), rule, [FLOAT16] * 2, restart=15)
     assert np.array(found.layers).tolist() == expected
     assert found.loss == of_s != 0
 
@@ -224,7 +224,7 @@ def test_what_is_remembered_is_of_gradients_without_any_scale():
     seen = evidence([(2.0**3,), (2.0**-2,)], [(2.0**7,), ()])
     layers, loss = updated(layer_states(4, -5), loss_state(15), seen, Moving((1, 2, 3)))
     np.testing.assert_array_equal(layers.memory[:, 0], [3 - 4 - 15, -2 + 5 - 15])
-    assert loss.memory[0] == 7 - 15
+    assert loss.memory[0, 0] == 7 - 15
     # Nothing is larger at other scales either, so it stays.
     weaker = evidence([(2.0**-20,)] * 2, [(2.0**-20,), ()])
     again, _ = updated(layers, loss, weaker, Moving((-7, 6, 5)))
@@ -263,7 +263,7 @@ def test_when_to_sample_next(steps_to_sample, finite, moved, expected, sample_ev
     loss = loss_state(steps_to_sample=steps_to_sample)
     for move, move_of_loss in (([0, moved], 0), ([0, 0], moved)):
         move, move_of_loss = np.float32(move), np.float32(move_of_loss)
-        wait = next_sample(loss, finite, move, move_of_loss, 10.0, sample_every)
+        wait = next_sample(loss, finite, move, move_of_loss, np.float32([10, 10]), sample_every)
         assert wait == expected
 
 
@@ -282,19 +282,45 @@ def test_spectra_are_kept_with_the_scale_of_their_step():
 def test_any_format_will_do(name):
     """Gradients from 2^-3 to 2^2 end where the format has most room for them."""
     float_format = als.FloatFormat(name)
-    layers = layer_states(0, float_format=float_format)
-    loss = loss_state(0)
+    layers, loss = layer_states(0), loss_state(0)
     rule = als.QuantileRule(headroom=2)
     for _ in range(3):
         total = float(loss.log2_scale + layers.log2_scales[0])
-        counts = spectra(np.exp2(total + np.arange(-3.0, 3.0)), float_format=float_format)
-        nothing = np.zeros_like(counts)
-        whole = np.zeros(1, "float32")
-        seen = Evidence(np.float32(0), whole, whole, nothing, nothing, counts, counts)
-        layers, loss = updated(layers, loss, seen, rule, float_format)
+        gradients = np.exp2(total + np.arange(-3.0, 3.0))
+        layers, loss = updated(layers, loss, evidence([gradients], [()]), rule, [float_format])
     top = 2 + layers.log2_scales[0] + loss.log2_scale
     spare = float_format.max_exponent - float_format.min_normal_exponent - 5
     assert top == float_format.max_exponent - max(spare // 2, 2)
+
+
+def test_layers_of_several_formats_move_each_in_its_own_and_s_by_the_least():
+    formats = [als.FloatFormat("float8_e4m3fn"), FLOAT16, als.FloatFormat("float8_e4m3fn")]
+    produced, arrived = [(0.25,), (4.0,), (2.0**-7,)], [(1.0,), (2.0,), ()]
+    layers, loss = layer_states(0, 0, 0), loss_state(0, memory=[[NOTHING_SEEN]] * 2)
+    rule = als.QuantileRule(headroom=2)
+    together, loss_of_all = updated(layers, loss, evidence(produced, arrived), rule, formats)
+    losses = []
+    for float_format in set(formats):
+        places = [i for i, each in enumerate(formats) if each == float_format]
+        of_one, of_loss = updated(
+            layer_states(*[0] * len(places)),
+            loss_state(0),
+            evidence([produced[i] for i in places], [arrived[i] for i in places]),
+            rule,
+            [float_format] * len(places),
+        )
+        np.testing.assert_array_equal(
+            (together.log2_scales + loss_of_all.log2_scale)[places],
+            of_one.log2_scales + of_loss.log2_scale,
+        )
+        np.testing.assert_array_equal(together.memory[places], of_one.memory)
+        losses.append(of_loss.log2_scale)
+    assert loss_of_all.log2_scale == min(losses) < max(losses)
+    skipped = evidence(
+        produced, arrived, produced_broken=flags("x.."), weights_broken=np.float32(1)
+    )
+    lowered, _ = updated(layer_states(20, 20, 20), loss, skipped, rule, formats)
+    assert lowered.log2_scales.tolist() == [20 - rule.backoff(formats[0]), 20, 20]
 
 
 # Evidence.

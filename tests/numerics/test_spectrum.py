@@ -10,6 +10,7 @@ from steps import MODES
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, narrowest
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE
 
 FLOAT16 = als.FloatFormat("float16")
@@ -203,3 +204,35 @@ def test_a_sample_of_a_tensor_of_unknown_size(size):
     values = sampled(x).numpy()
     assert values.shape == (SAMPLE_SIZE,)
     assert values[0] < max(size / SAMPLE_SIZE, 1) and values[-1] >= size - size / SAMPLE_SIZE - 1
+
+
+@pytest.mark.parametrize("name", ["float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"])
+def test_counts_of_one_format_are_those_of_a_narrower_one(name):
+    values = np.exp2(np.arange(-26, 17, dtype="float32")) * np.float32(1.5)
+    values = np.concatenate([values, [0, np.inf]]).astype("float32")
+    target = als.FloatFormat(name)
+    rebinned = spectrum.rebinned(counts_of(*values), FLOAT16, target)
+    np.testing.assert_array_equal(rebinned, spectrum.spectrum(values, target))
+    # All narrow formats find their binades among those that spectra are counted in.
+    assert set(target.exponents) <= set(COUNTING_FORMAT.exponents)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (["float32"], "float32"),
+        (["float32", "float16", "bfloat16"], "float16"),
+        (["float16", "float8_e5m2"], "float8_e5m2"),
+        (["float8_e5m2", "float8_e4m3fn"], "float8_e4m3fn"),
+    ],
+)
+def test_the_narrowest_of_several_formats(dtypes, expected):
+    found = narrowest(dtypes)
+    assert found.name == expected
+    assert found.is_narrow == (expected != "float32")
+
+
+def test_which_formats_are_narrow():
+    names = ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]
+    narrow = [name for name in names if als.FloatFormat(name).is_narrow]
+    assert narrow == ["float16", "float8_e4m3fn", "float8_e5m2"]

@@ -31,7 +31,7 @@ def run_of_size(moments, layers):
     return als.Run(
         layers=[f"block/with_a_rather_long_name/{i}" for i in range(layers)],
         classes=["Dense"] * layers,
-        float_format=als.FloatFormat("float16"),
+        float_formats=[als.FloatFormat("float16")] * layers,
         steps=100 * np.arange(1, moments + 1),
         skipped_steps=(np.arange(moments) >= 2).astype(int),
         log2_loss_scale=np.full(moments, 15),

@@ -12,12 +12,13 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, dense
 
 
 class Evidence(NamedTuple):
-    """What a step tells; all float32.
+    """What a step tells; all float32, spectra of `COUNTING_FORMAT`.
 
     A layer *produces* the gradients of its inputs and of its weights. "Peaks" are the
     largest magnitude of each gradient.
@@ -103,7 +104,7 @@ class Ownership(NamedTuple):
         return power_of_two(log2_scales)
 
 
-def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, float_format):
+def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, float_formats):
     """Turns what was seen into counts.
 
     Args:
@@ -111,9 +112,9 @@ def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, 
         gradients: List of all gradients of weights, at scale S.
         ownership: Their `Ownership`.
         log2_scales: r of each layer, float32 `[layers]`.
-        narrow: Whether each layer computes in `float_format`, NumPy `[layers]`.
+        narrow: Whether each layer computes in a narrow format, NumPy `[layers]`.
         sampled: Whether samples are asked for, a boolean scalar.
-        float_format: The `FloatFormat` of narrow gradients.
+        float_formats: The `FloatFormat` of each layer, a list.
 
     Returns:
         An `Evidence`.
@@ -139,7 +140,7 @@ def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, 
     )
     any_produced = ops.logical_or(any_input, np.logical_and(narrow, ownership.is_weight.any(1)))
 
-    overflow = 2.0 ** (float_format.max_exponent + 1)
+    overflow = np.exp2(np.float32([each.max_exponent + 1 for each in float_formats]))
     arrived_whole = ops.logical_and(
         reports.arrived_at_s < overflow, ops.isfinite(reports.arrived_otherwise)
     )
@@ -148,13 +149,13 @@ def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, 
     )
 
     def counts(values):
-        return spectrum.spectrum(values, float_format)
+        return spectrum.spectrum(values, COUNTING_FORMAT)
 
     def counts_of_one(values):
         return counts(ops.maximum(values, 0.0)[:, None])
 
     # An output that nothing uses sends zeros back on purpose.
-    nonzero = np.ones(spectrum.num_bins(float_format), "float32")
+    nonzero = np.ones(spectrum.num_bins(COUNTING_FORMAT), "float32")
     nonzero[spectrum.ZERO] = 0.0
     arrived_peaks = counts_of_one(reports.arrived_at_s) * nonzero
     produced_peaks = counts_of_one(largest) + counts_of_one(smallest)

@@ -64,9 +64,26 @@ class FloatFormat:
         return _exponent(self.smallest_subnormal)
 
     @property
+    def is_narrow(self):
+        """Whether it lacks the range of float32, so that gradients need a scale."""
+        return self.max_exponent < FloatFormat("float32").max_exponent
+
+    @property
     def exponents(self):
         """All binades from `min_exponent` to `max_exponent`, a `range`."""
         return range(self.min_exponent, self.max_exponent + 1)
+
+
+# What spectra of layers of several formats are counted in: it has every binade that any
+# narrow format has. And what is taken for the format of layers that have a wide one, whose
+# neighbours may have a narrow one.
+COUNTING_FORMAT = FloatFormat("float16")
+
+
+def narrowest(dtypes):
+    """The `FloatFormat` with the least range of several, given by name."""
+    formats = map(FloatFormat, dtypes)
+    return min(formats, key=lambda each: (each.max_exponent, -each.min_exponent))
 
 
 def _exponent(value):

@@ -10,7 +10,6 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # An exponent below any that a gradient has.
 NOTHING_SEEN = -1024.0
@@ -36,6 +35,15 @@ class ScaleRule(abc.ABC):
     def memory_size(self):
         """How many numbers the rule keeps about each layer, an int >= 0."""
         return 0
+
+    def check(self, float_format):
+        """Raises a `ValueError` if the rule cannot be used for gradients of that format."""
+        backoff = self.backoff(float_format)
+        if not isinstance(backoff, int) or backoff < 0:
+            raise ValueError(
+                "Expected a rule's `backoff` to be a whole number of binades, at least 0. "
+                f"Received: {backoff!r} from {self!r} for {float_format.name}."
+            )
 
     @abc.abstractmethod
     def __call__(self, samples, peaks, memory, float_format):
@@ -120,6 +128,10 @@ class QuantileRule(ScaleRule):
         _check_headroom(self.headroom)
         _check_forget(self.forget)
 
+    def check(self, float_format):
+        super().check(float_format)
+        _check_headroom_fits(self.headroom, float_format)
+
     @property
     def memory_size(self):
         return 1
@@ -170,6 +182,10 @@ class GaussianRule(ScaleRule):
     def __post_init__(self):
         _check_share("underflow", self.underflow)
         _check_headroom(self.headroom)
+
+    def check(self, float_format):
+        super().check(float_format)
+        _check_headroom_fits(self.headroom, float_format)
 
     def __call__(self, samples, peaks, memory, float_format):
         # The mean square over a binade [v, 2v) of even density is 7/3 v**2. The
@@ -242,12 +258,18 @@ def _check_forget(value):
 
 
 def _check_headroom(value):
-    # A format narrower than float16 may hold less: the rule is then all headroom.
-    float16 = FloatFormat("float16")
-    most = float16.max_exponent - float16.min_normal_exponent
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < most:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(
-            "Expected `headroom` to be a whole number of binades, at least 0 and "
-            f"less than the {most} that float16 has. Received: headroom={value!r}. "
-            "QuantileRule's default is 5."
+            "Expected `headroom` to be a whole number of binades, at least 0. "
+            f"Received: headroom={value!r}. QuantileRule's default is 5."
+        )
+
+
+def _check_headroom_fits(value, float_format):
+    most = float_format.max_exponent - float_format.min_normal_exponent
+    if value >= most:
+        raise ValueError(
+            f"Expected `headroom` to be less than the {most} binades between the smallest and "
+            f"the largest normal value of {float_format.name}, which layers of the model "
+            f"compute in. Received: headroom={value}. QuantileRule's default is 5."
         )

@@ -9,17 +9,13 @@ state is stacked, in the optimizer.
 import dataclasses
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
-
-# The scale keeps gradients inside this format.
-FORMAT = FloatFormat("float16")
 
 # Bound of log2 scales, of layers and of the loss alike, either way. The largest
 # shift between two layers is then 2**120, which float32 holds.
@@ -37,7 +33,7 @@ class LayerStates(NamedTuple):
             are without any scale, so that they stay right however scales move.
         overflows: On how many steps each made finite gradients non-finite, `[layers]`.
         spectra: Those of the last sample of what each produced, and of its peaks,
-            `[layers, 2, bins]`.
+            `[layers, 2, bins]`, of `COUNTING_FORMAT`.
         log2_sampled_at: log2 of the scale S * 2**r that these were taken at, `[layers]`.
     """
 
@@ -53,8 +49,8 @@ class LossState(NamedTuple):
 
     Attributes:
         log2_scale: log2(S), a float32 scalar.
-        memory: What the rule remembers of what arrives at S, float32 `[n]`; as that of
-            layers.
+        memory: What the rule remembers of what arrives at S in each format that layers
+            have, float32 `[formats, n]`; as that of layers.
         steps_to_sample: How many steps to go before one is sampled, an int32 scalar.
     """
 
@@ -84,9 +80,9 @@ def initial_scale(shape=(2,), dtype="float32"):
     return ops.convert_to_tensor(np.array([0, 1], dtype))
 
 
-def initial_layer_states(num_layers, memory_size, float_format):
+def initial_layer_states(num_layers, memory_size):
     """`LayerStates` before anything was seen, of NumPy arrays; r is 0."""
-    bins = spectrum.num_bins(float_format)
+    bins = spectrum.num_bins(COUNTING_FORMAT)
     return LayerStates(
         np.zeros(num_layers, "float32"),
         np.full((num_layers, memory_size), NOTHING_SEEN, "float32"),
@@ -115,17 +111,19 @@ class Reading:
     peaks: spectrum.Spectrum
 
     @classmethod
-    def of(cls, state):
+    def of(cls, state, float_format):
         """Reads the `LayerStates` of one layer, of NumPy arrays."""
-        spectra = [spectrum.Spectrum(np.array(each), FORMAT) for each in state.spectra]
+        spectra = spectrum.rebinned(np.array(state.spectra), COUNTING_FORMAT, float_format)
+        spectra = [spectrum.Spectrum(each, float_format) for each in spectra]
         return cls(
             int(state.log2_scales), int(state.log2_sampled_at), int(state.overflows), *spectra
         )
 
     @classmethod
-    def of_unknown(cls, log2_scale):
+    def of_unknown(cls, log2_scale, float_format):
         """When nothing is known but r."""
-        nothing = spectrum.Spectrum(np.zeros(spectrum.num_bins(FORMAT), "float32"), FORMAT)
+        counts = np.zeros(spectrum.num_bins(float_format), "float32")
+        nothing = spectrum.Spectrum(counts, float_format)
         return cls(log2_scale, 0, 0, nothing, nothing)
 
     @property
@@ -135,9 +133,3 @@ class Reading:
             return None
         low, high = self.spectrum.binades
         return low - self.log2_sampled_at, high - self.log2_sampled_at
-
-
-def is_limited(dtype):
-    """Whether gradients of this dtype have no more range than `FORMAT`."""
-    dtype = keras.backend.standardize_dtype(dtype)
-    return FloatFormat(dtype).max_exponent <= FORMAT.max_exponent

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, LossState
 
 
@@ -33,15 +34,17 @@ class Moves(NamedTuple):
     Attributes:
         layers: Change of what each layer works at, S * 2**r, `[layers]`.
         loss: Change of log2(S), a scalar.
-        memory: Exponents at the scales before, `[layers + 1, n]`, S last.
+        memory: What is remembered of layers, `[layers, n]`.
+        memory_of_loss: What is remembered of what arrives at S, `[formats, n]`.
     """
 
     layers: Any
     loss: Any
     memory: Any
+    memory_of_loss: Any
 
 
-def update(layers, loss, evidence, *, rule, float_format, flow, restart, sample_every):
+def update(layers, loss, evidence, *, rule, float_formats, flow, restart, sample_every):
     """The state after a step.
 
     Args:
@@ -49,7 +52,7 @@ def update(layers, loss, evidence, *, rule, float_format, flow, restart, sample_
         loss: `LossState` in the step.
         evidence: The step's `Evidence`.
         rule: The `ScaleRule`.
-        float_format: The `FloatFormat` of the evidence.
+        float_formats: The `FloatFormat` of each layer, a list.
         flow: The `Flow` of gradients between the layers.
         restart: log2 of the S to go back to when all that arrives at S is zero.
         sample_every: Steps from one sample to the next, an int.
@@ -58,13 +61,13 @@ def update(layers, loss, evidence, *, rule, float_format, flow, restart, sample_
         The new `LayerStates` and `LossState`.
     """
     finite = evidence.finite
-    backoff = float(rule.backoff(float_format))
+    backoff = np.float32([rule.backoff(each) for each in float_formats])
     sampled = is_sampled(loss)
     layers_at_fault, loss_at_fault = at_fault(evidence, layers, flow)
-    ruled = moves(evidence, layers, loss, rule, float_format, restart)
+    ruled = moves(evidence, layers, loss, rule, float_formats, restart)
 
     move = ops.where(layers_at_fault, -backoff, ops.where(finite, ruled.layers, 0.0))
-    move_of_loss = ops.where(loss_at_fault, -backoff, ops.where(finite, ruled.loss, 0.0))
+    move_of_loss = ops.where(loss_at_fault, -max(backoff), ops.where(finite, ruled.loss, 0.0))
     log2_scale = _bounded(loss.log2_scale + move_of_loss)
     # A change of S by the rule moves no layer.
     taken_back = ops.where(finite, log2_scale - loss.log2_scale, 0.0)
@@ -72,25 +75,23 @@ def update(layers, loss, evidence, *, rule, float_format, flow, restart, sample_
     log2_scales = _held(log2_scales, move, flow.held_to)
 
     seen = ops.sum(evidence.produced_peaks, axis=-1) > 0
-    totals = _totals(layers, loss)
-    memory = ruled.memory - totals[:, None]
     kept = ops.logical_and(seen, finite)
     fresh = ops.logical_and(kept, sampled)
     return (
         LayerStates(
             log2_scales,
-            ops.where(kept[:, None], memory[:-1], layers.memory),
+            ops.where(kept[:, None], ruled.memory, layers.memory),
             layers.overflows + ops.cast(layers_at_fault, "float32"),
             ops.where(
                 fresh[:, None, None],
                 ops.stack([evidence.produced, evidence.produced_peaks], axis=1),
                 layers.spectra,
             ),
-            ops.where(fresh, totals[:-1], layers.log2_sampled_at),
+            ops.where(fresh, layers.log2_scales + loss.log2_scale, layers.log2_sampled_at),
         ),
         LossState(
             log2_scale,
-            ops.where(finite, memory[-1], loss.memory),
+            ops.where(finite, ruled.memory_of_loss, loss.memory),
             next_sample(loss, finite, move, log2_scale - loss.log2_scale, backoff, sample_every),
         ),
     )
@@ -125,20 +126,53 @@ def at_fault(evidence, layers, flow):
     return made_it, ops.logical_and(skipped, ops.logical_not(ops.any(made_it)))
 
 
-def moves(evidence, layers, loss, rule, float_format, restart):
-    """What the rule says: of each layer by what it produced, of S by what arrived at it."""
-    samples_at_s = ops.sum(evidence.arrived, axis=0, keepdims=True)
-    peaks_at_s = ops.sum(evidence.arrived_peaks, axis=0, keepdims=True)
-    memory = ops.concatenate([layers.memory, loss.memory[None]]) + _totals(layers, loss)[:, None]
-    changes, memory = rule(
-        ops.concatenate([evidence.produced, samples_at_s]),
-        ops.concatenate([evidence.produced_peaks, peaks_at_s]),
-        memory,
-        float_format,
-    )
-    nothing_arrived = ops.equal(spectrum.nonzero_total(peaks_at_s[0]), 0)
+def moves(evidence, layers, loss, rule, float_formats, restart):
+    """What the rule says: of each layer by what it produced, of S by what arrived at it.
+
+    The rule is asked once for all layers of a format, and for S as if it were one more of
+    them; S moves by the least that it says for any.
+    """
+    places_of = {}
+    for place, float_format in enumerate(float_formats):
+        places_of.setdefault(float_format, []).append(place)
+    results = []
+    for number, (float_format, places) in enumerate(places_of.items()):
+
+        def of_format(x, places=places):
+            return x if len(places_of) == 1 else ops.take(x, places, axis=0)
+
+        def counts(of_layers, at_s, of_format=of_format, float_format=float_format):
+            at_s = ops.sum(of_format(at_s), axis=0, keepdims=True)
+            together = ops.concatenate([of_format(of_layers), at_s])
+            return spectrum.rebinned(together, COUNTING_FORMAT, float_format)
+
+        peaks = counts(evidence.produced_peaks, evidence.arrived_peaks)
+        totals = ops.append(of_format(layers.log2_scales) + loss.log2_scale, loss.log2_scale)
+        memory = ops.concatenate([of_format(layers.memory), loss.memory[number][None]])
+        changes, memory = rule(
+            counts(evidence.produced, evidence.arrived),
+            peaks,
+            memory + totals[:, None],
+            float_format,
+        )
+        any_arrived = spectrum.nonzero_total(peaks[-1]) > 0
+        of_loss = ops.where(any_arrived, changes[-1], np.float32(np.inf))
+        results.append((changes[:-1], memory - totals[:, None], of_loss))
+    of_layers, memories, of_loss = zip(*results, strict=True)
+    order = np.argsort(np.concatenate(list(places_of.values())))
+    of_loss = ops.min(ops.stack(of_loss))
+    # Nothing but zeros arrived at S.
     back_up = ops.where(is_sampled(loss), ops.maximum(restart - loss.log2_scale, 0.0), 0.0)
-    return Moves(changes[:-1], ops.where(nothing_arrived, back_up, changes[-1]), memory)
+    return Moves(
+        _in_order(of_layers, order),
+        ops.where(ops.isfinite(of_loss), of_loss, back_up),
+        _in_order([memory[:-1] for memory in memories], order),
+        ops.stack([memory[-1] for memory in memories]),
+    )
+
+
+def _in_order(parts, order):
+    return parts[0] if len(parts) == 1 else ops.take(ops.concatenate(parts), order, axis=0)
 
 
 def next_sample(loss, finite, move, move_of_loss, backoff, sample_every):
@@ -149,8 +183,10 @@ def next_sample(loss, finite, move, move_of_loss, backoff, sample_every):
     a scale moves only because its gradients are about to overflow.
     """
     sampled = is_sampled(loss)
-    moved = ops.maximum(ops.max(ops.abs(move)), ops.abs(move_of_loss))
-    too_far = moved > ops.where(sampled, backoff, 0.0)
+    far = ops.where(sampled, backoff, 0.0)
+    too_far = ops.logical_or(
+        ops.any(ops.abs(move) > far), ops.abs(move_of_loss) > ops.where(sampled, max(backoff), 0.0)
+    )
     at_once = ops.logical_or(ops.logical_not(finite), too_far)
     wait = ops.where(sampled, sample_every - 1, ops.maximum(loss.steps_to_sample - 1, 0))
     return ops.where(at_once, 0, wait)
@@ -163,11 +199,6 @@ def _held(log2_scales, move, held_to):
     moved = ops.max(ops.where(held_to, ops.abs(move), 0.0), axis=1) + ops.abs(move) > 0
     limit = ops.min(ops.where(held_to, log2_scales, np.float32(np.inf)), axis=1)
     return ops.where(moved, ops.minimum(log2_scales, limit), log2_scales)
-
-
-def _totals(layers, loss):
-    """log2 of the scales that gradients were seen at, `[layers + 1]`, S last."""
-    return ops.append(layers.log2_scales + loss.log2_scale, loss.log2_scale)
 
 
 def _bounded(log2_scale):

@@ -11,6 +11,7 @@ lowest binade, those too large as non-finite.
 """
 
 import dataclasses
+import functools
 import math
 
 import keras
@@ -97,6 +98,23 @@ def spectrum(values, float_format):
     reached = ops.concatenate([total, reached], axis=-1)
     beyond = ops.concatenate([reached[..., 1:], ops.zeros_like(total)], axis=-1)
     return reached - beyond
+
+
+def rebinned(counts, source, target):
+    """Spectra `[…, bins]` of the format `source` as those of the format `target`."""
+    if source == target:
+        return counts
+    return counts @ _rebinning(source, target)
+
+
+@functools.cache
+def _rebinning(source, target):
+    matrix = np.zeros((num_bins(source), num_bins(target)), "float32")
+    matrix[ZERO, ZERO] = matrix[NONFINITE, NONFINITE] = 1.0
+    for place, exponent in enumerate(source.exponents, 1):
+        within = 1 + max(exponent - target.min_exponent, 0)
+        matrix[place, NONFINITE if exponent > target.max_exponent else within] = 1.0
+    return matrix
 
 
 def nonzero_total(counts):

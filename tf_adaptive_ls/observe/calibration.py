@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.scale_state import FORMAT, MAX_LOG2_SCALE
+from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.run_record import Moment
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
@@ -36,7 +36,8 @@ class LayerRange:
             for the smallest 0.1 %. `None` if all were zero.
         underflow: Estimated share of its gradients lost at that scale.
         subnormal: Share of them without full precision.
-        fits: Whether float16 holds all but 0.1 % of them.
+        float_format: The name of the format that it computes in.
+        fits: Whether that holds all but 0.1 % of them.
         lost_by_one_scale: How many of its binades would be lost under a single scale
             for all layers, as large as can be without any overflow.
     """
@@ -47,6 +48,7 @@ class LayerRange:
     binades: tuple | None
     underflow: float
     subnormal: float
+    float_format: str
     fits: bool
     lost_by_one_scale: int
 
@@ -80,7 +82,7 @@ class Calibration:
             "needs": "right",
             "underflow": "right",
             "subnormal": "right",
-            "float16": "left",
+            "format": "left",
             "lost by one scale": "right",
         }
         rows = (
@@ -92,7 +94,7 @@ class Calibration:
                 str(layer.binades[1] - layer.binades[0] + 1) if layer.binades else "",
                 f"{layer.underflow:.2%}" if layer.binades else "",
                 f"{layer.subnormal:.2%}" if layer.binades else "",
-                "fits" if layer.fits else "too small",
+                layer.float_format if layer.fits else f"{layer.float_format} is too small",
                 f"{layer.lost_by_one_scale} binades" if layer.lost_by_one_scale else "",
             )
             for layer in self.layers
@@ -198,8 +200,10 @@ def _calibration(named, moments, log2_loss_scale, settled, batches):
     for i, (name, layer) in enumerate(named):
         readings = [moment.readings[i] for moment in moments]
         found.append((name, layer, readings, _binades(readings)))
-    highest = max((binades[1] for *_, binades in found if binades), default=None)
-    one_scale = None if highest is None else FORMAT.max_exponent - highest
+    most = [
+        layer.float_format.max_exponent - binades[1] for _, layer, _, binades in found if binades
+    ]
+    one_scale = min(most, default=None)
     layers = []
     for name, layer, readings, binades in found:
         shares = [r.spectrum.underflow_share for r in readings if r.spectrum.nonzero]
@@ -208,7 +212,8 @@ def _calibration(named, moments, log2_loss_scale, settled, batches):
         lost = 0
         if binades:
             lowest = binades[0] + one_scale
-            lost = min(max(FORMAT.min_exponent - lowest, 0), binades[1] - binades[0] + 1)
+            below = layer.float_format.min_exponent - lowest
+            lost = min(max(below, 0), binades[1] - binades[0] + 1)
         layers.append(
             LayerRange(
                 name,
@@ -217,6 +222,7 @@ def _calibration(named, moments, log2_loss_scale, settled, batches):
                 binades,
                 underflow,
                 float(np.mean(subnormal)) if subnormal else 0.0,
+                layer.float_format.name,
                 underflow <= _TAIL,
                 lost,
             )
@@ -229,9 +235,9 @@ def _binades(readings):
     lows, highs = [], []
     for reading in readings:
         if reading.spectrum.nonzero:
-            counts = reading.spectrum.counts[None]
-            tail = spectrum.quantile_exponent(counts, _TAIL, FORMAT)
-            tops = spectrum.top_exponent(np.stack([counts[0], reading.peaks.counts]), FORMAT)
+            counts, float_format = reading.spectrum.counts, reading.spectrum.float_format
+            tail = spectrum.quantile_exponent(counts[None], _TAIL, float_format)
+            tops = spectrum.top_exponent(np.stack([counts, reading.peaks.counts]), float_format)
             lows.append(int(tail[0]) - reading.log2_sampled_at)
             highs.append(int(max(tops)) - reading.log2_sampled_at)
     return (min(lows), max(highs)) if lows else None

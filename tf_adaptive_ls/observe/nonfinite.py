@@ -12,8 +12,8 @@ import keras
 from keras import ops, tree
 
 from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
-from tf_adaptive_ls.numerics.scale_state import FORMAT
 from tf_adaptive_ls.observe.named_layers import named_layers
 from tf_adaptive_ls.observe.text_table import text_table
 from tf_adaptive_ls.training.border import is_float_tensor, with_mask_of
@@ -104,9 +104,11 @@ class Explanation:
                 "Look for a division by zero, the logarithm or root of what can be zero or "
                 "less, or an exponential."
             )
-            if self.first.dtype == FORMAT.name:
+            float_format = FloatFormat(self.first.dtype)
+            if float_format.is_narrow:
                 text += (
-                    f" Or its values grew past {FORMAT.largest:g}, where {FORMAT.name} ends: "
+                    f" Or its values grew past {float_format.largest:g}, where "
+                    f"{float_format.name} ends: "
                     'normalise its inputs, or build it with dtype="float32".'
                 )
             return text

@@ -4,6 +4,7 @@ Each function takes a `Run` (see `load_run`), the path of its record, or a model
 being trained, and returns a `matplotlib.figure.Figure`.
 """
 
+import collections
 import functools
 import os
 
@@ -11,6 +12,7 @@ import keras
 import numpy as np
 
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.observe.run_record import Run, load_run, run_of
 
 try:
@@ -109,8 +111,9 @@ def plot_spectra(run, step=None):
     """What every layer's gradients span, against what the format holds.
 
     A ridge is a layer, the first on top: how many of its gradients lie in each binade.
-    On the left the gradients themselves, as float16 would have to hold them without
-    any scale; on the right as they are at the layer's scale.
+    On the left the gradients themselves, as the format would have to hold them without
+    any scale; on the right as they are at the layer's scale. The zones are those of the
+    format that most layers have; the others' is told beside their names.
 
     Args:
         run: A `Run`, the path of its record, or a model.
@@ -125,19 +128,24 @@ def plot_spectra(run, step=None):
     layers = len(run.layers)
     figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    binades = np.array(run.float_format.exponents) + 0.5
+    float_format = collections.Counter(run.float_formats).most_common(1)[0][0]
+    binades = np.array(COUNTING_FORMAT.exponents) + 0.5
     for axes, shifts, title in (
         (left, -scales, "gradients themselves"),
         (right, 0 * scales, "at each layer's scale"),
     ):
-        _shade_zones(axes, run.float_format)
+        _shade_zones(axes, float_format)
         _draw_ridges(axes, counts, binades, shifts)
         axes.set_title(title, fontsize="medium", pad=16)
         axes.set_xlabel("log2 of magnitude")
     left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    left.set_xlim(*_limits(counts, binades, -scales, run.float_format))
+    left.set_xlim(*_limits(counts, binades, -scales, float_format))
     left.set_ylim(layers - 0.4, -1.6)
-    _label_layers(left, run.layers, range(layers))
+    names = [
+        name if each == float_format else f"{name} ({each.name})"
+        for name, each in zip(run.layers, run.float_formats, strict=True)
+    ]
+    _label_layers(left, names, range(layers))
     right.tick_params(left=False)
     figure.suptitle(f"step {run.steps[moment]}", fontsize="medium")
     return figure

@@ -16,14 +16,13 @@ import re
 
 import numpy as np
 
-from tf_adaptive_ls.numerics import scale_state
-from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.scale_state import Reading
-from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins
+from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.scale_table import ScaleTable, scaled_row
 
-VERSION = 1
+VERSION = 2
 _START = '{"tf_adaptive_ls":'
 _MOMENT = re.compile(rb'\{"step":(\d+),.*\}')
 
@@ -70,7 +69,7 @@ class Run:
 
     Attributes:
         layers, classes: Lists of L strings, as in `scale_table`.
-        float_format: The `FloatFormat` that gradients are written in.
+        float_formats: List of L, the `FloatFormat` of each layer.
         steps: `[N]`, how many steps had been taken or skipped.
         skipped_steps: `[N]`, how many of them were skipped.
         log2_loss_scale: `[N]`, log2(S).
@@ -81,14 +80,15 @@ class Run:
         underflow: `[N, L]`, estimated share of gradients lost to underflow; NaN for
             none seen.
         subnormal: `[N, L]`, share of gradients without full precision, likewise.
-        spectra: `[N, L, bins]`, the last sample of gradients, see `Spectrum`.
+        spectra: `[N, L, bins]`, the last sample of gradients, counted in the binades of
+            float16, see `Spectrum`.
         logs: Dict of arrays `[N]`: what else Keras logged. Its metrics are means over
             the epoch so far. NaN where there was no finite value.
     """
 
     layers: list
     classes: list
-    float_format: FloatFormat
+    float_formats: list
     steps: np.ndarray
     skipped_steps: np.ndarray
     log2_loss_scale: np.ndarray
@@ -104,7 +104,9 @@ class Run:
         """`scale_table` of the last moment, of the scaled layers."""
         rows = []
         for i, (name, kind) in enumerate(zip(self.layers, self.classes, strict=True)):
-            spectrum = Spectrum(self.spectra[-1, i], self.float_format)
+            float_format = self.float_formats[i]
+            counts = rebinned(self.spectra[-1, i], COUNTING_FORMAT, float_format)
+            spectrum = Spectrum(counts, float_format)
             reading = Reading(
                 int(self.log2_scales[-1, i]),
                 int(self.log2_sampled_at[-1, i]),
@@ -160,6 +162,12 @@ def load_run(path, most=None):
                 new_start = json.loads(line)
             except ValueError:  # unfinished
                 continue
+            if new_start["tf_adaptive_ls"] > VERSION:
+                raise ValueError(
+                    f"Expected the record of a run of version {VERSION} or before. Received: "
+                    f"{str(path)!r}, of version {new_start['tf_adaptive_ls']}. Install a newer "
+                    "tf_adaptive_ls to read it."
+                )
             if start is None or new_start["layers"] != start["layers"]:
                 moments = []
             moments = [(step, text) for step, text in moments if step <= new_start["step"]]
@@ -223,7 +231,7 @@ def _start_line(layers, step):
         "tf_adaptive_ls": VERSION,
         "step": step,
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "float_format": scale_state.FORMAT.name,
+        "float_formats": [layer.float_format.name for _, layer in layers],
         "layers": [name for name, _ in layers],
         "classes": [type(layer.layer).__name__ for _, layer in layers],
     }
@@ -243,9 +251,13 @@ def _moment_line(moment, epoch, logs):
         "overflows": [r.overflows for r in readings],
         "underflow": [_number(r.spectrum.underflow_share) for r in readings],
         "subnormal": [_number(r.spectrum.subnormal_share) for r in readings],
-        "spectra": [r.spectrum.counts.astype(int).tolist() for r in readings],
+        "spectra": [_counts(r.spectrum).astype(int).tolist() for r in readings],
     }
     return json.dumps(line, separators=(",", ":"), allow_nan=False)
+
+
+def _counts(spectrum):
+    return rebinned(spectrum.counts, spectrum.float_format, COUNTING_FORMAT)
 
 
 def _number(value):
@@ -263,11 +275,12 @@ def _run(start, moments):
         return np.stack(values).reshape(len(moments), len(start["layers"]), *shape)
 
     names = {name: None for moment in moments for name in moment["logs"]}
-    float_format = FloatFormat(start["float_format"])
+    # Before version 2 all layers had one.
+    float_formats = start.get("float_formats") or [start["float_format"]] * len(start["layers"])
     return Run(
         layers=start["layers"],
         classes=start["classes"],
-        float_format=float_format,
+        float_formats=[FloatFormat(name) for name in float_formats],
         steps=array("step").astype(int),
         skipped_steps=array("skipped_steps").astype(int),
         log2_loss_scale=array("log2_loss_scale").astype(int),
@@ -276,7 +289,7 @@ def _run(start, moments):
         overflows=per_layer("overflows").astype(int),
         underflow=per_layer("underflow"),
         subnormal=per_layer("subnormal"),
-        spectra=per_layer("spectra", num_bins(float_format)),
+        spectra=per_layer("spectra", num_bins(COUNTING_FORMAT)),
         logs={
             name: np.array([moment["logs"].get(name) for moment in moments], "float64")
             for name in names

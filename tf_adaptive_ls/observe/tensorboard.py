@@ -3,7 +3,6 @@
 import contextlib
 
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.scale_state import FORMAT
 
 
 class TensorBoardWriter:
@@ -71,11 +70,12 @@ class TensorBoardWriter:
 
     def _histogram(self, tag, reading):
         counts = reading.spectrum.counts[1 : spectrum.NONFINITE]
+        exponents = reading.spectrum.float_format.exponents
         # Left and right edge and count of each bin: what TensorBoard's plugin stores
         # (tensorboard/plugins/histogram/summary_v2.py).
         bins = [
             (binade - reading.log2_sampled_at, binade + 1 - reading.log2_sampled_at, count)
-            for binade, count in zip(FORMAT.exponents, counts, strict=True)
+            for binade, count in zip(exponents, counts, strict=True)
         ]
         return self._value(tag, "histograms", self._tf.make_tensor_proto(bins, "float64"))
 

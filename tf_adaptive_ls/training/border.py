@@ -3,7 +3,7 @@
 import keras
 from keras import ops, tree
 
-from tf_adaptive_ls.numerics import scale_state
+from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.numerics.report import report_of_arrivals, report_of_products
 from tf_adaptive_ls.training import keras_internals, scale_plan
@@ -52,7 +52,7 @@ class Border:
 
             def report(gradients, _):
                 # The optimizer sees those of weights for itself.
-                return report_of_products(gradients[:number], narrow=arguments.limited)
+                return report_of_products(gradients[:number], narrow=arguments.narrow)
 
             divisors = [*map(self._divisor_out, arguments.classes), *[self._up] * len(weights)]
             tensors = gradient_tap(tensors, divisors, self._receivers, report)
@@ -66,7 +66,7 @@ class Border:
         places = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
         if not places or self.passes_from:
             return outputs
-        narrow = [scale_state.is_limited(leaves[i].dtype) for i in places]
+        narrow = [_is_narrow(leaves[i]) for i in places]
         at_s = [n and classes[i] is None for i, n in zip(places, narrow, strict=True)]
 
         def report(gradients, divisors):
@@ -84,10 +84,10 @@ class Border:
 
     def tap_loss(self, loss):
         """Where the gradient of a loss that the layer has added arrives, 1 times S."""
-        narrow = keras.backend.result_type(loss.dtype, "float32") != loss.dtype
+        narrow = [_is_narrow(loss)]
 
         def report(gradients, divisors):
-            return report_of_arrivals(gradients, divisors, at_s=[False], narrow=[narrow])
+            return report_of_arrivals(gradients, divisors, at_s=[False], narrow=narrow)
 
         (tapped,) = gradient_tap([loss], [self._down], self._receivers, report)
         return tapped
@@ -110,7 +110,7 @@ class _Arguments:
 
     The tensors are cast as the layer would cast them if it computes in a wider format
     than they have: a gradient is then still wide when it is shifted, and rounded
-    only after that. `limited` tells which gradients are written in a narrow format.
+    only after that. `narrow` tells which gradients are written in a narrow format.
     """
 
     def __init__(self, scaled, args, kwargs, route):
@@ -124,13 +124,13 @@ class _Arguments:
             classes += planned or [None] * len(leaves)
         self._places = [i for i, leaf in enumerate(self._leaves) if is_float_tensor(leaf)]
         self.tensors = [self._leaves[i] for i in self._places]
-        self.limited = [scaled.is_limited] * len(self.tensors)
+        self.narrow = [scaled.is_narrow] * len(self.tensors)
         layer = scaled.layer
-        if layer.autocast and not scaled.is_limited:
-            self.limited = [scale_state.is_limited(tensor.dtype) for tensor in self.tensors]
+        if layer.autocast and not scaled.is_narrow:
+            self.narrow = [_is_narrow(tensor) for tensor in self.tensors]
             self.tensors = [
-                ops.cast(tensor, layer.compute_dtype) if limited else tensor
-                for tensor, limited in zip(self.tensors, self.limited, strict=True)
+                ops.cast(tensor, layer.compute_dtype) if narrow else tensor
+                for tensor, narrow in zip(self.tensors, self.narrow, strict=True)
             ]
         self.classes = [classes[i] for i in self._places]
 
@@ -145,6 +145,10 @@ class _Arguments:
             return tree.pack_sequence_as(value, [next(leaves) for _ in tree.flatten(value)])
 
         return refilled(self._args), {name: refilled(v) for name, v in self._kwargs.items()}
+
+
+def _is_narrow(tensor):
+    return FloatFormat(keras.backend.standardize_dtype(tensor.dtype)).is_narrow
 
 
 def is_float_tensor(x):

@@ -13,6 +13,7 @@ import numpy as np
 
 from tf_adaptive_ls.numerics import report, scale_state
 from tf_adaptive_ls.numerics.evidence import Ownership
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, narrowest
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.scale_update import Flow
 from tf_adaptive_ls.training import keras_internals, scale_plan
@@ -156,10 +157,21 @@ class LossScaled(keras.layers.Wrapper):
         self.loss_scale.assign([float(value), 2.0 ** int(value)])
 
     @property
-    def is_limited(self):
+    def is_narrow(self):
         """Whether any part of the layer computes in a format that its scale matters to."""
-        parts = keras_internals.parts_of(self.layer)
-        return any(scale_state.is_limited(part.compute_dtype) for part in parts)
+        return self._computes_in().is_narrow
+
+    @property
+    def float_format(self):
+        """The `FloatFormat` that its scale keeps gradients inside.
+
+        It is the narrowest that any part of the layer computes in. For a layer without a
+        narrow one, whose input may still have one, it is float16.
+        """
+        return self._computes_in() if self.is_narrow else COUNTING_FORMAT
+
+    def _computes_in(self):
+        return narrowest(part.compute_dtype for part in keras_internals.parts_of(self.layer))
 
     @property
     def spectrum(self):
@@ -179,7 +191,7 @@ class LossScaled(keras.layers.Wrapper):
         """All that is known of its gradients, a `scale_state.Reading`, between steps."""
         optimizer = self._optimizer and self._optimizer()
         if optimizer is None:
-            return scale_state.Reading.of_unknown(self.log2_scale)
+            return scale_state.Reading.of_unknown(self.log2_scale, self.float_format)
         return optimizer.readings([self])[0]
 
     def shows(self, optimizer):

@@ -9,10 +9,10 @@ from keras import ops
 
 from tf_adaptive_ls.numerics import backend, report
 from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
 from tf_adaptive_ls.numerics.scale_state import (
-    FORMAT,
     MAX_LOG2_SCALE,
     LayerStates,
     LossState,
@@ -139,20 +139,24 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def build(self, var_list):
         layers = [v.loss_scaled for v in var_list if _is_scale(v)]
         _warn_if_useless(layers)
+        float_formats = {layer.float_format for layer in layers}
+        for float_format in float_formats:
+            self.rule.check(float_format)
         super().build([v for v in var_list if not _is_of_scaling(v)])
         self.dynamic_growth_steps = _NEVER if layers else _KERAS_GROWTH_STEPS
         self._steps = self._add_counter("steps")
         self._skipped_steps = self._add_counter("skipped_steps")
         self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
         self._steps_to_sample = self._add_counter("steps_to_sample")
-        first = initial_layer_states(len(layers), self.rule.memory_size, FORMAT)
+        first = initial_layer_states(len(layers), self.rule.memory_size)
         self._layer_states = {
             name: self._add_state(name, value)
             for name, value in first._asdict().items()
             if name != "log2_scales"  # a weight of each layer
         }
         self._loss_memory = self._add_state(
-            "loss_memory", np.full(self.rule.memory_size, NOTHING_SEEN, "float32")
+            "loss_memory",
+            np.full((len(float_formats), self.rule.memory_size), NOTHING_SEEN, "float32"),
         )
         # Set as it is: Keras would take what is in a list for variables of the optimizer.
         object.__setattr__(self, "_model_variables", list(var_list))
@@ -181,15 +185,16 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def readings(self, layers):
         """A `Reading` of each of several layers; of any it does not know, an empty one."""
         if not self.built:
-            return [Reading.of_unknown(layer.log2_scale) for layer in layers]
+            return [Reading.of_unknown(layer.log2_scale, layer.float_format) for layer in layers]
         places = {id(layer): place for place, layer in enumerate(self._scaled_layers)}
         known = {name: np.array(v.numpy()) for name, v in self._layer_states.items()}
 
         def reading(layer):
             place, scale = places.get(id(layer)), layer.loss_scale.numpy()
             if place is None or not is_known(scale):
-                return Reading.of_unknown(layer.log2_scale)
-            return Reading.of(LayerStates(scale[0], **{k: v[place] for k, v in known.items()}))
+                return Reading.of_unknown(layer.log2_scale, layer.float_format)
+            state = LayerStates(scale[0], **{k: v[place] for k, v in known.items()})
+            return Reading.of(state, layer.float_format)
 
         return [reading(layer) for layer in layers]
 
@@ -322,9 +327,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             [gradient for gradient, _ in weights],
             ownership_of(self._scaled_layers, [v for _, v in weights]),
             layer_states.log2_scales,
-            narrow=np.array([layer.is_limited for layer in self._scaled_layers]),
+            narrow=np.array([layer.is_narrow for layer in self._scaled_layers]),
             sampled=is_sampled(loss_state),
-            float_format=FORMAT,
+            float_formats=[layer.float_format for layer in self._scaled_layers],
         )
         summed = backend.sum_over_replicas(evidence.packed())
         return Evidence.unpacked(summed, len(self._scaled_layers))
@@ -335,7 +340,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             loss_state,
             evidence,
             rule=self.rule,
-            float_format=FORMAT,
+            float_formats=[layer.float_format for layer in self._scaled_layers],
             flow=flow_of(self._scaled_layers),
             restart=math.log2(self.initial_scale),
             sample_every=self.update_every,
@@ -426,10 +431,10 @@ def _warn_if_useless(layers):
             "with `wrap_model`, or its layers with `LossScaled`.",
             stacklevel=3,
         )
-    elif not any(layer.is_limited for layer in layers):
+    elif not any(layer.is_narrow for layer in layers):
         warnings.warn(
             "Loss scales do nothing for this model: none of its LossScaled layers "
-            f"computes in {FORMAT.name}. Set the dtype policy before you build it: "
-            f'keras.config.set_dtype_policy("mixed_{FORMAT.name}").',
+            "computes in a format with less range than float32. Set the dtype policy before "
+            f'you build it: keras.config.set_dtype_policy("mixed_{COUNTING_FORMAT.name}").',
             stacklevel=3,
         )
