@@ -53,26 +53,25 @@ def test_what_a_remat_scope_leaves_on_a_layer():
 
 
 def test_building_for_a_call_whatever_the_signature():
-    attention = layers.MultiHeadAttention(2, 2)
-    built = []
-
-    class Outer(layers.Layer):
-        def _maybe_build(self, call_spec):
-            keras_internals.build_for_call(attention, call_spec)
-            built.append(attention.built)
-
-        def call(self, query, value):
-            return attention(query, value)
-
-    Outer()(floats(2, 3, 4), value=floats(2, 3, 4))
-    assert built[0], FUNCTION.format("build_for_call") + "; so has `LossScaled._maybe_build`"
+    wrapped = als.LossScaled(layers.MultiHeadAttention(2, 2))
+    wrapped(floats(2, 3, 4), value=floats(2, 3, 5))
+    message = FUNCTION.format("build_for_call") + "; so has `LossScaled._maybe_build`"
+    assert wrapped.layer.built, message
+    kernels = wrapped.layer.query_dense.kernel, wrapped.layer.value_dense.kernel
+    assert [kernel.shape[0] for kernel in kernels] == [4, 5], message
 
 
 def test_names_of_weights_inside_a_wrapper():
-    plain = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="d")])
-    wrapped = als.wrap_model(keras.Sequential([keras.Input((4,)), layers.Dense(2, name="d")]))
-    paths = [v.path for v in wrapped.weights if not v.overwrite_with_gradient]
-    assert paths == [v.path for v in plain.weights], "`LossScaled._open_name_scope` has to follow"
+    def paths(layer):
+        x = keras.Input((4,))
+        model = keras.Model(x, layer(x), name="model")
+        return [v.path for v in model.weights if not v.overwrite_with_gradient]
+
+    def dense():
+        return layers.Dense(2, name="d")
+
+    expected = paths(dense())
+    assert paths(als.LossScaled(dense())) == expected, "`LossScaled._open_name_scope` has to follow"
 
 
 def test_losses_are_dropped():
@@ -85,8 +84,8 @@ def test_losses_are_dropped():
 
 def test_what_is_not_a_tensor_may_be_passed_by_position():
     class Any(layers.Layer):
-        def call(self, *args):
-            return args[0]
+        def call(self, x, mode):
+            return x
 
     with pytest.raises(ValueError, match="positional"):
         Any()(floats(2, 3), "text")
@@ -99,7 +98,7 @@ def test_whether_a_variable_has_a_value():
     assert keras_internals.has_value(keras.Variable(1.0)), FUNCTION.format("has_value")
     with keras.StatelessScope():
         deferred = keras.Variable(initializer="zeros", shape=(2,))
-    assert not keras_internals.has_value(deferred), FUNCTION.format("has_value")
+        assert not keras_internals.has_value(deferred), FUNCTION.format("has_value")
 
 
 def test_masks_of_tensors():
