@@ -73,6 +73,6 @@ VARIATIONS = (
     layerwise("headroom 7", als.QuantileRule(headroom=7)),
     layerwise("underflow 1e-1", als.QuantileRule(underflow=1e-1)),
     layerwise("underflow 1e-2", als.QuantileRule(underflow=1e-2)),
-    layerwise("every step", als.QuantileRule(), update_every=1),
-    layerwise("every 100 steps", als.QuantileRule(), update_every=100),
+    layerwise("every step", als.QuantileRule(), sample_every=1),
+    layerwise("every 100 steps", als.QuantileRule(), sample_every=100),
 )

@@ -96,12 +96,12 @@ REFUSED = {
         "Expected `rule` to be a ScaleRule.*'quantile'",
     ),
     "no steps": (
-        lambda: als.AdaptiveLossScaleOptimizer("sgd", update_every=0),
-        "update_every=0",
+        lambda: als.AdaptiveLossScaleOptimizer("sgd", sample_every=0),
+        "sample_every=0",
     ),
     "half a step": (
-        lambda: als.AdaptiveLossScaleOptimizer("sgd", update_every=1.5),
-        "update_every=1.5",
+        lambda: als.AdaptiveLossScaleOptimizer("sgd", sample_every=1.5),
+        "sample_every=1.5",
     ),
     "no variables": (
         lambda: als.AdaptiveLossScaleOptimizer("sgd").apply([1.0]),

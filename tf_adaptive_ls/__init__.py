@@ -12,7 +12,7 @@ from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
 from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
 from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain_nonfinite
-from tf_adaptive_ls.observe.run_record import Run, load_run, run_of
+from tf_adaptive_ls.observe.run_record import Run, load_run, snapshot_run
 from tf_adaptive_ls.observe.scale_table import ScaleRow, ScaleTable, scale_table
 from tf_adaptive_ls.training.loss_scaled import LossScaled, neutral_scales
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
@@ -42,8 +42,8 @@ __all__ = [
     "explain_nonfinite",
     "load_run",
     "neutral_scales",
-    "run_of",
     "scale_table",
+    "snapshot_run",
     "strip_model",
     "wrap_model",
 ]

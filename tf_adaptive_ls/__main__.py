@@ -29,7 +29,7 @@ def main(argv=None):
     from tf_adaptive_ls import plots
 
     try:
-        run = load_run(args.run, plots.MOST_MOMENTS)
+        run = load_run(args.run, plots.MAX_SNAPSHOTS)
         pictures = {
             "scales": plots.plot_scales(run, dark=args.dark),
             "spectra": plots.plot_spectra(run, step=args.step, dark=args.dark),

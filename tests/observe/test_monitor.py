@@ -18,7 +18,7 @@ from steps import scaled_layers
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.observe.monitor import RunWriter
-from tf_adaptive_ls.observe.run_record import Moment
+from tf_adaptive_ls.observe.snapshot import Snapshot
 
 GRAPH = {"jit_compile": False}
 X, Y = floats(64, 4), floats(64, 2)
@@ -65,8 +65,8 @@ def test_the_progress_bar_shows_them(mixed_float16, capsys):
 
 def test_the_device_is_read_at_the_interval_only(mixed_float16, monkeypatch):
     reads = []
-    of = Moment.of
-    monkeypatch.setattr(Moment, "of", lambda *args: reads.append(args) or of(*args))
+    of = Snapshot.of
+    monkeypatch.setattr(Snapshot, "of", lambda *args: reads.append(args) or of(*args))
     monitor = als.LossScaleMonitor(every=20)
     assert monitor.async_safe
     fit(network(), monitor, epochs=1, batch_size=1)
@@ -82,21 +82,21 @@ def test_records_hold_every_figure_of_every_layer(mixed_float16, tmp_path):
     model = network()
     fit(model, als.LossScaleMonitor(path, every=3), epochs=2)
     run = als.load_run(path)
-    assert run.layers == ["hidden", "scores"] and run.classes == ["Dense", "Dense"]
+    assert run.layers == ["hidden", "scores"] and run.layer_classes == ["Dense", "Dense"]
     # Each epoch has 8 steps, and looks at its end.
     assert run.steps.tolist() == [3, 6, 11, 14, 16]
     assert run.skipped_steps.tolist() == [0] * 5
     assert run.log2_loss_scale[-1] == np.log2(model.optimizer.loss_scale)
     for i, layer in enumerate(scaled_layers(model)):
-        reading = layer.reading
+        layer_snapshot = layer.snapshot
         assert run.log2_scales[-1, i] == layer.log2_scale
-        assert run.log2_sampled_at[-1, i] == reading.log2_sampled_at
+        assert run.log2_sampled_at[-1, i] == layer_snapshot.log2_sampled_at
         assert run.overflows[-1, i] == layer.overflows
         np.testing.assert_array_equal(run.spectra[-1, i], layer.spectrum.counts)
         np.testing.assert_allclose(run.underflow[-1, i], layer.spectrum.underflow_share, 1e-5)
         np.testing.assert_allclose(run.subnormal[-1, i], layer.spectrum.subnormal_share, 1e-5)
     assert np.isfinite(run.logs["loss"]).all() and "loss_scale" not in run.logs
-    assert als.load_run(path, most=2).steps.tolist() == [3, 16]
+    assert als.load_run(path, max_snapshots=2).steps.tolist() == [3, 16]
     table = [row for row in als.scale_table(model) if row.log2_scale is not None]
     assert run.table() == table
 
@@ -104,7 +104,7 @@ def test_records_hold_every_figure_of_every_layer(mixed_float16, tmp_path):
 def test_a_live_model_makes_a_run_of_one_moment(mixed_float16):
     model = network()
     model.fit(X, Y, verbose=0)
-    run = als.run_of(model)
+    run = als.snapshot_run(model)
     assert run.steps.tolist() == [model.optimizer.steps] == [2]
     np.testing.assert_array_equal(run.spectra[0, 1], scaled_layers(model)[1].spectrum.counts)
 
@@ -127,9 +127,9 @@ def test_a_sample_is_told_at_the_scale_it_was_taken_at(mixed_float16):
     model = network()
     model.fit(X, Y, verbose=0)
     layer = model.get_layer("hidden")
-    binades = layer.reading.binades
+    binades = layer.snapshot.binades
     layer.log2_scale += 5
-    assert layer.reading.binades == binades
+    assert layer.snapshot.binades == binades
     (row,) = [row for row in als.scale_table(model) if row.name == "hidden"]
     assert row.binades == binades
 
@@ -284,7 +284,7 @@ def test_tensorboard_can_read_what_is_written(mixed_float16, tmp_path):
     np.testing.assert_array_equal(right - left, np.ones(40))
     np.testing.assert_array_equal(count, hidden.spectrum.counts[1:-1])
     occupied = left[np.flatnonzero(count)]
-    assert (occupied[0], occupied[-1]) == hidden.reading.binades
+    assert (occupied[0], occupied[-1]) == hidden.snapshot.binades
 
 
 # Stuck runs.

@@ -21,27 +21,27 @@ PLOTS = {
 }
 
 
-def run_of_size(moments, layers):
-    """A made-up run: a step skipped at the third moment, for which layer 1 is to blame."""
+def run_of_size(snapshots, layers):
+    """A made-up run: a step skipped at the third snapshot, for which layer 1 is to blame."""
     rng = np.random.default_rng(0)
-    overflows = np.zeros((moments, layers), int)
+    overflows = np.zeros((snapshots, layers), int)
     overflows[2:, 1:2] = 1
-    spectra = np.zeros((moments, layers, 42))
-    spectra[:, :, 20:30] = rng.integers(1, 100, (moments, layers, 10))
+    spectra = np.zeros((snapshots, layers, 42))
+    spectra[:, :, 20:30] = rng.integers(1, 100, (snapshots, layers, 10))
     return als.Run(
         layers=[f"block/with_a_rather_long_name/{i}" for i in range(layers)],
-        classes=["Dense"] * layers,
+        layer_classes=["Dense"] * layers,
         float_formats=[als.FloatFormat("float16")] * layers,
-        steps=100 * np.arange(1, moments + 1),
-        skipped_steps=(np.arange(moments) >= 2).astype(int),
-        log2_loss_scale=np.full(moments, 15),
-        log2_scales=rng.integers(0, 20, (moments, layers)),
-        log2_sampled_at=rng.integers(15, 35, (moments, layers)),
+        steps=100 * np.arange(1, snapshots + 1),
+        skipped_steps=(np.arange(snapshots) >= 2).astype(int),
+        log2_loss_scale=np.full(snapshots, 15),
+        log2_scales=rng.integers(0, 20, (snapshots, layers)),
+        log2_sampled_at=rng.integers(15, 35, (snapshots, layers)),
         overflows=overflows,
-        underflow=np.zeros((moments, layers)),
-        subnormal=np.zeros((moments, layers)),
+        underflow=np.zeros((snapshots, layers)),
+        subnormal=np.zeros((snapshots, layers)),
         spectra=spectra,
-        logs={"loss": np.geomspace(3, 0.01, moments)},
+        logs={"loss": np.geomspace(3, 0.01, snapshots)},
     )
 
 

@@ -65,7 +65,7 @@ def test_inner_optimizer_features_act_as_on_a_plain_model(inner, eager):
     wrapped = als.wrap_model(keras.Model(plain.input, plain.output))
     for i, layer in enumerate(scaled_layers(wrapped)):
         layer.log2_scale = i - 5
-    optimizer = als.AdaptiveLossScaleOptimizer(INNER[inner](), update_every=2)
+    optimizer = als.AdaptiveLossScaleOptimizer(INNER[inner](), sample_every=2)
     fitted(wrapped, optimizer, run_eagerly=eager)
     assert any(end[i].any() for i in range(len(end)))
     assert_all_equal(weights_of(wrapped), end)
@@ -123,13 +123,13 @@ def test_figures_are_readable_before_and_after_the_first_step():
 
 def test_scales_are_sampled_again_every_so_many_steps(mixed_float16, rng):
     model = als.wrap_model(chain()[0])
-    optimizer = als.AdaptiveLossScaleOptimizer("sgd", update_every=4)
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd", sample_every=4)
     model.compile(optimizer, loss="mse", jit_compile=False)
     asked = []
 
     def spectra():
         layer = scaled_layers(model)[0]
-        return np.append(layer.spectrum.counts, layer.reading.log2_sampled_at)
+        return np.append(layer.spectrum.counts, layer.snapshot.log2_sampled_at)
 
     for _ in range(24):
         before = spectra()
@@ -209,7 +209,7 @@ FOREIGN = {
 def test_nothing_is_made_up_under_another_optimizer_and_ours_starts_afresh(foreign, mixed_float16):
     def ours(model):
         fitted(model, als.AdaptiveLossScaleOptimizer("sgd"))
-        return [layer.reading.log2_scale for layer in scaled_layers(model)], model.optimizer
+        return [layer.snapshot.log2_scale for layer in scaled_layers(model)], model.optimizer
 
     model, _ = chain()
     start = model.get_weights()

@@ -243,7 +243,7 @@ def test_before_anything_was_measured_the_loss_scale_gives_way_alone(mixed_float
 
 
 def test_growing_gradients_are_lowered_before_they_overflow(trained):
-    trained.optimizer.update_every = 10**6
+    trained.optimizer.sample_every = 10**6
     for step in range(25):
         trained.loss_fault.assign(4.0**step)
         one_step(trained)

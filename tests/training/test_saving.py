@@ -20,7 +20,7 @@ import tf_adaptive_ls as als
 
 def compiled(model, **options):
     optimizer = als.AdaptiveLossScaleOptimizer(
-        keras.optimizers.Adam(0.01), rule=als.QuantileRule(headroom=4), update_every=3
+        keras.optimizers.Adam(0.01), rule=als.QuantileRule(headroom=4), sample_every=3
     )
     model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=False, **options)
     return model

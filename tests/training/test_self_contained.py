@@ -21,6 +21,7 @@ from steps import (
 )
 
 import tf_adaptive_ls as als
+from tf_adaptive_ls.observe.named_layers import scaled_layers as named_scaled_layers
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.planning import plan_of
 
@@ -236,7 +237,8 @@ def test_outside_of_its_model_a_plan_does_not_hold(rng):
 
     def spy(self, *args, **kwargs):
         route = scale_plan.route_of(self)
-        seen.append(None if route is None else (route.args, route.outputs))
+        groups = route and (*route.args, *route.outputs)
+        seen.append(groups and tuple(g.layers[0] if g.layers else "S" for g in groups))
         return original(self, *args, **kwargs)
 
     als.LossScaled._scaled_call = spy
@@ -247,10 +249,10 @@ def test_outside_of_its_model_a_plan_does_not_hold(rng):
         als.LossScaled._scaled_call = original
     first, second, third, last = scaled_layers_in_order(wrapped)
     assert seen[:4] == [
-        ((None,), ((second,),)),
-        (((second,),), ((third,),)),
-        (((third,),), ((last,),)),
-        (((last,),), (None,)),
+        ("S", second),
+        (second, third),
+        (third, last),
+        (last, "S"),
     ]
     assert seen[4:] == [None]
     del first
@@ -261,8 +263,8 @@ def routes_of(model):
     plan = plan_of(wrapped)
     names = {id(layer): layer.name for layer in scaled_layers(wrapped)}
 
-    def named(classes):
-        return [c and "+".join(names[id(layer)] for layer in c) for c in classes]
+    def named(groups):
+        return ["+".join(names[id(layer)] for layer in group.layers) or "S" for group in groups]
 
     return {
         names[key]: (
@@ -284,13 +286,13 @@ def test_a_layer_that_normalises_passes_gradients_on_at_one_scale():
     # At the end all is at S.
     outputs = layers.RMSNormalization(name="e")(x)
     assert routes_of(keras.Model(inputs, outputs)) == {
-        "a": (None, "n", []),
+        "a": ("S", "n", []),
         "n": ("n", "n", ["b"]),
         "b": ("n", "m+d", []),
         "m": ("m+d", "m", ["c"]),
         "c": ("m", "e", []),
         "d": ("m+d", "e", []),
-        "e": ("e", None, []),
+        "e": ("e", "S", []),
     }
 
 
@@ -412,3 +414,21 @@ def test_a_float32_layer_rounds_the_gradient_of_a_float16_input_once_and_after_s
     assert found[0].dtype == np.float16
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_filter_may_ask_for_the_path_of_a_layer():
+    inputs = keras.Input((4,))
+    blocks = [
+        keras.Sequential([keras.Input((4,)), layers.Dense(4, name="d")], name=name)
+        for name in ("a", "b")
+    ]
+    x = layers.Dense(4, name="d")(blocks[1](blocks[0](inputs)))
+    asked = []
+
+    def in_a(layer, path):
+        asked.append((layer.name, path))
+        return path.startswith("a/")
+
+    wrapped = als.wrap_model(keras.Model(inputs, x), layer_filter=in_a)
+    assert asked == [("d", "a/d"), ("d", "b/d"), ("d", "d")]
+    assert [name for name, _ in named_scaled_layers(wrapped)] == ["a/d"]

@@ -49,14 +49,14 @@ def gradient_tap(tensors, divisors, receivers, report):
                 for gradient, divisor in zip(gradients, of_each, strict=True)
             ]
             reported = report(list(gradients), of_each)
-            return (*_first_order(shifted), *map(ops.zeros_like, silent), reported)
+            return (*_refuse_second_order(shifted), *map(ops.zeros_like, silent), reported)
 
         return tuple(values), backward
 
     return list(backend.custom_gradient(identity, list(distinct.values()))(*tensors, *receivers))
 
 
-def replaced(tensor, value):
+def redirect_gradient(value, tensor):
     """`value`, whose gradient goes to `tensor` instead."""
 
     @keras.ops.custom_gradient
@@ -78,7 +78,7 @@ def _divide(x, divisor):
     return ops.cast(backend.divide_by_power_of_two(ops.cast(x, wide), divisor), x.dtype)
 
 
-def _first_order(gradients):
+def _refuse_second_order(gradients):
     """`gradients`, which cannot be differentiated."""
 
     @keras.ops.custom_gradient

@@ -111,16 +111,15 @@ class QuantileRule(ScaleRule):
         ValueError: If a setting is impossible.
     """
 
-    # Chosen by `./dev benchmark convergence --variations` on the model whose gradients
-    # change most, 17 layers that vanish at first (skipped of 2,000 steps, three seeds):
-    # between 1e-1 and 1e-3 nothing differs, and the share is the paper's.
+    # Defaults are chosen by `./dev benchmark convergence --variations`, by how many of 2,000
+    # steps are skipped (three seeds) on the model whose gradients change most: 17 layers
+    # that vanish at first.
+    # Nothing differs between 1e-1 and 1e-3, which is the paper's share.
     underflow: float = 1e-3
-    # The least that is enough: 1 skips 11 steps; 3 still lost steps in two of eight runs,
-    # 5 in none.
+    # The smallest that loses no step: 1 loses eleven, 3 some in two of eight runs.
     headroom: int = 5
-    # The most that is enough: without memory 107 steps are skipped, with 0.1 three,
-    # with 0.01 and 0.001 none; and the scales follow a loss that shrinks by 2**20 in
-    # 2,000 steps.
+    # The largest that loses no step: 0.1 loses three, no memory at all 107. Scales still
+    # follow a loss that shrinks by 2**20 in 2,000 steps.
     forget: float = 0.01
 
     def __post_init__(self):

@@ -93,7 +93,7 @@ def initial_layer_states(num_layers, memory_size):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reading:
+class LayerSnapshot:
     """What is known of a layer, for a person.
 
     Attributes:

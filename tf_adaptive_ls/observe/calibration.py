@@ -11,7 +11,7 @@ import numpy as np
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.observe.named_layers import scaled_layers
-from tf_adaptive_ls.observe.run_record import Moment
+from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
@@ -134,12 +134,12 @@ def calibrate(model, batches):
     first = next(batches, None)
     if first is None:
         raise ValueError("`calibrate` expected at least one batch. Received: none.")
-    seen = []  # a Moment after each batch, since the last overflow
+    seen = []  # a Snapshot after each batch, since the last overflow
     with _standing_still(model) as optimizer:
         for batch in itertools.chain([first], batches):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
             model.train_on_batch(x, y, sample_weight)
-            seen = [] if optimizer.last_step_skipped else [*seen, Moment.of(layers, optimizer)]
+            seen = [] if optimizer.last_step_skipped else [*seen, Snapshot.of(layers, optimizer)]
             if settled := _is_settled(seen):
                 break
         used, log2_loss_scale = optimizer.steps, round(math.log2(optimizer.loss_scale))
@@ -152,13 +152,13 @@ def calibrate(model, batches):
     return _calibration(named, seen[-_STILL_BATCHES:], log2_loss_scale, settled, used)
 
 
-def _is_settled(moments):
-    if len(moments) <= _STILL_BATCHES:
+def _is_settled(snapshots):
+    if len(snapshots) <= _STILL_BATCHES:
         return False
     totals = np.array(
         [
-            [moment.log2_loss_scale + reading.log2_scale for reading in moment.readings]
-            for moment in moments[-_STILL_BATCHES - 1 :]
+            [snapshot.log2_loss_scale + each.log2_scale for each in snapshot.layers]
+            for snapshot in snapshots[-_STILL_BATCHES - 1 :]
         ]
     )
     return bool(np.all(np.abs(totals - totals[-1]) <= _STILL_BINADES))
@@ -181,7 +181,7 @@ def _standing_still(model):
     variables = [*model.variables, *model.metrics_variables]
     before = [(v, np.array(keras.ops.convert_to_numpy(v))) for v in variables]
     still = AdaptiveLossScaleOptimizer(
-        _Still(0.0), initial_scale=optimizer.loss_scale, rule=optimizer.rule, update_every=1
+        _Still(0.0), initial_scale=optimizer.loss_scale, rule=optimizer.rule, sample_every=1
     )
     model.optimizer, model.train_function = still, None
     try:
@@ -194,20 +194,20 @@ def _standing_still(model):
             optimizer.show_on_layers()
 
 
-def _calibration(named, moments, log2_loss_scale, settled, batches):
+def _calibration(named, snapshots, log2_loss_scale, settled, batches):
     """Figures from what was seen in the last batches."""
     found = []
     for i, (name, layer) in enumerate(named):
-        readings = [moment.readings[i] for moment in moments]
-        found.append((name, layer, readings, _binades(readings)))
+        of_layer = [snapshot.layers[i] for snapshot in snapshots]
+        found.append((name, layer, of_layer, _binades(of_layer)))
     most = [
         layer.float_format.max_exponent - binades[1] for _, layer, _, binades in found if binades
     ]
     one_scale = min(most, default=None)
     layers = []
-    for name, layer, readings, binades in found:
-        shares = [r.spectrum.underflow_share for r in readings if r.spectrum.nonzero]
-        subnormal = [r.spectrum.subnormal_share for r in readings if r.spectrum.nonzero]
+    for name, layer, of_layer, binades in found:
+        shares = [r.spectrum.underflow_share for r in of_layer if r.spectrum.nonzero]
+        subnormal = [r.spectrum.subnormal_share for r in of_layer if r.spectrum.nonzero]
         underflow = float(np.mean(shares)) if shares else 0.0
         lost = 0
         if binades:
@@ -218,7 +218,7 @@ def _calibration(named, moments, log2_loss_scale, settled, batches):
             LayerRange(
                 name,
                 type(layer.layer).__name__,
-                readings[-1].log2_sampled_at if readings else log2_loss_scale + layer.log2_scale,
+                of_layer[-1].log2_sampled_at if of_layer else log2_loss_scale + layer.log2_scale,
                 binades,
                 underflow,
                 float(np.mean(subnormal)) if subnormal else 0.0,
@@ -230,16 +230,19 @@ def _calibration(named, moments, log2_loss_scale, settled, batches):
     return Calibration(tuple(layers), log2_loss_scale, one_scale, settled, batches)
 
 
-def _binades(readings):
+def _binades(of_layer):
     """Lowest and highest binade of gradients seen at several scales, less their tail."""
     lows, highs = [], []
-    for reading in readings:
-        if reading.spectrum.nonzero:
-            counts, float_format = reading.spectrum.counts, reading.spectrum.float_format
+    for each in of_layer:
+        if each.spectrum.nonzero:
+            counts, float_format = (
+                each.spectrum.counts,
+                each.spectrum.float_format,
+            )
             tail = spectrum.quantile_exponent(counts[None], _TAIL, float_format)
-            tops = spectrum.top_exponent(np.stack([counts, reading.peaks.counts]), float_format)
-            lows.append(int(tail[0]) - reading.log2_sampled_at)
-            highs.append(int(max(tops)) - reading.log2_sampled_at)
+            tops = spectrum.top_exponent(np.stack([counts, each.peaks.counts]), float_format)
+            lows.append(int(tail[0]) - each.log2_sampled_at)
+            highs.append(int(max(tops)) - each.log2_sampled_at)
     return (min(lows), max(highs)) if lows else None
 
 

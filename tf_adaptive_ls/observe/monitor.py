@@ -9,7 +9,8 @@ import keras
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.nonfinite import explain_nonfinite
-from tf_adaptive_ls.observe.run_record import Moment, RunWriter
+from tf_adaptive_ls.observe.run_record import RunWriter
+from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
@@ -126,37 +127,37 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
     def _begin(self):
         self._layers = scaled_layers(self.model)
-        moment = self._moment()
-        self._unseen, self._last_recorded = 0, moment.step
-        self._overflows = [reading.overflows for reading in moment.readings]
+        snapshot = self._take_snapshot()
+        self._unseen, self._last_recorded = 0, snapshot.step
+        self._overflows = [layer_snapshot.overflows for layer_snapshot in snapshot.layers]
         self._writers = []
         for writer, path in ((RunWriter, self.path), (TensorBoardWriter, self.tensorboard)):
             if path is not None:
                 with self._only_warning(path):
-                    self._writers.append(writer(path, self._layers, moment.step))
+                    self._writers.append(writer(path, self._layers, snapshot.step))
         self._begun = True
 
-    def _moment(self):
+    def _take_snapshot(self):
         backend.sync_state(self.model)
-        moment = Moment.of([layer for _, layer in self._layers], self.model.optimizer)
+        snapshot = Snapshot.of([layer for _, layer in self._layers], self.model.optimizer)
         self._figures = {
-            "loss_scale": 2.0**moment.log2_loss_scale,
-            "skipped_steps": moment.skipped_steps,
-            "underflow": moment.worst_underflow,
+            "loss_scale": 2.0**snapshot.log2_loss_scale,
+            "skipped_steps": snapshot.skipped_steps,
+            "underflow": snapshot.worst_underflow,
         }
-        return moment
+        return snapshot
 
     def _look(self, end=False):
         """Reads the scales; notices if training is stuck; records them if it is time."""
-        moment = self._moment()
+        snapshot = self._take_snapshot()
         self._unseen = 0
-        self._recent.append(moment)
+        self._recent.append(snapshot)
         stuck_after = self.stuck_after
-        self._stuck = stuck_after is not None and moment.skipped_in_a_row >= stuck_after
-        new = moment.step - self._last_recorded
+        self._stuck = stuck_after is not None and snapshot.skipped_in_a_row >= stuck_after
+        new = snapshot.step - self._last_recorded
         if new >= self.every or (new > 0 and (end or self._stuck)):
-            self._last_recorded = moment.step
-            self._write("add", moment, self._epoch, self._logs)
+            self._last_recorded = snapshot.step
+            self._write("add", snapshot, self._epoch, self._logs)
 
     def _write(self, method, *args):
         for writer in tuple(self._writers):
@@ -212,11 +213,11 @@ class LossScaleMonitor(keras.callbacks.Callback):
             f"then. Loss scale S: {scales}."
         )
         blamed = [
-            f"'{name}' ({reading.overflows - before})"
-            for (name, _), reading, before in zip(
-                self._layers, last.readings, self._overflows, strict=True
+            f"'{name}' ({layer_snapshot.overflows - before})"
+            for (name, _), layer_snapshot, before in zip(
+                self._layers, last.layers, self._overflows, strict=True
             )
-            if reading.overflows > before
+            if layer_snapshot.overflows > before
         ]
         return f"{text} Layers blamed in this run: {', '.join(blamed)}." if blamed else text
 

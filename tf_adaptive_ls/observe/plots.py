@@ -13,7 +13,7 @@ import numpy as np
 
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
-from tf_adaptive_ls.observe.run_record import Run, load_run, run_of
+from tf_adaptive_ls.observe.run_record import Run, load_run, snapshot_run
 
 try:
     import matplotlib.style
@@ -26,8 +26,8 @@ except ImportError as error:
         "`pip install 'tf_adaptive_ls[plots]'`."
     ) from error
 
-# As many moments as a picture has columns of pixels, or nearly.
-MOST_MOMENTS = 500
+# As many snapshots as a picture has columns of pixels, or nearly.
+MAX_SNAPSHOTS = 500
 
 # Of Okabe and Ito (2008), which the colour-blind can tell apart.
 _LOST, _SUBNORMAL, _SKIPPED = "#D55E00", "#E69F00", "#D55E00"
@@ -44,9 +44,9 @@ def _picture(plot):
     @functools.wraps(plot)
     def wrapper(run, *, dark=False, **kwargs):
         if isinstance(run, (str, os.PathLike)):
-            run = load_run(run, MOST_MOMENTS)
+            run = load_run(run, MAX_SNAPSHOTS)
         elif isinstance(run, keras.Model):
-            run = run_of(run)
+            run = snapshot_run(run)
         if not isinstance(run, Run):
             raise ValueError(
                 "Expected a Run, the path of its record, or a model. "
@@ -117,14 +117,14 @@ def plot_spectra(run, step=None):
 
     Args:
         run: A `Run`, the path of its record, or a model.
-        step: Int. The moment to show, or the last before it; defaults to the last.
+        step: Int. The snapshot to show, or the last before it; defaults to the last.
         dark: Whether to draw on black. By keyword only.
     """
-    moment = len(run.steps) - 1
+    snapshot = len(run.steps) - 1
     if step is not None:
-        moment = max(int(np.searchsorted(run.steps, step, side="right")) - 1, 0)
-    counts = run.spectra[moment][:, 1 : spectrum.NONFINITE]
-    scales = run.log2_sampled_at[moment]
+        snapshot = max(int(np.searchsorted(run.steps, step, side="right")) - 1, 0)
+    counts = run.spectra[snapshot][:, 1 : spectrum.NONFINITE]
+    scales = run.log2_sampled_at[snapshot]
     layers = len(run.layers)
     figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -147,7 +147,7 @@ def plot_spectra(run, step=None):
     ]
     _label_layers(left, names, range(layers))
     right.tick_params(left=False)
-    figure.suptitle(f"step {run.steps[moment]}", fontsize="medium")
+    figure.suptitle(f"step {run.steps[snapshot]}", fontsize="medium")
     return figure
 
 
@@ -285,5 +285,5 @@ def _edges(steps):
 
 
 def _increase(counts):
-    """By how much counts have grown since the moment before, the first since nothing."""
+    """By how much counts have grown since the snapshot before, the first since nothing."""
     return np.diff(counts, axis=0, prepend=np.zeros_like(counts[:1]))

@@ -1,7 +1,7 @@
 """The record of a training run: what every layer's gradients did, and when.
 
 It is a file of JSON lines. One of them starts each process that trains the model and
-names its layers; each other one holds the figures of one moment. Lines are only
+names its layers; each other one holds a `Snapshot`. Lines are only
 added, and each is handed to the system at once, so that a process that is killed
 leaves at most its last line unfinished. A start at an earlier step than the record
 has reached, as after going back to a checkpoint, supersedes what comes after it.
@@ -17,58 +17,23 @@ import re
 import numpy as np
 
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
-from tf_adaptive_ls.numerics.scale_state import Reading
+from tf_adaptive_ls.numerics.scale_state import LayerSnapshot
 from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.scale_table import ScaleTable, scaled_row
+from tf_adaptive_ls.observe.snapshot import Snapshot
 
 VERSION = 2
 _START = '{"tf_adaptive_ls":'
-_MOMENT = re.compile(rb'\{"step":(\d+),.*\}')
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Moment:
-    """What all layers of a model showed at one moment.
-
-    Attributes:
-        step: How many steps the optimizer had taken or skipped.
-        skipped_steps: How many of them were skipped.
-        skipped_in_a_row: How many of them were skipped up to this one.
-        log2_loss_scale: log2(S).
-        readings: A `scale_state.Reading` per layer.
-    """
-
-    step: int
-    skipped_steps: int
-    skipped_in_a_row: int
-    log2_loss_scale: int
-    readings: list
-
-    @classmethod
-    def of(cls, layers, optimizer):
-        """Reads all `LossScaled` layers and the optimizer."""
-        return cls(
-            optimizer.steps,
-            optimizer.skipped_steps,
-            optimizer.skipped_in_a_row,
-            round(math.log2(optimizer.loss_scale)),
-            optimizer.readings(layers),
-        )
-
-    @property
-    def worst_underflow(self):
-        """The largest share of gradients that any layer loses to underflow."""
-        shares = [r.spectrum.underflow_share for r in self.readings if r.spectrum.nonzero]
-        return max(shares, default=0.0)
+_SNAPSHOT = re.compile(rb'\{"step":(\d+),.*\}')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """The record of a run as arrays: N moments of L layers.
+    """The record of a run as arrays: N snapshots of L layers.
 
     Attributes:
-        layers, classes: Lists of L strings, as in `scale_table`.
+        layers, layer_classes: Lists of L strings, as in `scale_table`.
         float_formats: List of L, the `FloatFormat` of each layer.
         steps: `[N]`, how many steps had been taken or skipped.
         skipped_steps: `[N]`, how many of them were skipped.
@@ -87,7 +52,7 @@ class Run:
     """
 
     layers: list
-    classes: list
+    layer_classes: list
     float_formats: list
     steps: np.ndarray
     skipped_steps: np.ndarray
@@ -101,25 +66,25 @@ class Run:
     logs: dict
 
     def table(self):
-        """`scale_table` of the last moment, of the scaled layers."""
+        """`scale_table` of the last snapshot, of the scaled layers."""
         rows = []
-        for i, (name, kind) in enumerate(zip(self.layers, self.classes, strict=True)):
+        for i, (name, kind) in enumerate(zip(self.layers, self.layer_classes, strict=True)):
             float_format = self.float_formats[i]
             counts = rebinned(self.spectra[-1, i], COUNTING_FORMAT, float_format)
             spectrum = Spectrum(counts, float_format)
-            reading = Reading(
+            layer_snapshot = LayerSnapshot(
                 int(self.log2_scales[-1, i]),
                 int(self.log2_sampled_at[-1, i]),
                 int(self.overflows[-1, i]),
                 spectrum,
                 peaks=None,
             )
-            rows.append(scaled_row(name, kind, reading, int(self.log2_loss_scale[-1])))
+            rows.append(scaled_row(name, kind, layer_snapshot, int(self.log2_loss_scale[-1])))
         return ScaleTable(rows)
 
 
-def run_of(model, optimizer=None):
-    """The `Run` of one moment: now.
+def snapshot_run(model, optimizer=None):
+    """The `Run` of a single `Snapshot`, taken now.
 
     Args:
         model: A model with `LossScaled` layers.
@@ -127,17 +92,17 @@ def run_of(model, optimizer=None):
     """
     optimizer = model.optimizer if optimizer is None else optimizer
     layers = scaled_layers(model)
-    moment = Moment.of([layer for _, layer in layers], optimizer)
-    start = json.loads(_start_line(layers, moment.step))
-    return _run(start, [json.loads(_moment_line(moment, 0, {}))])
+    snapshot = Snapshot.of([layer for _, layer in layers], optimizer)
+    start = json.loads(_start_line(layers, snapshot.step))
+    return _run(start, [json.loads(_snapshot_line(snapshot, 0, {}))])
 
 
-def load_run(path, most=None):
+def load_run(path, max_snapshots=None):
     """Reads the record of a run that a `LossScaleMonitor` has written.
 
     Args:
         path: The file.
-        most: Int. If there are more moments than this, so many of them, evenly
+        max_snapshots: Int. If there are more than this, so many of them, evenly
             spread, with the first and the last. Counts of steps skipped and of
             overflows add up all the same. Defaults to all.
 
@@ -146,7 +111,7 @@ def load_run(path, most=None):
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If it is none of these records, or has no moment in it yet.
+        ValueError: If it is none of these records, or has no snapshot in it yet.
     """
     with open(path, "rb") as file:
         lines = file.read().splitlines()
@@ -155,7 +120,7 @@ def load_run(path, most=None):
             "Expected the record of a run, as `LossScaleMonitor(path)` writes it. "
             f"Received: {str(path)!r}, which does not begin like one."
         )
-    start, moments = None, []
+    start, snapshots = None, []
     for line in lines:
         if line.startswith(_START.encode()):
             try:
@@ -169,21 +134,21 @@ def load_run(path, most=None):
                     "tf_adaptive_ls to read it."
                 )
             if start is None or new_start["layers"] != start["layers"]:
-                moments = []
-            moments = [(step, text) for step, text in moments if step <= new_start["step"]]
+                snapshots = []
+            snapshots = [(step, text) for step, text in snapshots if step <= new_start["step"]]
             start = new_start
-        elif match := _MOMENT.fullmatch(line):
-            moments.append((int(match[1]), line))
-    if not moments:
+        elif match := _SNAPSHOT.fullmatch(line):
+            snapshots.append((int(match[1]), line))
+    if not snapshots:
         raise ValueError(
             "Expected the record of a run with figures in it. Received: "
             f"{str(path)!r}, which has none yet. They come every so many steps, and when "
             "`fit` ends."
         )
-    if most is not None and len(moments) > most:
-        places = np.linspace(0, len(moments) - 1, most).round().astype(int)
-        moments = [moments[place] for place in places]
-    return _run(start, [json.loads(text) for _, text in moments])
+    if max_snapshots is not None and len(snapshots) > max_snapshots:
+        places = np.linspace(0, len(snapshots) - 1, max_snapshots).round().astype(int)
+        snapshots = [snapshots[place] for place in places]
+    return _run(start, [json.loads(text) for _, text in snapshots])
 
 
 class RunWriter:
@@ -214,9 +179,9 @@ class RunWriter:
             file.truncate(content.rfind(b"\n") + 1)
         self._append(_start_line(layers, step))
 
-    def add(self, moment, epoch, logs):
-        """Adds a `Moment`, with the epoch and what Keras has logged."""
-        self._append(_moment_line(moment, epoch, logs))
+    def add(self, snapshot, epoch, logs):
+        """Adds a `Snapshot`, with the epoch and what Keras has logged."""
+        self._append(_snapshot_line(snapshot, epoch, logs))
 
     def close(self):
         """Does nothing: the file is open only while a line is written."""
@@ -238,20 +203,20 @@ def _start_line(layers, step):
     return json.dumps(start, separators=(",", ":"))
 
 
-def _moment_line(moment, epoch, logs):
-    readings = moment.readings
+def _snapshot_line(snapshot, epoch, logs):
+    layer_snapshots = snapshot.layers
     line = {
-        "step": moment.step,
+        "step": snapshot.step,
         "epoch": epoch,
-        "skipped_steps": moment.skipped_steps,
-        "log2_loss_scale": moment.log2_loss_scale,
+        "skipped_steps": snapshot.skipped_steps,
+        "log2_loss_scale": snapshot.log2_loss_scale,
         "logs": {name: _number(value) for name, value in logs.items() if np.ndim(value) == 0},
-        "log2_scales": [r.log2_scale for r in readings],
-        "log2_sampled_at": [r.log2_sampled_at for r in readings],
-        "overflows": [r.overflows for r in readings],
-        "underflow": [_number(r.spectrum.underflow_share) for r in readings],
-        "subnormal": [_number(r.spectrum.subnormal_share) for r in readings],
-        "spectra": [_counts(r.spectrum).astype(int).tolist() for r in readings],
+        "log2_scales": [r.log2_scale for r in layer_snapshots],
+        "log2_sampled_at": [r.log2_sampled_at for r in layer_snapshots],
+        "overflows": [r.overflows for r in layer_snapshots],
+        "underflow": [_number(r.spectrum.underflow_share) for r in layer_snapshots],
+        "subnormal": [_number(r.spectrum.subnormal_share) for r in layer_snapshots],
+        "spectra": [_counts(r.spectrum).astype(int).tolist() for r in layer_snapshots],
     }
     return json.dumps(line, separators=(",", ":"), allow_nan=False)
 
@@ -266,20 +231,20 @@ def _number(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _run(start, moments):
+def _run(start, snapshots):
     def array(name):
-        return np.array([moment[name] for moment in moments], "float64")
+        return np.array([snapshot[name] for snapshot in snapshots], "float64")
 
     def per_layer(name, *shape):
-        values = [np.array(moment[name], "float32") for moment in moments]
-        return np.stack(values).reshape(len(moments), len(start["layers"]), *shape)
+        values = [np.array(snapshot[name], "float32") for snapshot in snapshots]
+        return np.stack(values).reshape(len(snapshots), len(start["layers"]), *shape)
 
-    names = {name: None for moment in moments for name in moment["logs"]}
+    names = {name: None for snapshot in snapshots for name in snapshot["logs"]}
     # Before version 2 all layers had one.
     float_formats = start.get("float_formats") or [start["float_format"]] * len(start["layers"])
     return Run(
         layers=start["layers"],
-        classes=start["classes"],
+        layer_classes=start["classes"],
         float_formats=[FloatFormat(name) for name in float_formats],
         steps=array("step").astype(int),
         skipped_steps=array("skipped_steps").astype(int),
@@ -291,7 +256,7 @@ def _run(start, moments):
         subnormal=per_layer("subnormal"),
         spectra=per_layer("spectra", num_bins(COUNTING_FORMAT)),
         logs={
-            name: np.array([moment["logs"].get(name) for moment in moments], "float64")
+            name: np.array([snapshot["logs"].get(name) for snapshot in snapshots], "float64")
             for name in names
         },
     )

@@ -98,18 +98,18 @@ def scale_table(model, optimizer=None):
 
 def _row(name, layer, log2_loss_scale):
     if isinstance(layer, LossScaled):
-        return scaled_row(name, type(layer.layer).__name__, layer.reading, log2_loss_scale)
+        return scaled_row(name, type(layer.layer).__name__, layer.snapshot, log2_loss_scale)
     inside = scaled_inside(layer)
     note = f"has {len(inside)} scaled layers inside" if inside else _why_not(layer)
     return ScaleRow(name, type(layer).__name__, None, None, None, None, note)
 
 
-def scaled_row(name, layer_class, reading, log2_loss_scale):
-    """The `ScaleRow` of a scaled layer, from a `scale_state.Reading` of its state."""
-    r, spectrum = reading.log2_scale, reading.spectrum
+def scaled_row(name, layer_class, layer_snapshot, log2_loss_scale):
+    """The `ScaleRow` of a scaled layer, from a `scale_state.LayerSnapshot` of its state."""
+    r, spectrum = layer_snapshot.log2_scale, layer_snapshot.spectrum
     total = None if log2_loss_scale is None else log2_loss_scale + r
     underflow = spectrum.underflow_share if spectrum.nonzero else None
-    return ScaleRow(name, layer_class, r, total, reading.binades, underflow, "")
+    return ScaleRow(name, layer_class, r, total, layer_snapshot.binades, underflow, "")
 
 
 def _why_not(layer):

@@ -31,27 +31,27 @@ class TensorBoardWriter:
             self._writer = tf.summary.create_file_writer(str(path))
             self._writer.init()
 
-    def add(self, moment, epoch, logs):
-        """Adds a `Moment`; Keras's own callback adds what it has logged."""
+    def add(self, snapshot, epoch, logs):
+        """Adds a `Snapshot`; Keras's own callback adds what it has logged."""
         tf = self._tf
         values = [
-            self._scalar("log2_loss_scale", moment.log2_loss_scale),
-            self._scalar("skipped_steps", moment.skipped_steps),
+            self._scalar("log2_loss_scale", snapshot.log2_loss_scale),
+            self._scalar("skipped_steps", snapshot.skipped_steps),
         ]
-        for name, reading in zip(self._names, moment.readings, strict=True):
+        for name, layer in zip(self._names, snapshot.layers, strict=True):
             values += [
-                self._scalar(f"log2_scale/{name}", moment.log2_loss_scale + reading.log2_scale),
-                self._scalar(f"overflows/{name}", reading.overflows),
+                self._scalar(f"log2_scale/{name}", snapshot.log2_loss_scale + layer.log2_scale),
+                self._scalar(f"overflows/{name}", layer.overflows),
             ]
-            if reading.spectrum.nonzero:
+            if layer.spectrum.nonzero:
                 values += [
-                    self._scalar(f"underflow/{name}", reading.spectrum.underflow_share),
-                    self._scalar(f"subnormal/{name}", reading.spectrum.subnormal_share),
-                    self._histogram(f"gradient_binades/{name}", reading),
+                    self._scalar(f"underflow/{name}", layer.spectrum.underflow_share),
+                    self._scalar(f"subnormal/{name}", layer.spectrum.subnormal_share),
+                    self._histogram(f"gradient_binades/{name}", layer),
                 ]
         summary = tf.compat.v1.Summary(value=values).SerializeToString()
         with self._as_os_errors(), self._writer.as_default():
-            tf.summary.experimental.write_raw_pb(summary, moment.step)
+            tf.summary.experimental.write_raw_pb(summary, snapshot.step)
             self._writer.flush()
 
     def close(self):
@@ -68,13 +68,17 @@ class TensorBoardWriter:
     def _scalar(self, tag, value):
         return self._value(tag, "scalars", self._tf.make_tensor_proto(value, "float32"))
 
-    def _histogram(self, tag, reading):
-        counts = reading.spectrum.counts[1 : spectrum.NONFINITE]
-        exponents = reading.spectrum.float_format.exponents
+    def _histogram(self, tag, layer):
+        counts = layer.spectrum.counts[1 : spectrum.NONFINITE]
+        exponents = layer.spectrum.float_format.exponents
         # Left and right edge and count of each bin: what TensorBoard's plugin stores
         # (tensorboard/plugins/histogram/summary_v2.py).
         bins = [
-            (binade - reading.log2_sampled_at, binade + 1 - reading.log2_sampled_at, count)
+            (
+                binade - layer.log2_sampled_at,
+                binade + 1 - layer.log2_sampled_at,
+                count,
+            )
             for binade, count in zip(exponents, counts, strict=True)
         ]
         return self._value(tag, "histograms", self._tf.make_tensor_proto(bins, "float64"))

@@ -7,6 +7,7 @@ from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.numerics.report import report_of_arrivals, report_of_products
 from tf_adaptive_ls.training import keras_internals, scale_plan
+from tf_adaptive_ls.training.scale_plan import AT_S, ScaleGroup
 
 
 class Border:
@@ -29,9 +30,9 @@ class Border:
         self._route = scale_plan.route_of(scaled)
         self._receivers = scaled.loss_scale.value, scaled.loss_scale_report.value
         self.passes_from = self._route.passes_from if self._route else ()
-        self.passes_with = self._route.outputs[0] if self.passes_from else ()
-        # The layers at whose smallest scale this one works: itself.
-        self._own = self.passes_with or (scaled,)
+        # At whose scale the layer works.
+        self._own = self._route.outputs[0] if self.passes_from else ScaleGroup((scaled,))
+        self.passes_with = self._own.layers if self.passes_from else ()
         self._up, self._down = scale_plan.factors(self._own)  # 2**r and 2**-r
 
     def tap_inputs(self, args, kwargs, weights):
@@ -54,7 +55,7 @@ class Border:
                 # The optimizer sees those of weights for itself.
                 return report_of_products(gradients[:number], narrow=arguments.narrow)
 
-            divisors = [*map(self._divisor_out, arguments.classes), *[self._up] * len(weights)]
+            divisors = [*map(self._divisor_out, arguments.groups), *[self._up] * len(weights)]
             tensors = gradient_tap(tensors, divisors, self._receivers, report)
         args, kwargs = arguments.replaced(tensors[:number])
         return args, kwargs, list(zip(weights, tensors[number:], strict=True))
@@ -62,19 +63,19 @@ class Border:
     def tap_outputs(self, outputs):
         """Where gradients arrive. What a layer passes on is not looked at on arrival."""
         leaves = tree.flatten(outputs)
-        classes = self._route.outputs if self._route else [None] * len(leaves)
+        groups = self._route.outputs if self._route else [AT_S] * len(leaves)
         places = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
         if not places or self.passes_from:
             return outputs
         narrow = [_is_narrow(leaves[i]) for i in places]
-        at_s = [n and classes[i] is None for i, n in zip(places, narrow, strict=True)]
+        at_s = [n and groups[i] == AT_S for i, n in zip(places, narrow, strict=True)]
 
         def report(gradients, divisors):
             return report_of_arrivals(gradients, divisors, at_s=at_s, narrow=narrow)
 
         tapped = gradient_tap(
             [leaves[i] for i in places],
-            [self._divisor_in(classes[i]) for i in places],
+            [self._divisor_in(groups[i]) for i in places],
             self._receivers,
             report,
         )
@@ -92,17 +93,17 @@ class Border:
         (tapped,) = gradient_tap([loss], [self._down], self._receivers, report)
         return tapped
 
-    def _divisor_out(self, layers):
-        """2**r over the factor that the gradient of a class travels at, `None` for one."""
-        if layers is None:
+    def _divisor_out(self, group):
+        """2**r over the factor that the gradients of a group travel at, `None` for one."""
+        if group == AT_S:
             return self._up
-        return None if layers == self._own else self._up * scale_plan.factors(layers)[1]
+        return None if group == self._own else self._up * scale_plan.factors(group)[1]
 
-    def _divisor_in(self, layers):
+    def _divisor_in(self, group):
         """The inverse of that."""
-        if layers is None:
+        if group == AT_S:
             return self._down
-        return None if layers == self._own else self._down * scale_plan.factors(layers)[0]
+        return None if group == self._own else self._down * scale_plan.factors(group)[0]
 
 
 class _Arguments:
@@ -116,12 +117,12 @@ class _Arguments:
     def __init__(self, scaled, args, kwargs, route):
         self._args, self._kwargs = args, kwargs
         self._leaves = []
-        classes = []
+        groups = []
         for name, value in [(None, args), *kwargs.items()]:
             leaves = tree.flatten(value)
             planned = route and (route.args if name is None else route.kwargs.get(name))
             self._leaves += leaves
-            classes += planned or [None] * len(leaves)
+            groups += planned or [AT_S] * len(leaves)
         self._places = [i for i, leaf in enumerate(self._leaves) if is_float_tensor(leaf)]
         self.tensors = [self._leaves[i] for i in self._places]
         self.narrow = [scaled.is_narrow] * len(self.tensors)
@@ -132,7 +133,7 @@ class _Arguments:
                 ops.cast(tensor, layer.compute_dtype) if narrow else tensor
                 for tensor, narrow in zip(self.tensors, self.narrow, strict=True)
             ]
-        self.classes = [classes[i] for i in self._places]
+        self.groups = [groups[i] for i in self._places]
 
     def replaced(self, tensors):
         """`(args, kwargs)` with `tensors` in place of `self.tensors`."""

@@ -2,7 +2,7 @@
 
 import keras
 
-from tf_adaptive_ls.numerics.gradient_tap import replaced
+from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
 from tf_adaptive_ls.training import keras_internals
 
 
@@ -30,7 +30,7 @@ class HeldVariables(keras.StatelessScope):
         if id(variable) in self._weights:
             # Outside of such a scope, too, a weight assigned to in a call has the gradient
             # of its new value.
-            value = replaced(self._weights[id(variable)], value)
+            value = redirect_gradient(value, self._weights[id(variable)])
         super().add_update((variable, value))
 
     def get_current_value(self, variable):

@@ -176,7 +176,7 @@ class LossScaled(keras.layers.Wrapper):
     @property
     def spectrum(self):
         """`Spectrum` of the gradients last sampled, at the scale of that step."""
-        return self.reading.spectrum
+        return self.snapshot.spectrum
 
     @property
     def overflows(self):
@@ -184,18 +184,18 @@ class LossScaled(keras.layers.Wrapper):
 
         Counted by the `AdaptiveLossScaleOptimizer` that trains it, from its first step.
         """
-        return self.reading.overflows
+        return self.snapshot.overflows
 
     @property
-    def reading(self):
-        """All that is known of its gradients, a `scale_state.Reading`, between steps."""
+    def snapshot(self):
+        """All that is known of its gradients, a `scale_state.LayerSnapshot`, between steps."""
         optimizer = self._optimizer and self._optimizer()
         if optimizer is None:
-            return scale_state.Reading.of_unknown(self.log2_scale, self.float_format)
-        return optimizer.readings([self])[0]
+            return scale_state.LayerSnapshot.of_unknown(self.log2_scale, self.float_format)
+        return optimizer.layer_snapshots([self])[0]
 
     def shows(self, optimizer):
-        """From now on `reading` is what `optimizer` knows of the layer."""
+        """From now on `snapshot` is what `optimizer` knows of the layer."""
         self._optimizer = weakref.ref(optimizer)
 
     def _scaled_call(self, *args, **kwargs):

@@ -14,9 +14,9 @@ from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
 from tf_adaptive_ls.numerics.scale_state import (
     MAX_LOG2_SCALE,
+    LayerSnapshot,
     LayerStates,
     LossState,
-    Reading,
     initial_layer_states,
     is_known,
     packed_scale,
@@ -47,7 +47,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             lower r of each layer that made finite gradients non-finite, unless
                 those that arrived at a later layer were not finite already
             if there is no such layer, or nothing was ever sampled: lower S
-        sample the next step if it is the `update_every`-th, if this one was skipped,
+        sample the next step if it is the `sample_every`-th, if this one was skipped,
             or if a scale moved further than a sample can be trusted
 
     The rule is told the largest gradient of every step, and on some a sample of all.
@@ -71,7 +71,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             business, and see unscaled gradients of weights alone.
         initial_scale: Float, a power of two. The first S.
         rule: A `ScaleRule`, defaults to `QuantileRule()`.
-        update_every: Int >= 1. Steps from one sample to the next once the scales
+        sample_every: Int >= 1. Steps from one sample to the next once the scales
             have settled. Spectra change slowly, sampling is not free; sampling on
             every step is not better (`./dev benchmark convergence --variations`),
             on every hundredth only is worse.
@@ -86,7 +86,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """
 
     def __init__(
-        self, inner_optimizer, initial_scale=2.0**15, rule=None, update_every=10, name=None
+        self, inner_optimizer, initial_scale=2.0**15, rule=None, sample_every=10, name=None
     ):
         inner_optimizer = _checked_inner_optimizer(inner_optimizer)
         _check_initial_scale(initial_scale)
@@ -102,14 +102,14 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "Expected `rule` to remember a whole number of numbers per layer, at least 0. "
                 f"Received: rule={rule!r}, with memory_size={rule.memory_size!r}."
             )
-        if not isinstance(update_every, int) or isinstance(update_every, bool) or update_every < 1:
+        if not isinstance(sample_every, int) or isinstance(sample_every, bool) or sample_every < 1:
             raise ValueError(
-                "Expected `update_every` to be a whole number of steps, at least 1. "
-                f"Received: update_every={update_every!r}."
+                "Expected `sample_every` to be a whole number of steps, at least 1. "
+                f"Received: sample_every={sample_every!r}."
             )
         super().__init__(inner_optimizer, initial_scale=float(initial_scale), name=name)
         self.rule = rule
-        self.update_every = update_every
+        self.sample_every = sample_every
 
     @property
     def loss_scale(self):
@@ -182,21 +182,21 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         for layer in self._scaled_layers:
             layer.shows(self)
 
-    def readings(self, layers):
-        """A `Reading` of each of several layers; of any it does not know, an empty one."""
-        if not self.built:
-            return [Reading.of_unknown(layer.log2_scale, layer.float_format) for layer in layers]
-        places = {id(layer): place for place, layer in enumerate(self._scaled_layers)}
-        known = {name: np.array(v.numpy()) for name, v in self._layer_states.items()}
+    def layer_snapshots(self, layers):
+        """A `LayerSnapshot` of each of several layers; of any it does not know, an empty one."""
+        places, known = {}, {}
+        if self.built:
+            places = {id(layer): place for place, layer in enumerate(self._scaled_layers)}
+            known = {name: np.array(v.numpy()) for name, v in self._layer_states.items()}
 
-        def reading(layer):
+        def snapshot(layer):
             place, scale = places.get(id(layer)), layer.loss_scale.numpy()
             if place is None or not is_known(scale):
-                return Reading.of_unknown(layer.log2_scale, layer.float_format)
+                return LayerSnapshot.of_unknown(layer.log2_scale, layer.float_format)
             state = LayerStates(scale[0], **{k: v[place] for k, v in known.items()})
-            return Reading.of(state, layer.float_format)
+            return LayerSnapshot.of(state, layer.float_format)
 
-        return [reading(layer) for layer in layers]
+        return [snapshot(layer) for layer in layers]
 
     def apply(self, grads, trainable_variables=None):
         """Updates weights and scales from the gradients of the scaled loss.
@@ -343,7 +343,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             float_formats=[layer.float_format for layer in self._scaled_layers],
             flow=flow_of(self._scaled_layers),
             restart=math.log2(self.initial_scale),
-            sample_every=self.update_every,
+            sample_every=self.sample_every,
         )
         scales = packed_scale(layer_states.log2_scales)
         scales = ops.unstack(scales, len(self._scaled_layers))
@@ -364,7 +364,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "initial_scale": self.initial_scale,
             "rule": keras.saving.serialize_keras_object(self.rule),
-            "update_every": self.update_every,
+            "sample_every": self.sample_every,
         }
 
     @classmethod

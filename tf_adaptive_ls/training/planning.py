@@ -7,7 +7,7 @@ from keras import tree
 
 from tf_adaptive_ls.training.keras_internals import graph_of, nodes_of, parts_of
 from tf_adaptive_ls.training.loss_scaled import LossScaled
-from tf_adaptive_ls.training.scale_plan import Route, ScalePlan
+from tf_adaptive_ls.training.scale_plan import AT_S, Route, ScaleGroup, ScalePlan
 
 # Keras layers that run code Keras does not know.
 _FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
@@ -32,56 +32,56 @@ def plan_of(model):
         for layer in _scaled_layers(call.operation):
             times_called[id(layer)] = times_called.get(id(layer), 0) + 1
 
-    classes = _Classes()
+    groups = _Groups()
     for nested, graph in models:
         if nested is model:
-            classes.pin([*graph.inputs, *graph.outputs])
+            groups.pin([*graph.inputs, *graph.outputs])
     for call in calls:
         operation, inputs, outputs = call.operation, call.inputs, call.outputs
         if isinstance(operation, LossScaled):
             if times_called[id(operation)] > 1:
-                classes.pin([*inputs, *outputs])
+                groups.pin([*inputs, *outputs])
             for tensor in inputs:
-                classes.add_consumer(tensor, operation)
+                groups.add_consumer(tensor, operation)
         elif call.nested is not None:
             for outside, inside in zip(inputs, call.nested.inputs, strict=True):
-                classes.join([outside, inside])
+                groups.join([outside, inside])
             for outside, inside in zip(outputs, call.nested.outputs, strict=True):
-                classes.join([outside, inside])
+                groups.join([outside, inside])
         else:
-            classes.join([*inputs, *outputs])
-            if not _is_pure(operation):
-                classes.pin([*inputs, *outputs])
+            groups.join([*inputs, *outputs])
+            if not _only_hands_gradients_on(operation):
+                groups.pin([*inputs, *outputs])
 
     planned = [
         call
         for call in calls
         if isinstance(call.operation, LossScaled) and times_called[id(call.operation)] == 1
     ]
-    passing = [call for call in planned if _may_pass(call) and classes.consumers(call.outputs[0])]
-    only_taken_by_it = [classes.consumers(call.inputs[0]) == (call.operation,) for call in passing]
+    passing = [call for call in planned if _may_pass(call) and groups.consumers(call.outputs[0])]
+    only_taken_by_it = [groups.consumers(call.inputs[0]) == (call.operation,) for call in passing]
     for call, joined in zip(passing, only_taken_by_it, strict=True):
-        classes.add_passing(call.outputs[0], call.operation)
+        groups.add_passing(call.outputs[0], call.operation)
         if joined:
-            classes.join([*call.inputs, *call.outputs])
+            groups.join([*call.inputs, *call.outputs])
 
-    def travel(leaf):
-        return classes.travels_at(leaf) if isinstance(leaf, keras.KerasTensor) else None
+    def group_of(leaf):
+        return groups.scale_group(leaf) if isinstance(leaf, keras.KerasTensor) else AT_S
 
     def passes_from(call):
         if not any(call is other for other in passing):
             return ()
-        consumers = classes.consumers(call.outputs[0])
+        consumers = groups.consumers(call.outputs[0])
         return tuple(layer for layer in consumers if layer is not call.operation)
 
     routes = {
         id(call.operation): Route(
-            args=tuple(travel(leaf) for leaf in tree.flatten(call.args)),
+            args=tuple(group_of(leaf) for leaf in tree.flatten(call.args)),
             kwargs={
-                name: tuple(travel(leaf) for leaf in tree.flatten(value))
+                name: tuple(group_of(leaf) for leaf in tree.flatten(value))
                 for name, value in call.kwargs.items()
             },
-            outputs=tuple(travel(tensor) for tensor in call.outputs),
+            outputs=tuple(group_of(tensor) for tensor in call.outputs),
             passes_from=passes_from(call),
         )
         for call in planned
@@ -147,7 +147,7 @@ def _may_pass(call):
     )
 
 
-def _is_pure(operation):
+def _only_hands_gradients_on(operation):
     """Whether `operation` has a linear backward pass and no gradients of its own."""
     if not isinstance(operation, keras.layers.Layer):
         return _is_from_keras(type(operation))
@@ -171,8 +171,8 @@ def _is_from_keras(definition):
     return definition.__module__.partition(".")[0] == "keras"
 
 
-class _Classes:
-    """Union-find over the tensors of a graph, with what is known of each class."""
+class _Groups:
+    """Union-find over the tensors of a graph, with what is known of each group."""
 
     def __init__(self):
         self._parent = {}
@@ -201,7 +201,7 @@ class _Classes:
                     self._pinned.add(first)
 
     def pin(self, tensors):
-        """Lets the classes of `tensors` travel at S."""
+        """Lets the groups of `tensors` travel at S."""
         self._pinned.update(self._find(tensor) for tensor in tensors)
 
     def add_consumer(self, tensor, layer):
@@ -213,12 +213,12 @@ class _Classes:
         self._passing.setdefault(self._find(tensor), []).append(layer)
 
     def consumers(self, tensor):
-        """The consumers in the class of `tensor`, `None` if it travels at S."""
+        """The layers that take what is in the group of `tensor`, none if it travels at S."""
         root = self._find(tensor)
-        consumers = self._consumers.get(root)
-        return tuple(consumers) if consumers and root not in self._pinned else None
+        return () if root in self._pinned else tuple(self._consumers.get(root, ()))
 
-    def travels_at(self, tensor):
-        """The layers at whose smallest scale the class of `tensor` travels, `None` for S."""
+    def scale_group(self, tensor):
+        """The `ScaleGroup` of `tensor`."""
         consumers = self.consumers(tensor)
-        return consumers and tuple(self._passing.get(self._find(tensor), ()) or consumers)
+        passing = tuple(self._passing.get(self._find(tensor), ()))
+        return ScaleGroup(passing if consumers and passing else consumers)

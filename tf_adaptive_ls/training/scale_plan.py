@@ -5,8 +5,8 @@ By default a gradient returns to the scale S of the surroundings between any two
 travel from layer to layer at a scale of the layers' own. Tensors that layers
 without weights connect (activation, pooling, add, concatenate, …) must share one,
 because such a layer hands the scale of its output's gradient on to its inputs.
-They form a class. A class travels at the smallest scale of its consumers, for
-each knows what its own input gradient can bear, or at S (`None` below) if it holds
+They form a group. A group travels at the smallest scale of its consumers, for
+each knows what its own input gradient can bear, or at S if it holds
 
 - an input or output of the model,
 - an input or output of a `LossScaled` layer that is called at several places, or
@@ -15,9 +15,9 @@ each knows what its own input gradient can bear, or at S (`None` below) if it ho
 
 Layers that normalise, half of all layers in many models, have few weights and hand on
 about what they get. They need no scale apart from their surroundings: such a layer
-*passes* gradients on at the scale that its outputs' class travels at, which is then its
+*passes* gradients on at the scale that its outputs' group travels at, which is then its
 own, and the optimizer holds that to those of the consumers. Where nothing else takes its
-input, that belongs to the same class.
+input, that belongs to the same group.
 
 A plan is derived from the graph of one model, by `planning`, and holds only while that
 model runs it: see `running`.
@@ -36,14 +36,26 @@ _running = contextvars.ContextVar("running_scale_plan", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Route:
-    """The classes of tensors that one call of a `LossScaled` layer has at its border.
-
-    Each class is the tuple of the layers at whose smallest scale it travels, or `None`
-    for S.
+class ScaleGroup:
+    """Tensors whose gradients travel at one scale.
 
     Args:
-        args, kwargs, outputs: The classes of the leaves of each.
+        layers: Tuple of `LossScaled` layers, of whose scales it is the smallest. Without
+            any it is S, the scale of the surroundings.
+    """
+
+    layers: tuple = ()
+
+
+AT_S = ScaleGroup()
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """The groups of the tensors at the border of one call of a `LossScaled` layer.
+
+    Args:
+        args, kwargs, outputs: The groups of the leaves of each.
         passes_from: The layers that gradients come from which the layer passes on at the
             scale they come at; empty if it does not.
     """
@@ -83,15 +95,17 @@ class _Run:
     def __init__(self, plan):
         self.plan = plan
         self._of_layers = None
-        self._of_classes = {}
+        self._of_groups = {}
 
-    def factors(self, layers):
-        if len(layers) == 1:
-            return self._factors_of_one(layers[0])
-        if layers not in self._of_classes:
-            ups, downs = zip(*map(self._factors_of_one, layers), strict=True)
-            self._of_classes[layers] = ops.min(ops.stack(ups)), ops.max(ops.stack(downs))
-        return self._of_classes[layers]
+    def factors(self, group):
+        if group not in self._of_groups:
+            ups, downs = zip(*map(self._factors_of_one, group.layers), strict=True)
+            alone = len(ups) == 1
+            self._of_groups[group] = (
+                ups[0] if alone else ops.min(ops.stack(ups)),
+                downs[0] if alone else ops.max(ops.stack(downs)),
+            )
+        return self._of_groups[group]
 
     def _factors_of_one(self, layer):
         if self._of_layers is None:
@@ -124,14 +138,13 @@ def route_of(layer):
     return run and run.plan.routes.get(id(layer))
 
 
-def factors(layers):
-    """2**r and 2**-r of a class, two float32 scalars in the running computation.
+def factors(group):
+    """2**r and 2**-r of a `ScaleGroup`, float32 scalars in the running computation.
 
     Args:
-        layers: A tuple, the class: those at whose smallest scale it travels. A single layer
-            need not be in the plan that holds.
+        group: One with layers. Only a single one need not be in the plan that holds.
     """
-    if route_of(layers[0]):
-        return _running.get().factors(layers)
-    factor = factor_of(layers[0].loss_scale.value)
+    if route_of(group.layers[0]):
+        return _running.get().factors(group)
+    factor = factor_of(group.layers[0].loss_scale.value)
     return factor, 1 / factor

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import inspect
 import math
 import warnings
 
@@ -35,8 +36,10 @@ def wrap_model(model, *, layer_filter=None):
 
     Args:
         model: A Functional model or a built Sequential model.
-        layer_filter: Function `layer -> bool`. Layers for which it is false are
-            not wrapped; gradients pass them at the optimizer's loss scale.
+        layer_filter: Function `layer -> bool` or `(layer, path) -> bool`. Layers for
+            which it is false are not wrapped; gradients pass them at the optimizer's
+            loss scale. `path` is the layer's name, behind those of the models that it is
+            nested in, as in `scale_table`: `"encoder/dense_1"`.
 
     Returns:
         The wrapped model. `model` is left as it was.
@@ -51,22 +54,25 @@ def wrap_model(model, *, layer_filter=None):
             f"whether to wrap it. Received: layer_filter={layer_filter!r}."
         )
 
-    def wrapped(operation):
+    wants = _with_path(layer_filter)
+
+    def wrapped(operation, path):
         if not isinstance(operation, keras.layers.Layer) or isinstance(operation, LossScaled):
             return operation
         if not operation.trainable_weights:
             return _fresh_if_stateless(operation)
         if _why_not_a_graph(operation) is None:
-            return rebuilt(operation)
-        if layer_filter is not None and not layer_filter(operation):
+            return rebuilt(operation, f"{path}/")
+        if not wants(operation, path):
             return operation
         if wrapper_of(operation) is None:
             LossScaled(operation)
             newly_wrapped.append(operation)
         return wrapper_of(operation)
 
-    def rebuilt(model):
-        return _rebuilt(model, converted, _planned_class(_plain_class(model)))
+    def rebuilt(model, prefix=""):
+        planned_class = _planned_class(_plain_class(model))
+        return _rebuilt(model, lambda each: converted(each, prefix), planned_class)
 
     newly_wrapped = []
     converted = _once_per_operation(wrapped)
@@ -100,7 +106,7 @@ def strip_model(model):
     """
     _check_is_graph(model, "strip_model")
 
-    def stripped(operation):
+    def stripped(operation, path):
         if isinstance(operation, LossScaled):
             operation = operation.layer
         elif isinstance(operation, keras.Model) and _why_not_a_graph(operation) is None:
@@ -111,7 +117,7 @@ def strip_model(model):
         return _fresh_if_stateless(operation)
 
     def rebuilt(model):
-        return _rebuilt(model, converted, _plain_class(model))
+        return _rebuilt(model, lambda each: converted(each, ""), _plain_class(model))
 
     converted = _once_per_operation(stripped)
     result = rebuilt(model)
@@ -201,9 +207,9 @@ def _once_per_operation(convert):
     """`convert`, but shared layers stay shared."""
     results = {}
 
-    def converted(operation):
+    def converted(operation, prefix):
         if id(operation) not in results:
-            results[id(operation)] = convert(operation)
+            results[id(operation)] = convert(operation, prefix + operation.name)
         return results[id(operation)]
 
     return converted
@@ -288,6 +294,18 @@ def _roles_of_variables(optimizer, build):
         roles.append((weight, counts[weight]))
         counts[weight] += 1
     return roles
+
+
+def _with_path(layer_filter):
+    """A layer filter as a function of a layer and its path."""
+    if layer_filter is None:
+        return lambda layer, path: True
+    try:
+        parameters = inspect.signature(layer_filter).parameters.values()
+    except ValueError:  # of some callables written in C
+        parameters = ()
+    required = [each for each in parameters if each.default is each.empty]
+    return layer_filter if len(required) == 2 else lambda layer, path: layer_filter(layer)
 
 
 def _check_is_graph(model, function):
