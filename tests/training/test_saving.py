@@ -88,23 +88,23 @@ def test_every_graph_is_loaded_with_its_plan(name, tmp_path):
     outputs = [keras.tree.flatten(each(*inputs)) for each in (loaded, wrapped)]
     for a, b in zip(*outputs, strict=True):
         np.testing.assert_array_equal(a, b)
-    for a, b in zip(borders(loaded), borders(wrapped), strict=True):
+    for a, b in zip(routes(loaded), routes(wrapped), strict=True):
         assert a == b
 
 
-def borders(model):
+def routes(model):
     """The plan of a model, with names for layers."""
 
-    def named(classes):
-        return [consumers and [layer.name for layer in consumers] for consumers in classes]
+    def named(groups):
+        return [[layer.name for layer in group.layers] for group in groups]
 
     for layer in scaled_layers(model):
-        border = model._plan.borders.get(id(layer))
-        if border is None:
+        route = model._plan.routes.get(id(layer))
+        if route is None:
             yield layer.name, None
         else:
-            kwargs = {name: named(value) for name, value in border.kwargs.items()}
-            yield layer.name, named(border.args), kwargs, named(border.outputs)
+            kwargs = {name: named(value) for name, value in route.kwargs.items()}
+            yield layer.name, named(route.args), kwargs, named(route.outputs)
 
 
 def test_weights_alone(tmp_path, mixed_float16):

@@ -241,7 +241,8 @@ def _run(start, snapshots):
 
     names = {name: None for snapshot in snapshots for name in snapshot["logs"]}
     # Before version 2 all layers had one.
-    float_formats = start.get("float_formats") or [start["float_format"]] * len(start["layers"])
+    one_for_all = [start.get("float_format")] * len(start["layers"])
+    float_formats = start.get("float_formats", one_for_all)
     return Run(
         layers=start["layers"],
         layer_classes=start["classes"],
