@@ -446,3 +446,24 @@ def test_a_model_without_scaled_layers_is_watched_too(mixed_float16, tmp_path):
         history = fit(model, als.LossScaleMonitor(tmp_path / "run.jsonl", every=4)).history
     assert "loss_scale" in history
     assert als.load_run(tmp_path / "run.jsonl").spectra.shape == (4, 0, 42)
+
+
+def test_a_record_of_before_formats_were_told_by_layer_is_read(mixed_float16, tmp_path):
+    path = tmp_path / "run.jsonl"
+    fit(network(), als.LossScaleMonitor(path, every=4), epochs=1)
+    expected = als.load_run(path)
+    start, *lines = path.read_text().splitlines()
+    start = json.loads(start)
+    assert start["tf_adaptive_ls"] == 2 and start.pop("float_formats") == ["float16", "float16"]
+    start |= {"tf_adaptive_ls": 1, "float_format": "float16"}
+    path.write_text("\n".join([json.dumps(start, separators=(",", ":")), *lines]) + "\n")
+    run = als.load_run(path)
+    assert run.float_formats == expected.float_formats
+    np.testing.assert_array_equal(run.spectra, expected.spectra)
+
+
+def test_a_record_of_a_newer_version_is_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"tf_adaptive_ls":3,"step":0,"layers":[],"classes":[]}\n')
+    with pytest.raises(ValueError, match=r"version 2 or before. Received: .* of version 3"):
+        als.load_run(path)
