@@ -3,8 +3,6 @@
 import ast
 import pathlib
 
-import pytest
-
 PACKAGE = pathlib.Path(__file__).parent.parent / "tf_adaptive_ls"
 WINGS = ["numerics", "training", "observe"]
 MODULES = [path for wing in WINGS for path in (PACKAGE / wing).glob("*.py")]
@@ -20,12 +18,12 @@ def imported_by(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_imports_nothing_of_a_wing_above(path):
-    wing = WINGS.index(path.parent.name)
-    for module in imported_by(path):
-        _, other, *_ = module.split(".")
-        assert other in WINGS[: wing + 1], f"{name_of(path)} imports {module}"
+def test_a_module_imports_nothing_of_a_wing_above():
+    for path in MODULES:
+        wing = WINGS.index(path.parent.name)
+        for module in imported_by(path):
+            _, other, *_ = module.split(".")
+            assert other in WINGS[: wing + 1], f"{name_of(path)} imports {module}"
 
 
 def test_no_module_imports_itself_through_others():
@@ -42,23 +40,23 @@ def test_no_module_imports_itself_through_others():
         edges = {name: needed for name, needed in edges.items() if name not in leaves}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_says_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
+def test_a_module_says_what_it_is():
+    for path in MODULES:
+        assert ast.get_docstring(ast.parse(path.read_text())), name_of(path)
 
 
 # Of named tuples, and the one that tells a layer's wrapper.
 NOT_PRIVATE = {"_asdict", "_replace", "_loss_scaled"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_privates_of_others_are_in_two_places(path):
-    if path.name in ("keras_internals.py", "backend.py"):
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
-            ours = ast.unparse(node.value) in ("self", "cls") or node.attr in NOT_PRIVATE
-            public = node.attr.endswith("__") and node.attr != "__internal__"
-            assert ours or public, f"{name_of(path)}: {ast.unparse(node)}"
-        if isinstance(node, ast.ImportFrom):
-            assert not node.module.startswith("keras.src"), name_of(path)
+def test_privates_of_others_are_in_two_places():
+    for path in MODULES:
+        if path.name in ("keras_internals.py", "backend.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                ours = ast.unparse(node.value) in ("self", "cls") or node.attr in NOT_PRIVATE
+                public = node.attr.endswith("__") and node.attr != "__internal__"
+                assert ours or public, f"{name_of(path)}: {ast.unparse(node)}"
+            if isinstance(node, ast.ImportFrom):
+                assert not node.module.startswith("keras.src"), name_of(path)
