@@ -16,7 +16,7 @@ from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.observe.named_layers import named_layers
 from tf_adaptive_ls.observe.text_table import text_table
-from tf_adaptive_ls.training.border import is_float_tensor, with_mask_of
+from tf_adaptive_ls.training.call_tensors import is_float_tensor, with_mask_of
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
 from tf_adaptive_ls.training.keras_internals import parts_of
 

@@ -1,12 +1,11 @@
 """The border of a `LossScaled` layer: everything that crosses it is shifted and reported."""
 
-import keras
-from keras import ops, tree
+from keras import tree
 
-from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.numerics.report import report_of_arrivals, report_of_products
-from tf_adaptive_ls.training import keras_internals, scale_plan
+from tf_adaptive_ls.training import scale_plan
+from tf_adaptive_ls.training.call_tensors import Arguments, is_float_tensor, is_narrow, with_mask_of
 from tf_adaptive_ls.training.scale_plan import AT_S, ScaleGroup
 
 
@@ -46,7 +45,7 @@ class Border:
         Returns:
             The arguments, and pairs of a variable and its value, to run the layer on.
         """
-        arguments = _Arguments(self._scaled, args, kwargs, self._route)
+        arguments = Arguments(self._scaled, args, kwargs, self._route)
         number = len(arguments.tensors)
         tensors = [*arguments.tensors, *(v.value for v in weights)]
         if tensors:
@@ -67,7 +66,7 @@ class Border:
         places = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
         if not places or self.passes_from:
             return outputs
-        narrow = [_is_narrow(leaves[i]) for i in places]
+        narrow = [is_narrow(leaves[i]) for i in places]
         at_s = [n and groups[i] == AT_S for i, n in zip(places, narrow, strict=True)]
 
         def report(gradients, divisors):
@@ -85,7 +84,7 @@ class Border:
 
     def tap_loss(self, loss):
         """Where the gradient of a loss that the layer has added arrives, 1 times S."""
-        narrow = [_is_narrow(loss)]
+        narrow = [is_narrow(loss)]
 
         def report(gradients, divisors):
             return report_of_arrivals(gradients, divisors, at_s=[False], narrow=narrow)
@@ -104,68 +103,3 @@ class Border:
         if group == AT_S:
             return self._down
         return None if group == self._own else self._down * scale_plan.factors(group)[0]
-
-
-class _Arguments:
-    """The arguments of a call, and the floating-point tensors among them.
-
-    The tensors are cast as the layer would cast them if it computes in a wider format
-    than they have: a gradient is then still wide when it is shifted, and rounded
-    only after that. `narrow` tells which gradients are written in a narrow format.
-    """
-
-    def __init__(self, scaled, args, kwargs, route):
-        self._args, self._kwargs = args, kwargs
-        self._leaves = []
-        groups = []
-        for name, value in [(None, args), *kwargs.items()]:
-            leaves = tree.flatten(value)
-            planned = route and (route.args if name is None else route.kwargs.get(name))
-            self._leaves += leaves
-            groups += planned or [AT_S] * len(leaves)
-        self._places = [i for i, leaf in enumerate(self._leaves) if is_float_tensor(leaf)]
-        self.tensors = [self._leaves[i] for i in self._places]
-        self.narrow = [scaled.is_narrow] * len(self.tensors)
-        layer = scaled.layer
-        if layer.autocast and not scaled.is_narrow:
-            self.narrow = [_is_narrow(tensor) for tensor in self.tensors]
-            self.tensors = [
-                ops.cast(tensor, layer.compute_dtype) if narrow else tensor
-                for tensor, narrow in zip(self.tensors, self.narrow, strict=True)
-            ]
-        self.groups = [groups[i] for i in self._places]
-
-    def replaced(self, tensors):
-        """`(args, kwargs)` with `tensors` in place of `self.tensors`."""
-        leaves = list(self._leaves)
-        for i, tensor in zip(self._places, tensors, strict=True):
-            leaves[i] = with_mask_of(leaves[i], tensor)
-        leaves = iter(leaves)
-
-        def refilled(value):
-            return tree.pack_sequence_as(value, [next(leaves) for _ in tree.flatten(value)])
-
-        return refilled(self._args), {name: refilled(v) for name, v in self._kwargs.items()}
-
-
-def _is_narrow(tensor):
-    return FloatFormat(keras.backend.standardize_dtype(tensor.dtype)).is_narrow
-
-
-def is_float_tensor(x):
-    """Whether `x` is a dense tensor that may have a gradient."""
-    return (
-        ops.is_tensor(x)
-        and keras.backend.is_float_dtype(x.dtype)
-        # Sparse and ragged tensors carry data, not gradients.
-        and not hasattr(x, "dense_shape")
-        and not hasattr(x, "row_splits")
-    )
-
-
-def with_mask_of(original, tensor):
-    """`tensor`, with the Keras mask of `original` if it has one."""
-    mask = keras_internals.mask_of(original)
-    if mask is not None:
-        keras_internals.set_mask(tensor, mask)
-    return tensor
