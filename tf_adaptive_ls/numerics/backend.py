@@ -1,8 +1,12 @@
 """What Keras has no neutral name for: all that depends on the backend is here."""
 
 import functools
+from typing import Any, TypeAlias
 
 import keras
+
+# One of whichever backend computes; also a NumPy array, where nothing is differentiated.
+Tensor: TypeAlias = Any
 
 
 def custom_gradient(function, constants):

@@ -6,12 +6,13 @@ and numbers of gradients that were not finite, and only these are looked at by
 `scale_update`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, dense
@@ -37,13 +38,13 @@ class Evidence(NamedTuple):
             of this left out.
     """
 
-    weights_broken: Any
-    arrived_broken: Any
-    produced_broken: Any
-    arrived: Any
-    arrived_peaks: Any
-    produced: Any
-    produced_peaks: Any
+    weights_broken: Tensor
+    arrived_broken: Tensor
+    produced_broken: Tensor
+    arrived: Tensor
+    arrived_peaks: Tensor
+    produced: Tensor
+    produced_peaks: Tensor
 
     @property
     def finite(self):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 import ml_dtypes
 
@@ -34,42 +35,42 @@ class FloatFormat:
             ) from error
 
     @functools.cached_property
-    def largest(self):
+    def largest(self) -> float:
         """Largest finite value."""
         return float(ml_dtypes.finfo(self.name).max)
 
     @functools.cached_property
-    def smallest_normal(self):
+    def smallest_normal(self) -> float:
         """Smallest positive value that has the format's full precision."""
         return float(ml_dtypes.finfo(self.name).smallest_normal)
 
     @functools.cached_property
-    def smallest_subnormal(self):
+    def smallest_subnormal(self) -> float:
         """Smallest positive value."""
         return float(ml_dtypes.finfo(self.name).smallest_subnormal)
 
     @property
-    def max_exponent(self):
+    def max_exponent(self) -> int:
         """Binade of the largest value."""
         return _exponent(self.largest)
 
     @property
-    def min_normal_exponent(self):
+    def min_normal_exponent(self) -> int:
         """Binade of the smallest normal value."""
         return _exponent(self.smallest_normal)
 
     @property
-    def min_exponent(self):
+    def min_exponent(self) -> int:
         """Binade of the smallest subnormal value."""
         return _exponent(self.smallest_subnormal)
 
     @property
-    def is_narrow(self):
+    def is_narrow(self) -> bool:
         """Whether it lacks the range of float32, so that gradients need a scale."""
         return self.max_exponent < FloatFormat("float32").max_exponent
 
     @property
-    def exponents(self):
+    def exponents(self) -> range:
         """All binades from `min_exponent` to `max_exponent`, a `range`."""
         return range(self.min_exponent, self.max_exponent + 1)
 
@@ -80,7 +81,7 @@ class FloatFormat:
 COUNTING_FORMAT = FloatFormat("float16")
 
 
-def narrowest(dtypes):
+def narrowest(dtypes: Iterable[str]) -> FloatFormat:
     """The `FloatFormat` with the least range of several, given by name."""
     formats = map(FloatFormat, dtypes)
     return min(formats, key=lambda each: (each.max_exponent, -each.min_exponent))

@@ -7,12 +7,13 @@ reports, and those of several calls, add up. A sum of k magnitudes is within log
 binades of the largest.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.backend import Tensor
 
 # Elements that are looked at of each gradient of a weight, and of the gradients of all
 # inputs and of all outputs of a layer. The binade that a share of 1e-3 lies below is then
@@ -46,16 +47,16 @@ class Report(NamedTuple):
         produced_sample: Magnitudes of `produced`, followed by zeros.
     """
 
-    arrived_at_s: Any
-    arrived_otherwise: Any
-    set_out_from: Any
-    num_arrived: Any
-    arrived_sample: Any
-    produced: Any
-    produced_least: Any
-    produced_wide: Any
-    num_produced: Any
-    produced_sample: Any
+    arrived_at_s: Tensor
+    arrived_otherwise: Tensor
+    set_out_from: Tensor
+    num_arrived: Tensor
+    arrived_sample: Tensor
+    produced: Tensor
+    produced_least: Tensor
+    produced_wide: Tensor
+    num_produced: Tensor
+    produced_sample: Tensor
 
     @classmethod
     def unpacked(cls, vectors):

@@ -4,17 +4,21 @@ import abc
 import dataclasses
 import math
 import statistics
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.backend import Tensor
+from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # An exponent below any that a gradient has.
 NOTHING_SEEN = -1024.0
 
 
+@dataclasses.dataclass(frozen=True)
 class ScaleRule(abc.ABC):
     """How far to move each layer's log2 scale, given what was seen at it.
 
@@ -22,7 +26,7 @@ class ScaleRule(abc.ABC):
     then saved with the optimizer.
     """
 
-    def backoff(self, float_format):
+    def backoff(self, float_format: FloatFormat) -> int:
         """By how many binades an overflow lowers the scale at fault, an int >= 0.
 
         By default as many as `float_format` has for subnormals: what was normal is
@@ -32,11 +36,11 @@ class ScaleRule(abc.ABC):
         return float_format.min_normal_exponent - float_format.min_exponent
 
     @property
-    def memory_size(self):
+    def memory_size(self) -> int:
         """How many numbers the rule keeps about each layer, an int >= 0."""
         return 0
 
-    def check(self, float_format):
+    def check(self, float_format: FloatFormat) -> None:
         """Raises a `ValueError` if the rule cannot be used for gradients of that format."""
         backoff = self.backoff(float_format)
         if not isinstance(backoff, int) or backoff < 0:
@@ -46,7 +50,9 @@ class ScaleRule(abc.ABC):
             )
 
     @abc.abstractmethod
-    def __call__(self, samples, peaks, memory, float_format):
+    def __call__(
+        self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
+    ) -> tuple[Tensor, Tensor]:
         """Change of log2 scale, in whole binades, of each layer for itself.
 
         The loss scale S is moved by the same call, as if it were one more layer.
@@ -69,11 +75,11 @@ class ScaleRule(abc.ABC):
             the new memory, at the scale before that change.
         """
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "ScaleRule":
         return cls(**config)
 
 
@@ -127,15 +133,17 @@ class QuantileRule(ScaleRule):
         _check_headroom(self.headroom)
         _check_forget(self.forget)
 
-    def check(self, float_format):
+    def check(self, float_format: FloatFormat) -> None:
         super().check(float_format)
         _check_headroom_fits(self.headroom, float_format)
 
     @property
-    def memory_size(self):
+    def memory_size(self) -> int:
         return 1
 
-    def __call__(self, samples, peaks, memory, float_format):
+    def __call__(
+        self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
+    ) -> tuple[Tensor, Tensor]:
         now = _top(samples, peaks, float_format)
         # The lowest binade stands for anything smaller, too: not worth remembering.
         remembered = ops.where(now > float_format.min_exponent, now, NOTHING_SEEN)
@@ -182,11 +190,13 @@ class GaussianRule(ScaleRule):
         _check_share("underflow", self.underflow)
         _check_headroom(self.headroom)
 
-    def check(self, float_format):
+    def check(self, float_format: FloatFormat) -> None:
         super().check(float_format)
         _check_headroom_fits(self.headroom, float_format)
 
-    def __call__(self, samples, peaks, memory, float_format):
+    def __call__(
+        self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
+    ) -> tuple[Tensor, Tensor]:
         # The mean square over a binade [v, 2v) of even density is 7/3 v**2. The
         # exponents are taken relative to the top, lest float32 leave its range.
         exponents = np.asarray(float_format.exponents, "float32")
@@ -211,10 +221,12 @@ class GaussianRule(ScaleRule):
 class FixedRule(ScaleRule):
     """Leaves every scale where it is, whatever happens: a baseline."""
 
-    def backoff(self, float_format):
+    def backoff(self, float_format: FloatFormat) -> int:
         return 0
 
-    def __call__(self, samples, peaks, memory, float_format):
+    def __call__(
+        self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
+    ) -> tuple[Tensor, Tensor]:
         return ops.zeros_like(samples[..., 0]), memory
 
 

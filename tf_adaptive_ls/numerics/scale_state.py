@@ -7,15 +7,17 @@ state is stacked, in the optimizer.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
+from tf_adaptive_ls.numerics.backend import Tensor
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
+from tf_adaptive_ls.numerics.spectrum import Spectrum
 
 # Bound of log2 scales, of layers and of the loss alike, either way. The largest
 # shift between two layers is then 2**120, which float32 holds.
@@ -37,11 +39,11 @@ class LayerStates(NamedTuple):
         log2_sampled_at: log2 of the scale S * 2**r that these were taken at, `[layers]`.
     """
 
-    log2_scales: Any
-    memory: Any
-    overflows: Any
-    spectra: Any
-    log2_sampled_at: Any
+    log2_scales: Tensor
+    memory: Tensor
+    overflows: Tensor
+    spectra: Tensor
+    log2_sampled_at: Tensor
 
 
 class LossState(NamedTuple):
@@ -54,9 +56,9 @@ class LossState(NamedTuple):
         steps_to_sample: How many steps to go before one is sampled, an int32 scalar.
     """
 
-    log2_scale: Any
-    memory: Any
-    steps_to_sample: Any
+    log2_scale: Tensor
+    memory: Tensor
+    steps_to_sample: Tensor
 
 
 def packed_scale(log2_scale):
@@ -101,33 +103,33 @@ class LayerSnapshot:
         log2_sampled_at: log2 of the scale S * 2**r that `spectrum` was taken at.
         overflows: On how many steps the layer made finite gradients non-finite.
         spectrum: `Spectrum` of the last sample of its input and weight gradients.
-        peaks: `Spectrum` of the largest of each of them on that step.
+        peaks: `Spectrum` of the largest of each of them on that step, `None` if not known.
     """
 
     log2_scale: int
     log2_sampled_at: int
     overflows: int
-    spectrum: spectrum.Spectrum
-    peaks: spectrum.Spectrum
+    spectrum: Spectrum
+    peaks: Spectrum | None
 
     @classmethod
-    def of(cls, state, float_format):
+    def of(cls, state: LayerStates, float_format: FloatFormat) -> "LayerSnapshot":
         """Reads the `LayerStates` of one layer, of NumPy arrays."""
         spectra = spectrum.rebinned(np.array(state.spectra), COUNTING_FORMAT, float_format)
-        spectra = [spectrum.Spectrum(each, float_format) for each in spectra]
+        spectra = [Spectrum(each, float_format) for each in spectra]
         return cls(
             int(state.log2_scales), int(state.log2_sampled_at), int(state.overflows), *spectra
         )
 
     @classmethod
-    def of_unknown(cls, log2_scale, float_format):
+    def of_unknown(cls, log2_scale: int, float_format: FloatFormat) -> "LayerSnapshot":
         """When nothing is known but r."""
         counts = np.zeros(spectrum.num_bins(float_format), "float32")
-        nothing = spectrum.Spectrum(counts, float_format)
+        nothing = Spectrum(counts, float_format)
         return cls(log2_scale, 0, 0, nothing, nothing)
 
     @property
-    def binades(self):
+    def binades(self) -> tuple[int, int] | None:
         """Lowest and highest binade of the gradients themselves, `None` if all are zero."""
         if self.spectrum.binades is None:
             return None

@@ -3,12 +3,13 @@
 `AdaptiveLossScaleOptimizer` has it as pseudocode.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, LossState
 
@@ -38,10 +39,10 @@ class Moves(NamedTuple):
         memory_of_loss: What is remembered of what arrives at S, `[formats, n]`.
     """
 
-    layers: Any
-    loss: Any
-    memory: Any
-    memory_of_loss: Any
+    layers: Tensor
+    loss: Tensor
+    memory: Tensor
+    memory_of_loss: Tensor
 
 
 def update(layers, loss, evidence, *, rule, float_formats, flow, restart, sample_every):

@@ -163,22 +163,22 @@ class Spectrum:
     float_format: FloatFormat
 
     @property
-    def zeros(self):
+    def zeros(self) -> float:
         """Count of zeros: structural ones (a ReLU's) and underflow together."""
         return float(self.counts[ZERO])
 
     @property
-    def nonfinite(self):
+    def nonfinite(self) -> float:
         """Count of infinities and NaNs."""
         return float(self.counts[NONFINITE])
 
     @property
-    def nonzero(self):
+    def nonzero(self) -> float:
         """Count of finite, non-zero values."""
         return float(np.sum(self.counts[1:NONFINITE]))
 
     @property
-    def binades(self):
+    def binades(self) -> tuple[int, int] | None:
         """Lowest and highest occupied binade, or `None` if all is zero."""
         occupied = np.flatnonzero(self.counts[1:NONFINITE])
         if not occupied.size:
@@ -187,13 +187,13 @@ class Spectrum:
         return lowest + int(occupied[0]), lowest + int(occupied[-1])
 
     @property
-    def subnormal_share(self):
+    def subnormal_share(self) -> float:
         """Share of the non-zero values that lack full precision, `nan` if none."""
         normal = self.float_format.min_normal_exponent - self.float_format.min_exponent
         return self._share(np.sum(self.counts[1 : 1 + normal]))
 
     @property
-    def underflow_share(self):
+    def underflow_share(self) -> float:
         """Estimated share of values lost to underflow, `nan` if nothing was seen.
 
         Zeros cannot be counted: most are no loss but a ReLU's. What is lost is

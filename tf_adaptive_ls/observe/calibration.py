@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -45,7 +47,7 @@ class LayerRange:
     name: str
     layer_class: str
     log2_total: int
-    binades: tuple | None
+    binades: tuple[int, int] | None
     underflow: float
     subnormal: float
     float_format: str
@@ -67,7 +69,7 @@ class Calibration:
         batches: How many batches it took.
     """
 
-    layers: tuple
+    layers: tuple[LayerRange, ...]
     log2_loss_scale: int
     log2_one_scale: int | None
     settled: bool
@@ -106,7 +108,7 @@ class Calibration:
         return f"{text}\n\n{text_table(columns, rows)}"
 
 
-def calibrate(model, batches):
+def calibrate(model: keras.Model, batches: Iterable[Any]) -> Calibration:
     """Finds every layer's scale without training.
 
     Runs batches forward and backward, samples all gradients and moves the scales, until
@@ -134,7 +136,7 @@ def calibrate(model, batches):
     first = next(batches, None)
     if first is None:
         raise ValueError("`calibrate` expected at least one batch. Received: none.")
-    seen = []  # a Snapshot after each batch, since the last overflow
+    seen: list[Snapshot] = []  # after each batch, since the last overflow
     with _standing_still(model) as optimizer:
         for batch in itertools.chain([first], batches):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)

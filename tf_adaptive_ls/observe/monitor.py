@@ -2,19 +2,23 @@
 
 import collections
 import contextlib
+import os
 import warnings
+from typing import Any, TypeAlias
 
 import keras
 
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.observe.named_layers import scaled_layers
-from tf_adaptive_ls.observe.nonfinite import explain_nonfinite
+from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
 from tf_adaptive_ls.observe.run_record import RunWriter
 from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 _RECENT = 6
+
+Logs: TypeAlias = dict[str, Any]
 
 
 class StuckTrainingError(RuntimeError):
@@ -25,7 +29,7 @@ class StuckTrainingError(RuntimeError):
             be run.
     """
 
-    def __init__(self, message, explanation=None):
+    def __init__(self, message: str, explanation: Explanation | None = None):
         super().__init__(message)
         self.explanation = explanation
 
@@ -64,7 +68,14 @@ class LossScaleMonitor(keras.callbacks.Callback):
     # Batches end here without waiting for the device.
     async_safe = True
 
-    def __init__(self, path=None, *, every=100, tensorboard=None, stuck_after=100):
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        every: int = 100,
+        tensorboard: str | os.PathLike[str] | None = None,
+        stuck_after: int | None = 100,
+    ):
         super().__init__()
         _check_steps("every", every)
         if stuck_after is not None:
@@ -72,27 +83,28 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self.path, self.every = path, every
         self.tensorboard, self.stuck_after = tensorboard, stuck_after
         self._look_every = every if stuck_after is None else min(every, stuck_after)
-        self._figures = {}
+        self._figures: Logs = {}
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         if not isinstance(self.model.optimizer, AdaptiveLossScaleOptimizer):
             raise ValueError(
                 "Expected a model compiled with an AdaptiveLossScaleOptimizer. Received: model "
                 f"'{self.model.name}' with {type(self.model.optimizer).__name__}. Leave out "
                 "LossScaleMonitor, or compile the model with that optimizer."
             )
-        self._epoch, self._logs = 0, {}
-        self._recent = collections.deque(maxlen=_RECENT)
+        self._epoch = 0
+        self._logs: Logs = {}
+        self._recent: collections.deque[Snapshot] = collections.deque(maxlen=_RECENT)
         # What a callback after this one may restore is known with the first batch.
         self._begun = self._stuck = False
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         self._epoch = epoch
         self._batches_done = 0
 
     # Records are made before a batch, not after: Keras may call what is after one in
     # another thread, while the next is being trained on.
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         if not self._begun:
             self._begin()
         self._unseen += batch - self._batches_done
@@ -102,19 +114,19 @@ class LossScaleMonitor(keras.callbacks.Callback):
         if self._stuck:
             self._look_into_next_batch()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         if logs is not None:
             self._logs = dict(logs)
             logs.update(self._figures)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         if logs is not None:
             self._logs = dict(logs)
         self._look()
         if logs is not None:
             logs.update(self._figures)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs | None = None) -> None:
         if not self._begun:
             return
         self._look(end=True)

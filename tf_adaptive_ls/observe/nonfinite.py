@@ -7,6 +7,7 @@ to tell about a gradient leaves the backward pass as the "gradient" of a dummy i
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import keras
 from keras import ops, tree
@@ -47,7 +48,7 @@ class TensorReading:
     nans: int
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """Which of "Inf", "NaN" or "Inf and NaN" it holds; empty if all is finite."""
         return " and ".join(name for name, n in (("Inf", self.infs), ("NaN", self.nans)) if n)
 
@@ -62,7 +63,7 @@ class Explanation:
     """
 
     first: TensorReading | None
-    trail: tuple
+    trail: tuple[TensorReading, ...]
 
     def __str__(self):
         if self.first is None:
@@ -124,7 +125,9 @@ class Explanation:
         )
 
 
-def explain_nonfinite(model, x, y=None, sample_weight=None):
+def explain_nonfinite(
+    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
+) -> Explanation:
     """Finds the first tensor of a training step that holds Inf or NaN.
 
     Runs one batch forward and backward, operation by operation, at the scales as they

@@ -5,8 +5,10 @@ being trained, and returns a `matplotlib.figure.Figure`.
 """
 
 import collections
-import functools
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import keras
 import numpy as np
@@ -26,6 +28,8 @@ except ImportError as error:
         "`pip install 'tf_adaptive_ls[plots]'`."
     ) from error
 
+__all__ = ["plot_scales", "plot_spectra", "plot_training"]
+
 # As many snapshots as a picture has columns of pixels, or nearly.
 MAX_SNAPSHOTS = 500
 
@@ -37,34 +41,11 @@ _COLOURS_OF_SCALES = "viridis"
 _INCHES_PER_LAYER = 0.2
 _MOST_LABELS = 50
 
-
-def _picture(plot):
-    """Lets a function of a `Run` take what stands for one, in light or dark."""
-
-    @functools.wraps(plot)
-    def wrapper(run, *, dark=False, **kwargs):
-        if isinstance(run, (str, os.PathLike)):
-            run = load_run(run, MAX_SNAPSHOTS)
-        elif isinstance(run, keras.Model):
-            run = snapshot_run(run)
-        if not isinstance(run, Run):
-            raise ValueError(
-                "Expected a Run, the path of its record, or a model. "
-                f"Received: {run!r} (of type {type(run).__name__})."
-            )
-        if not run.layers:
-            raise ValueError(
-                "Expected a run of a model with LossScaled layers. Received: one without. Wrap "
-                "the model with `wrap_model`."
-            )
-        with matplotlib.style.context("dark_background" if dark else "default"):
-            return plot(run, **kwargs)
-
-    return wrapper
+# What can be drawn: a run, the path of its record, or a model that is being trained.
+Drawable: TypeAlias = Run | str | os.PathLike[str] | keras.Model
 
 
-@_picture
-def plot_scales(run):
+def plot_scales(run: Drawable, *, dark: bool = False) -> Figure:
     """Every layer's scale over time, with the steps that were skipped.
 
     A row is a layer, the first on top; its colour is log2 of the scale S * 2**r that
@@ -73,41 +54,42 @@ def plot_scales(run):
 
     Args:
         run: A `Run`, the path of its record, or a model.
-        dark: Whether to draw on black. By keyword only.
+        dark: Whether to draw on black.
     """
-    layers = len(run.layers)
-    figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
-    above, axes = figure.subplots(
-        2, 1, sharex=True, height_ratios=[0.6, max(_height(layers), 1)], squeeze=True
-    )
-    _bars_of_skipped(above, run)
-    steps = _edges(run.steps)
-    total = run.log2_loss_scale[:, None] + run.log2_scales
-    mesh = axes.pcolormesh(
-        steps, np.arange(layers + 1) - 0.5, total.T, cmap=_COLOURS_OF_SCALES, rasterized=True
-    )
-    times, places = np.nonzero(_increase(run.overflows))
-    if len(times):
-        axes.plot(run.steps[times], places, "x", color="white", markersize=5, markeredgewidth=2.4)
-        axes.plot(run.steps[times], places, "x", color=_SKIPPED, markersize=4, markeredgewidth=1.4)
-    axes.set_xlabel("step")
-    axes.set_xlim(steps[0], steps[-1])
-    axes.set_ylim(layers - 0.5, -0.5)
-    _label_layers(axes, run.layers, range(layers))
-    figure.colorbar(
-        mesh,
-        ax=[above, axes],
-        label="scale S · 2^r",
-        format=StrMethodFormatter("2^{x:.0f}"),
-        ticks=MaxNLocator(8, integer=True),
-        aspect=30,
-        pad=0.01,
-    )
-    return figure
+    with _drawing(run, dark) as run:
+        layers = len(run.layers)
+        figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
+        above, axes = figure.subplots(
+            2, 1, sharex=True, height_ratios=[0.6, max(_height(layers), 1)], squeeze=True
+        )
+        _bars_of_skipped(above, run)
+        steps = _edges(run.steps)
+        total = run.log2_loss_scale[:, None] + run.log2_scales
+        mesh = axes.pcolormesh(
+            steps, np.arange(layers + 1) - 0.5, total.T, cmap=_COLOURS_OF_SCALES, rasterized=True
+        )
+        times, places = np.nonzero(_increase(run.overflows))
+        if len(times):
+            for colour, size, width in (("white", 5, 2.4), (_SKIPPED, 4, 1.4)):
+                style = {"color": colour, "markersize": size, "markeredgewidth": width}
+                axes.plot(run.steps[times], places, "x", **style)
+        axes.set_xlabel("step")
+        axes.set_xlim(steps[0], steps[-1])
+        axes.set_ylim(layers - 0.5, -0.5)
+        _label_layers(axes, run.layers, range(layers))
+        figure.colorbar(
+            mesh,
+            ax=[above, axes],
+            label="scale S · 2^r",
+            format=StrMethodFormatter("2^{x:.0f}"),
+            ticks=MaxNLocator(8, integer=True),
+            aspect=30,
+            pad=0.01,
+        )
+        return figure
 
 
-@_picture
-def plot_spectra(run, step=None):
+def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) -> Figure:
     """What every layer's gradients span, against what the format holds.
 
     A ridge is a layer, the first on top: how many of its gradients lie in each binade.
@@ -118,41 +100,41 @@ def plot_spectra(run, step=None):
     Args:
         run: A `Run`, the path of its record, or a model.
         step: Int. The snapshot to show, or the last before it; defaults to the last.
-        dark: Whether to draw on black. By keyword only.
+        dark: Whether to draw on black.
     """
-    snapshot = len(run.steps) - 1
-    if step is not None:
-        snapshot = max(int(np.searchsorted(run.steps, step, side="right")) - 1, 0)
-    counts = run.spectra[snapshot][:, 1 : spectrum.NONFINITE]
-    scales = run.log2_sampled_at[snapshot]
-    layers = len(run.layers)
-    figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    float_format = collections.Counter(run.float_formats).most_common(1)[0][0]
-    binades = np.array(COUNTING_FORMAT.exponents) + 0.5
-    for axes, shifts, title in (
-        (left, -scales, "gradients themselves"),
-        (right, 0 * scales, "at each layer's scale"),
-    ):
-        _shade_zones(axes, float_format)
-        _draw_ridges(axes, counts, binades, shifts)
-        axes.set_title(title, fontsize="medium", pad=16)
-        axes.set_xlabel("log2 of magnitude")
-    left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    left.set_xlim(*_limits(counts, binades, -scales, float_format))
-    left.set_ylim(layers - 0.4, -1.6)
-    names = [
-        name if each == float_format else f"{name} ({each.name})"
-        for name, each in zip(run.layers, run.float_formats, strict=True)
-    ]
-    _label_layers(left, names, range(layers))
-    right.tick_params(left=False)
-    figure.suptitle(f"step {run.steps[snapshot]}", fontsize="medium")
-    return figure
+    with _drawing(run, dark) as run:
+        snapshot = len(run.steps) - 1
+        if step is not None:
+            snapshot = max(int(np.searchsorted(run.steps, step, side="right")) - 1, 0)
+        counts = run.spectra[snapshot][:, 1 : spectrum.NONFINITE]
+        scales = run.log2_sampled_at[snapshot]
+        layers = len(run.layers)
+        figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
+        left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+        float_format = collections.Counter(run.float_formats).most_common(1)[0][0]
+        binades = np.array(COUNTING_FORMAT.exponents) + 0.5
+        for axes, shifts, title in (
+            (left, -scales, "gradients themselves"),
+            (right, 0 * scales, "at each layer's scale"),
+        ):
+            _shade_zones(axes, float_format)
+            _draw_ridges(axes, counts, binades, shifts)
+            axes.set_title(title, fontsize="medium", pad=16)
+            axes.set_xlabel("log2 of magnitude")
+        left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        left.set_xlim(*_limits(counts, binades, -scales, float_format))
+        left.set_ylim(layers - 0.4, -1.6)
+        names = [
+            name if each == float_format else f"{name} ({each.name})"
+            for name, each in zip(run.layers, run.float_formats, strict=True)
+        ]
+        _label_layers(left, names, range(layers))
+        right.tick_params(left=False)
+        figure.suptitle(f"step {run.steps[snapshot]}", fontsize="medium")
+        return figure
 
 
-@_picture
-def plot_training(run):
+def plot_training(run: Drawable, *, dark: bool = False) -> Figure:
     """Loss and loss scale over time, with the steps that were skipped.
 
     The loss is that of Keras's logs, a mean over the epoch so far. The band shows from
@@ -160,35 +142,57 @@ def plot_training(run):
 
     Args:
         run: A `Run`, the path of its record, or a model.
-        dark: Whether to draw on black. By keyword only.
+        dark: Whether to draw on black.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    above, top, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[0.5, 2, 2])
-    _bars_of_skipped(above, run)
-    if "loss" in run.logs:
-        top.plot(run.steps, run.logs["loss"], color=_LINES[0])
-        positive = run.logs["loss"][np.isfinite(run.logs["loss"])]
-        if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
-            top.set_yscale("log")
-    top.set_ylabel("loss")
-    bottom.step(run.steps, run.log2_loss_scale, where="post", color=_LINES[0], label="S")
-    total = run.log2_loss_scale[:, None] + run.log2_scales
-    bottom.fill_between(
-        run.steps,
-        total.min(axis=1),
-        total.max(axis=1),
-        step="post",
-        alpha=0.25,
-        color=_LINES[1],
-        linewidth=0,
-        label="S · 2^r of the layers",
-    )
-    bottom.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    bottom.yaxis.set_major_formatter(StrMethodFormatter("2^{x:.0f}"))
-    bottom.set_ylabel("scale")
-    bottom.set_xlabel("step")
-    bottom.legend(fontsize="small")
-    return figure
+    with _drawing(run, dark) as run:
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        above, top, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[0.5, 2, 2])
+        _bars_of_skipped(above, run)
+        if "loss" in run.logs:
+            top.plot(run.steps, run.logs["loss"], color=_LINES[0])
+            positive = run.logs["loss"][np.isfinite(run.logs["loss"])]
+            if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
+                top.set_yscale("log")
+        top.set_ylabel("loss")
+        bottom.step(run.steps, run.log2_loss_scale, where="post", color=_LINES[0], label="S")
+        total = run.log2_loss_scale[:, None] + run.log2_scales
+        bottom.fill_between(
+            run.steps,
+            total.min(axis=1),
+            total.max(axis=1),
+            step="post",
+            alpha=0.25,
+            color=_LINES[1],
+            linewidth=0,
+            label="S · 2^r of the layers",
+        )
+        bottom.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        bottom.yaxis.set_major_formatter(StrMethodFormatter("2^{x:.0f}"))
+        bottom.set_ylabel("scale")
+        bottom.set_xlabel("step")
+        bottom.legend(fontsize="small")
+        return figure
+
+
+@contextlib.contextmanager
+def _drawing(run: Drawable, dark: bool) -> Iterator[Run]:
+    """Makes a `Run` of what stands for one, to be drawn in light or dark inside."""
+    if isinstance(run, (str, os.PathLike)):
+        run = load_run(run, MAX_SNAPSHOTS)
+    elif isinstance(run, keras.Model):
+        run = snapshot_run(run)
+    if not isinstance(run, Run):
+        raise ValueError(
+            "Expected a Run, the path of its record, or a model. "
+            f"Received: {run!r} (of type {type(run).__name__})."
+        )
+    if not run.layers:
+        raise ValueError(
+            "Expected a run of a model with LossScaled layers. Received: one without. Wrap "
+            "the model with `wrap_model`."
+        )
+    with matplotlib.style.context("dark_background" if dark else "default"):
+        yield run
 
 
 def _bars_of_skipped(axes, run):

@@ -11,9 +11,11 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import pathlib
 import re
 
+import keras
 import numpy as np
 
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
@@ -22,6 +24,7 @@ from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.scale_table import ScaleTable, scaled_row
 from tf_adaptive_ls.observe.snapshot import Snapshot
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 VERSION = 2
 _START = '{"tf_adaptive_ls":'
@@ -51,9 +54,9 @@ class Run:
             the epoch so far. NaN where there was no finite value.
     """
 
-    layers: list
-    layer_classes: list
-    float_formats: list
+    layers: list[str]
+    layer_classes: list[str]
+    float_formats: list[FloatFormat]
     steps: np.ndarray
     skipped_steps: np.ndarray
     log2_loss_scale: np.ndarray
@@ -63,9 +66,9 @@ class Run:
     underflow: np.ndarray
     subnormal: np.ndarray
     spectra: np.ndarray
-    logs: dict
+    logs: dict[str, np.ndarray]
 
-    def table(self):
+    def table(self) -> ScaleTable:
         """`scale_table` of the last snapshot, of the scaled layers."""
         rows = []
         for i, (name, kind) in enumerate(zip(self.layers, self.layer_classes, strict=True)):
@@ -83,7 +86,7 @@ class Run:
         return ScaleTable(rows)
 
 
-def snapshot_run(model, optimizer=None):
+def snapshot_run(model: keras.Model, optimizer: AdaptiveLossScaleOptimizer | None = None) -> Run:
     """The `Run` of a single `Snapshot`, taken now.
 
     Args:
@@ -97,7 +100,7 @@ def snapshot_run(model, optimizer=None):
     return _run(start, [json.loads(_snapshot_line(snapshot, 0, {}))])
 
 
-def load_run(path, max_snapshots=None):
+def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> Run:
     """Reads the record of a run that a `LossScaleMonitor` has written.
 
     Args:
@@ -120,7 +123,8 @@ def load_run(path, max_snapshots=None):
             "Expected the record of a run, as `LossScaleMonitor(path)` writes it. "
             f"Received: {str(path)!r}, which does not begin like one."
         )
-    start, snapshots = None, []
+    start = None
+    snapshots: list[tuple[int, bytes]] = []
     for line in lines:
         if line.startswith(_START.encode()):
             try:

@@ -32,12 +32,12 @@ class ScaleRow:
     layer_class: str
     log2_scale: int | None
     log2_total: int | None
-    binades: tuple | None
+    binades: tuple[int, int] | None
     underflow: float | None
     note: str
 
 
-class ScaleTable(list):
+class ScaleTable(list[ScaleRow]):
     """A list of `ScaleRow` that prints as an aligned table."""
 
     def __str__(self):
@@ -65,7 +65,9 @@ class ScaleTable(list):
         return text_table(columns, rows)
 
 
-def scale_table(model, optimizer=None):
+def scale_table(
+    model: keras.layers.Layer, optimizer: AdaptiveLossScaleOptimizer | None = None
+) -> ScaleTable:
     """What every layer's gradients do, and which layers have no scale, and why.
 
     Args:

@@ -7,15 +7,18 @@ import functools
 import itertools
 import numbers
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
 from tf_adaptive_ls.numerics import report, scale_state
 from tf_adaptive_ls.numerics.evidence import Ownership
-from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, narrowest
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat, narrowest
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.scale_update import Flow
+from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import keras_internals, scale_plan
 from tf_adaptive_ls.training.border import Border
 from tf_adaptive_ls.training.held_variables import HeldVariables, scaled_weights_of
@@ -25,7 +28,7 @@ _neutral = contextvars.ContextVar("neutral_scales", default=False)
 
 
 @contextlib.contextmanager
-def neutral_scales():
+def neutral_scales() -> Iterator[None]:
     """Makes every `LossScaled` layer that is called inside it transparent.
 
     Such a call is exactly a call of the layer itself: gradients pass at the scale
@@ -91,7 +94,9 @@ class LossScaled(keras.layers.Wrapper):
     Training", 2019 (arXiv 1910.12385).
     """
 
-    def __init__(self, layer, *, name=None, trainable=True):
+    def __init__(
+        self, layer: keras.layers.Layer, *, name: str | None = None, trainable: bool = True
+    ):
         _check_can_be_wrapped(layer)
 
         # Keras learns from the signature of `call` which arguments are tensors,
@@ -118,7 +123,8 @@ class LossScaled(keras.layers.Wrapper):
         self.loss_scale_report = self._add_weight_of_scaling(
             "loss_scale_report", (report.SIZE,), "zeros"
         )
-        self._optimizer = None  # weak reference to the one that knows about it
+        # The one that knows about it.
+        self._optimizer: weakref.ref[Any] | None = None
         self.last_call = Call()
         layer._loss_scaled = _Owner(self)
         self.built = layer.built
@@ -137,7 +143,7 @@ class LossScaled(keras.layers.Wrapper):
         return weight
 
     @property
-    def log2_scale(self):
+    def log2_scale(self) -> int:
         """The int r: the layer works at 2**r times the scale of its surroundings.
 
         Assignable between steps, from -60 to 60. It changes no gradient but for
@@ -146,7 +152,7 @@ class LossScaled(keras.layers.Wrapper):
         return int(self.loss_scale.numpy()[0])
 
     @log2_scale.setter
-    def log2_scale(self, value):
+    def log2_scale(self, value: int) -> None:
         if not isinstance(value, numbers.Integral) or abs(value) > MAX_LOG2_SCALE:
             raise ValueError(
                 "Expected `log2_scale` to be a whole number from "
@@ -157,12 +163,12 @@ class LossScaled(keras.layers.Wrapper):
         self.loss_scale.assign([float(value), 2.0 ** int(value)])
 
     @property
-    def is_narrow(self):
+    def is_narrow(self) -> bool:
         """Whether any part of the layer computes in a format that its scale matters to."""
         return self._computes_in().is_narrow
 
     @property
-    def float_format(self):
+    def float_format(self) -> FloatFormat:
         """The `FloatFormat` that its scale keeps gradients inside.
 
         It is the narrowest that any part of the layer computes in. For a layer without a
@@ -174,12 +180,12 @@ class LossScaled(keras.layers.Wrapper):
         return narrowest(part.compute_dtype for part in keras_internals.parts_of(self.layer))
 
     @property
-    def spectrum(self):
+    def spectrum(self) -> Spectrum:
         """`Spectrum` of the gradients last sampled, at the scale of that step."""
         return self.snapshot.spectrum
 
     @property
-    def overflows(self):
+    def overflows(self) -> int:
         """On how many steps the layer made finite gradients non-finite: an int.
 
         Counted by the `AdaptiveLossScaleOptimizer` that trains it, from its first step.
@@ -187,14 +193,14 @@ class LossScaled(keras.layers.Wrapper):
         return self.snapshot.overflows
 
     @property
-    def snapshot(self):
+    def snapshot(self) -> scale_state.LayerSnapshot:
         """All that is known of its gradients, a `scale_state.LayerSnapshot`, between steps."""
-        optimizer = self._optimizer and self._optimizer()
+        optimizer = self._optimizer() if self._optimizer else None
         if optimizer is None:
             return scale_state.LayerSnapshot.of_unknown(self.log2_scale, self.float_format)
         return optimizer.layer_snapshots([self])[0]
 
-    def shows(self, optimizer):
+    def shows(self, optimizer: Any) -> None:
         """From now on `snapshot` is what `optimizer` knows of the layer."""
         self._optimizer = weakref.ref(optimizer)
 
@@ -226,23 +232,23 @@ class LossScaled(keras.layers.Wrapper):
         # The layer opens its own: paths of weights read as without a wrapper.
         return contextlib.nullcontext()
 
-    def build(self, *args, **kwargs):
+    def build(self, *args: Any, **kwargs: Any) -> None:
         if not self.layer.built:
             self.layer.build(*args, **kwargs)
         self.built = True
 
-    def get_build_config(self):
+    def get_build_config(self) -> dict[str, Any] | None:
         return self.layer.get_build_config()
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: dict[str, Any]) -> None:
         if not self.layer.built:
             self.layer.build_from_config(config)
         self.built = True
 
-    def compute_output_shape(self, *args, **kwargs):
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer.compute_output_shape(*args, **kwargs)
 
-    def compute_output_spec(self, *args, **kwargs):
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         plain = keras.layers.Layer
         kind = type(self.layer)
         if (
@@ -253,12 +259,12 @@ class LossScaled(keras.layers.Wrapper):
             return keras.Operation.compute_output_spec(self, *args, **kwargs)
         return self.layer.compute_output_spec(*args, **kwargs)
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         if not self.layer.supports_masking:
             return None
         return self.layer.compute_mask(inputs, previous_mask)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "trainable": self.trainable,
@@ -266,7 +272,9 @@ class LossScaled(keras.layers.Wrapper):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "LossScaled":
         config = dict(config)
         layer = keras.saving.deserialize_keras_object(
             config.pop("layer"), custom_objects=custom_objects

@@ -2,12 +2,15 @@
 
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import backend, report
+from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
@@ -22,7 +25,7 @@ from tf_adaptive_ls.numerics.scale_state import (
     packed_scale,
 )
 from tf_adaptive_ls.numerics.scale_update import is_sampled, update
-from tf_adaptive_ls.training.loss_scaled import flow_of, ownership_of
+from tf_adaptive_ls.training.loss_scaled import LossScaled, flow_of, ownership_of
 
 # Keras's own default, for models without `LossScaled` layers.
 _KERAS_GROWTH_STEPS = 2000
@@ -86,7 +89,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """
 
     def __init__(
-        self, inner_optimizer, initial_scale=2.0**15, rule=None, sample_every=10, name=None
+        self,
+        inner_optimizer: keras.optimizers.Optimizer | str,
+        initial_scale: float = 2.0**15,
+        rule: ScaleRule | None = None,
+        sample_every: int = 10,
+        name: str | None = None,
     ):
         inner_optimizer = _checked_inner_optimizer(inner_optimizer)
         _check_initial_scale(initial_scale)
@@ -112,31 +120,31 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.sample_every = sample_every
 
     @property
-    def loss_scale(self):
+    def loss_scale(self) -> float:
         """S, the scale of the loss: a float, readable between steps."""
         return float(self.dynamic_scale.numpy()) if self.built else self.initial_scale
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """How many steps were taken or skipped so far: an int, readable between steps."""
         return int(self._steps.numpy()) if self.built else 0
 
     @property
-    def skipped_steps(self):
+    def skipped_steps(self) -> int:
         """How many steps were skipped so far: an int, readable between steps."""
         return int(self._skipped_steps.numpy()) if self.built else 0
 
     @property
-    def last_step_skipped(self):
+    def last_step_skipped(self) -> bool:
         """Whether the last step was skipped: a bool, readable between steps."""
         return self.skipped_in_a_row > 0
 
     @property
-    def skipped_in_a_row(self):
+    def skipped_in_a_row(self) -> int:
         """How many steps up to the last were skipped: an int, readable between steps."""
         return int(self._skipped_in_a_row.numpy()) if self.built else 0
 
-    def build(self, var_list):
+    def build(self, var_list: list[keras.Variable]) -> None:
         layers = [v.loss_scaled for v in var_list if _is_scale(v)]
         _warn_if_useless(layers)
         float_formats = {layer.float_format for layer in layers}
@@ -177,12 +185,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             name=name,
         )
 
-    def show_on_layers(self):
+    def show_on_layers(self) -> None:
         """Lets the layers show what this optimizer knows of them."""
         for layer in self._scaled_layers:
             layer.shows(self)
 
-    def layer_snapshots(self, layers):
+    def layer_snapshots(self, layers: Sequence[LossScaled]) -> list[LayerSnapshot]:
         """A `LayerSnapshot` of each of several layers; of any it does not know, an empty one."""
         places, known = {}, {}
         if self.built:
@@ -198,7 +206,11 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         return [snapshot(layer) for layer in layers]
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Sequence[Tensor | None],
+        trainable_variables: Sequence[keras.Variable] | None = None,
+    ) -> None:
         """Updates weights and scales from the gradients of the scaled loss.
 
         Args:
@@ -242,7 +254,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _unscaled(self, gradients):
         return [None if g is None else ops.divide(g, self.dynamic_scale) for g in gradients]
 
-    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+    def stateless_apply(
+        self,
+        optimizer_variables: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        trainable_variables: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """`apply` without side effects, see `keras.optimizers.Optimizer`."""
         if not self.built:
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
@@ -355,10 +372,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._loss_memory.assign(loss_state.memory)
         self._steps_to_sample.assign(ops.cast(loss_state.steps_to_sample, "int32"))
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         super().finalize_variable_values([v for v in var_list if not _is_of_scaling(v)])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
@@ -368,7 +385,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "AdaptiveLossScaleOptimizer":
         config = dict(config)
         for name in ("inner_optimizer", "rule"):
             config[name] = keras.saving.deserialize_keras_object(

@@ -5,6 +5,8 @@ import functools
 import inspect
 import math
 import warnings
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
 
 import keras
 
@@ -19,8 +21,13 @@ from tf_adaptive_ls.training.loss_scaled import LossScaled, release, wrapper_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.planning import is_plain_keras_layer, plan_of
 
+Model = TypeVar("Model", bound=keras.Model)
+LayerFilter: TypeAlias = (
+    Callable[[keras.layers.Layer], bool] | Callable[[keras.layers.Layer, str], bool]
+)
 
-def wrap_model(model, *, layer_filter=None):
+
+def wrap_model(model: Model, *, layer_filter: LayerFilter | None = None) -> Model:
     """Gives every layer with trainable weights a loss scale of its own.
 
     The result is a model of the same class around the same layers: weights and
@@ -74,7 +81,7 @@ def wrap_model(model, *, layer_filter=None):
         planned_class = _planned_class(_plain_class(model))
         return _rebuilt(model, lambda each: converted(each, prefix), planned_class)
 
-    newly_wrapped = []
+    newly_wrapped: list[keras.layers.Layer] = []
     converted = _once_per_operation(wrapped)
     try:
         result = rebuilt(model)
@@ -87,7 +94,7 @@ def wrap_model(model, *, layer_filter=None):
     return result
 
 
-def strip_model(model):
+def strip_model(model: keras.Model) -> keras.Model:
     """Takes all `LossScaled` layers out of a model again.
 
     The result is a plain Keras model around the same layers, with the weights as
