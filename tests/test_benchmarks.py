@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import overhead
 import pytest
+import replicas
 import report
 from strategies import OURS, REFERENCE, STRATEGIES
 
@@ -54,6 +55,18 @@ def test_overhead(tmp_path, capsys):
     (result,) = results(tmp_path)
     for figure in ("step_seconds", "first_step_seconds"):
         assert all(seconds > 0 for way in overhead.WAYS for seconds in result[figure][way])
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_replicas(tmp_path, capsys):
+    replicas.main(["--quick", "--output", str(tmp_path)])
+    one, *_, most = sorted(results(tmp_path), key=lambda result: result["replicas"])
+    for result in (one, most):
+        assert [run["bytes"] for run in result["runs"]] == [4 * (1 + 30 * (2 + 4 * 42))] * 3
+        assert np.mean(np.abs([run["scale_errors"] for run in result["runs"]]) <= 1) > 0.95
+    spread = [np.std([run["tail_errors"] for run in each["runs"]]) for each in (one, most)]
+    assert spread[1] < spread[0]
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
 
 

@@ -2,11 +2,14 @@
 
 import importlib.util
 import pathlib
+import re
 
 import keras
 import nbclient
 import nbformat
 import pytest
+
+import tf_adaptive_ls as als
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -26,6 +29,18 @@ def test_digits(tmp_path, capsys):
         assert expected in printed
     model = keras.models.load_model(path)
     assert type(model) is keras.Model or type(model).__module__.startswith("keras.")
+
+
+@pytest.mark.long
+def test_several_processes(tmp_path, capfd):
+    record = tmp_path / "run"
+    arguments = ["--demo", "2", "--epochs", "1", "--record", str(record)]
+    main_of("several_processes")(arguments)
+    printed = capfd.readouterr().out
+    ends = re.findall(r"Process \d: (S = .*)", printed)
+    assert len(ends) == 2 and ends[0] == ends[1]
+    assert "Skipped steps: 0 of 22" in printed
+    assert list(als.load_run(record).steps) == [10, 20, 22]
 
 
 @pytest.mark.long

@@ -5,7 +5,7 @@ import pytest
 from steps import MODES
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics import backend, spectrum
 from tf_adaptive_ls.numerics.evidence import Evidence, Ownership, evidence_of
 from tf_adaptive_ls.numerics.report import (
     SAMPLE_SIZE,
@@ -128,7 +128,7 @@ def test_zeros_that_arrive_are_no_loss_and_zeros_that_a_layer_makes_are():
     assert occupied(evidence.arrived_peaks[0]) == {}
     assert occupied(evidence.arrived[0]) == {"zero": 4}
     assert occupied(evidence.produced_peaks[0]) == {15: 2}
-    assert occupied(evidence.produced_peaks[1]) == {"zero": 2}
+    assert occupied(evidence.produced_peaks[1]) == {"zero": 1}
 
 
 def test_what_is_broken_is_told_by_layer():
@@ -163,3 +163,37 @@ def test_spectra_of_replicas_add_up_to_those_of_all():
     counts = np.array(summed.produced[0])
     assert counts.sum() == 2 * SAMPLE_SIZE
     assert float(spectrum.top_exponent(counts, FLOAT16)) == 3
+
+
+def test_a_gradient_has_vanished_only_where_it_has_on_all_replicas():
+    gone = np.zeros(5, "float32")
+    nothing = of_two_layers([gone, gone], [0, 1]).packed()
+    something = of_two_layers([LARGE.astype("float32"), gone], [0, 1]).packed()
+    seen = Evidence.unpacked(nothing + something + nothing, 2, num_replicas=3)
+    assert list(np.array(seen.produced_peaks)[:, spectrum.ZERO]) == [0, 1]
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_report_of_parts_is_that_of_the_whole(monkeypatch, number):
+    def over_parts(function, tensors):
+        divided = [np.split(np.array(x), number) if np.ndim(x) else [x] * number for x in tensors]
+        parts = enumerate(zip(*divided, strict=True))
+        return np.max([function(list(part), place, number) for place, part in parts], axis=0)
+
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=(8, 500)).astype("float16") for _ in range(2)]
+    divisors = [np.float32(2.0), None]
+    options = {"at_s": [True, False], "narrow": [True, True]}
+    whole = read(report_of_arrivals(gradients, divisors, **options))
+    least = read(report_of_products(gradients, narrow=[True, True]))
+    monkeypatch.setattr(backend, "max_over_shards", over_parts)
+    parts = read(report_of_arrivals(gradients, divisors, **options))
+    least_of_parts = read(report_of_products(gradients, narrow=[True, True]))
+    assert parts[:3] == whole[:3] and least_of_parts.produced == least.produced
+    # No part knows which tensor has the smallest peak of all.
+    assert 0 < least_of_parts.produced_least <= least.produced_least
+    # A part of each is in the sample, and nothing twice.
+    sample = parts.arrived_sample[: int(parts.num_arrived)]
+    for place, part in enumerate(np.split(np.abs(gradients[0]), number)):
+        of_part = sample[(np.arange(len(sample)) + 4) % number == place]
+        assert np.all(np.isin(of_part, part)) and len(np.unique(of_part)) > 0.9 * len(of_part)

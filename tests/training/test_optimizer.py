@@ -54,7 +54,9 @@ def assert_all_equal(actual, expected):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize(
+    "eager", [pytest.param(True, marks=pytest.mark.long), False], ids=["eager", "graph"]
+)
 @pytest.mark.parametrize("inner", INNER)
 def test_inner_optimizer_features_act_as_on_a_plain_model(inner, eager):
     plain, _ = chain()

@@ -90,7 +90,11 @@ def assert_skipped(model, before):
     return after
 
 
-@pytest.mark.parametrize("mode", [EAGER, GRAPH, XLA], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize(
+    "mode",
+    [EAGER, GRAPH, pytest.param(XLA, marks=pytest.mark.long)],
+    ids=["eager", "graph", "xla"],
+)
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 @pytest.mark.parametrize("place", ["data", "loss"])
 def test_a_fault_before_any_layer_lowers_the_loss_scale(trained, place, value):
@@ -299,6 +303,7 @@ def test_training_recovers_when_the_fault_stops(trained, fault):
         assert each.spectrum.underflow_share < 1e-2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["loss", "layer"])
 def test_scales_stay_within_bounds_whatever_happens(trained, fault):
     layer = trained.get_layer("faulty_1").layer

@@ -174,7 +174,7 @@ def test_a_functional_subclass_stays_what_it_is(tmp_path):
     assert type(als.strip_model(loaded)) is WithTrainStep
 
 
-@pytest.mark.parametrize("saved_as", ["keras", "export"])
+@pytest.mark.parametrize("saved_as", ["keras", pytest.param("export", marks=pytest.mark.long)])
 def test_a_stripped_model_needs_no_trace_of_the_library(saved_as, tmp_path, mixed_float16):
     model = compiled(network())
     fit(model)

@@ -106,6 +106,34 @@ def no_step(model, arguments):
     return (logs, arguments[0]) if keras.backend.backend() == "jax" else logs
 
 
+def is_first_process():
+    """Whether this process is the one of several that writes what all know."""
+    if keras.backend.backend() != "jax":
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
+def num_replicas_of(model):
+    """On how many replicas `tf.distribute` runs the steps of `model.fit`."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    return model.distribute_strategy.num_replicas_in_sync
+
+
+def joined_batch(model, batch):
+    """A batch from the data of `model.fit` in one piece, if `tf.distribute` has divided it."""
+    if num_replicas_of(model) == 1:
+        return batch
+    import tensorflow as tf
+
+    strategy = model.distribute_strategy
+    return keras.tree.map_structure(
+        lambda leaf: tf.concat(strategy.experimental_local_results(leaf), axis=0), batch
+    )
+
+
 def run_if(condition, function, *arguments):
     """Runs `function(*arguments)`, which updates variables, if a scalar tensor is true.
 
@@ -137,12 +165,66 @@ def _run_if(condition, function):
     keras.ops.cond(condition, run, lambda: None)
 
 
+def max_over_shards(function, tensors):
+    """The element-wise maximum of a function over the parts of a batch that devices hold.
+
+    With `keras.distribution` on JAX one computation spans all devices. What reads gradients
+    of activations is told here to stay with the part that a device has, lest they travel.
+
+    Args:
+        function: Function `(tensors, part, num_parts) -> tensor` that is not negative.
+        tensors: List of tensors whose first axis is that of the batch.
+    """
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() != "jax" or distribution is None:
+        return function(tensors, 0, 1)
+    import jax
+
+    mesh, axis = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
+    num_parts = mesh.shape[axis]
+    whole, divided = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(axis)
+    specs = [divided if x.ndim and x.shape[0] % num_parts == 0 else whole for x in tensors]
+
+    def of_part(*tensors):
+        part = jax.lax.axis_index(axis)
+        return jax.lax.pmax(function(list(tensors), part, num_parts), axis)
+
+    over_mesh = jax.shard_map(
+        of_part, mesh=mesh, in_specs=tuple(specs), out_specs=whole, axis_names={axis}
+    )
+    return over_mesh(*tensors)
+
+
+def unsupported_strategy():
+    """The name of the `tf.distribute` strategy around, if replicas cannot be summed over in it.
+
+    `None` if they can, or if there is none.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    supported = (
+        tf.distribute.MirroredStrategy,
+        tf.distribute.MultiWorkerMirroredStrategy,
+        tf.distribute.OneDeviceStrategy,
+    )
+    if not tf.distribute.has_strategy() or isinstance(strategy, supported):
+        return None
+    return type(strategy).__name__
+
+
 def sum_over_replicas(tensor):
-    """The sum of a tensor over the replicas that `tf.distribute` runs a step on."""
+    """The sum of a tensor over the replicas that `tf.distribute` runs a step on, and their number.
+
+    This is the only communication between replicas that loss scales need.
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         context = tf.distribute.get_replica_context()
         if context is not None and context.num_replicas_in_sync > 1:
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
-    return tensor
+            total = context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+            return total, context.num_replicas_in_sync
+    return tensor, 1

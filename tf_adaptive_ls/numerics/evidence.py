@@ -34,8 +34,9 @@ class Evidence(NamedTuple):
         arrived_peaks: Spectra of its peaks, zero ones left out.
         produced: Spectra of a sample of what the layer produced, at scale S * 2**r; all
             zero if none was asked for.
-        produced_peaks: Spectra of its peaks; and of what it was computed from, zero ones
-            of this left out.
+        produced_peaks: Spectra of the largest and the smallest of its peaks; and of the
+            largest of what it was computed from. Of zeros there is one at most, for a
+            gradient that is zero all over.
     """
 
     weights_broken: Tensor
@@ -58,11 +59,18 @@ class Evidence(NamedTuple):
         return ops.concatenate([self.weights_broken[None], ops.ravel(of_layers)])
 
     @classmethod
-    def unpacked(cls, vector, num_layers):
-        """The evidence in a vector made by `packed`."""
+    def unpacked(cls, vector, num_layers, num_replicas=1):
+        """The evidence in the sum of vectors that `packed` made on so many replicas.
+
+        What is zero on some is not lost: a replica without examples sends zeros.
+        """
         of_layers = ops.reshape(vector[1:], (num_layers, -1))
         spectra = ops.reshape(of_layers[:, 2:], (num_layers, 4, -1))
-        return cls(vector[0], of_layers[:, 0], of_layers[:, 1], *(spectra[:, i] for i in range(4)))
+        *others, produced_peaks = (spectra[:, i] for i in range(4))
+        on_others = np.zeros(produced_peaks.shape[-1], "float32")
+        on_others[spectrum.ZERO] = num_replicas - 1
+        produced_peaks = ops.maximum(produced_peaks - on_others, 0.0)
+        return cls(vector[0], of_layers[:, 0], of_layers[:, 1], *others, produced_peaks)
 
 
 class Ownership(NamedTuple):
@@ -159,7 +167,7 @@ def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, 
     nonzero = np.ones(spectrum.num_bins(COUNTING_FORMAT), "float32")
     nonzero[spectrum.ZERO] = 0.0
     arrived_peaks = counts_of_one(reports.arrived_at_s) * nonzero
-    produced_peaks = counts_of_one(largest) + counts_of_one(smallest)
+    produced_peaks = counts_of_one(largest) * nonzero + counts_of_one(smallest)
     produced_peaks = produced_peaks * ops.cast(any_produced, "float32")[:, None]
     produced_peaks = produced_peaks + counts_of_one(reports.set_out_from) * nonzero
 

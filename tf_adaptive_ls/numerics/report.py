@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics import backend, spectrum
 from tf_adaptive_ls.numerics.backend import Tensor
 
 # Elements that are looked at of each gradient of a weight, and of the gradients of all
@@ -81,15 +81,20 @@ def report_of_arrivals(gradients, divisors, *, at_s, narrow):
     Returns:
         A float32 vector `[SIZE]`, the first half of a `Report`.
     """
-    peaks = spectrum.peaks(gradients)
     divisors = [np.float32(1.0) if divisor is None else divisor for divisor in divisors]
-    divisors = divisors[0] if len(divisors) == 1 else ops.stack(divisors)
-    figures = [
-        _largest(peaks, at_s),
-        _largest(peaks, np.logical_not(at_s)),
-        _largest(peaks / divisors, narrow),
-    ]
-    return _packed([*_half(figures, _chosen(gradients, at_s)), np.zeros(_HALF, "float32")])
+
+    def of_part(tensors):
+        gradients, divisors = tensors[: len(at_s)], tensors[len(at_s) :]
+        peaks = spectrum.peaks(gradients)
+        divisors = divisors[0] if len(divisors) == 1 else ops.stack(divisors)
+        figures = [
+            _largest(peaks, at_s),
+            _largest(peaks, np.logical_not(at_s)),
+            _largest(peaks / divisors, narrow),
+        ]
+        return _packed([*_half(figures, _chosen(gradients, at_s)), np.zeros(_HALF, "float32")])
+
+    return _of_all_parts(of_part, [*gradients, *divisors])
 
 
 def report_of_products(gradients, *, narrow):
@@ -102,19 +107,40 @@ def report_of_products(gradients, *, narrow):
     Returns:
         A float32 vector `[SIZE]`, the second half of a `Report`.
     """
-    gradients = [dense(gradient) for gradient in gradients]
-    peaks = spectrum.peaks(gradients)
-    figures = [
-        _largest(peaks, narrow),
-        _smallest(peaks, narrow),
-        _largest(peaks, np.logical_not(narrow)),
-    ]
-    return _packed([np.zeros(_HALF, "float32"), *_half(figures, _chosen(gradients, narrow))])
+
+    def of_part(gradients):
+        peaks = spectrum.peaks(gradients)
+        figures = [
+            _largest(peaks, narrow),
+            _smallest(peaks, narrow),
+            _largest(peaks, np.logical_not(narrow)),
+        ]
+        return _packed([np.zeros(_HALF, "float32"), *_half(figures, _chosen(gradients, narrow))])
+
+    return _of_all_parts(of_part, [dense(gradient) for gradient in gradients])
 
 
 def dense(gradient):
     """All numbers of a gradient; those of embeddings may be sparse (`tf.IndexedSlices`)."""
     return getattr(gradient, "values", gradient)
+
+
+def _of_all_parts(of_part, tensors):
+    """The report of all devices, where one computation spans several.
+
+    Each tells the peaks of its part, and of its samples every so many elements: the
+    largest of all are then those of the whole, and its sample is as large as of one.
+    """
+
+    def told(tensors, part, num_parts):
+        vector = of_part(tensors)
+        if num_parts == 1:
+            return vector
+        places = np.arange(SIZE)
+        is_figure = places % _HALF < _NUM_FIGURES
+        return ops.where(ops.logical_or(is_figure, places % num_parts == part), vector, 0.0)
+
+    return backend.max_over_shards(told, tensors)
 
 
 def _half(figures, gradients):

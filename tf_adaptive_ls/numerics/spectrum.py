@@ -34,13 +34,18 @@ def sample(x, size):
     """At most `size` elements spread evenly over `x`, a float32 vector.
 
     They are a stride apart that shares no factor with the size of `x`: any other would
-    visit only some channels of it.
+    visit only some channels of it. Where that size is not known before the computation
+    runs there are `size` of them, all zero if `x` is empty.
     """
     x = ops.reshape(x, (-1,))
     if x.shape[0] is None:
         places = ((np.arange(size) + 0.5) / size).astype("float32")
-        total = ops.cast(ops.shape(x)[0], "float32")
-        x = ops.take(x, ops.cast(places * total, "int32"))
+        total = ops.shape(x)[0]
+        places = ops.cast(places * ops.cast(total, "float32"), "int32")
+        # What has no elements, as of a replica without examples, has none to be taken.
+        number = size * ops.minimum(total, 1)
+        taken = ops.take(x, places[:number])
+        x = ops.reshape(ops.concatenate([taken, ops.zeros(size - number, x.dtype)]), (size,))
     else:
         stride = max(-(-x.shape[0] // size), 1)
         while math.gcd(stride, x.shape[0]) > 1:

@@ -144,7 +144,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._overflows = [layer_snapshot.overflows for layer_snapshot in snapshot.layers]
         self._writers = []
         for writer, path in ((RunWriter, self.path), (TensorBoardWriter, self.tensorboard)):
-            if path is not None:
+            if path is not None and backend.is_first_process():
                 with self._only_warning(path):
                     self._writers.append(writer(path, self._layers, snapshot.step))
         self._begun = True
@@ -195,7 +195,8 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
         def look(*args):
             self.model.train_function = train_function
-            batch = keras.utils.unpack_x_y_sample_weight(next(args[-1]))
+            batch = backend.joined_batch(self.model, next(args[-1]))
+            batch = keras.utils.unpack_x_y_sample_weight(batch)
             try:
                 explanation = explain_nonfinite(self.model, *batch)
             except Exception as error:  # a step of its own that cannot be run like this

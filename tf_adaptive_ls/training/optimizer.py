@@ -147,6 +147,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def build(self, var_list: list[keras.Variable]) -> None:
         layers = [v.loss_scaled for v in var_list if _is_scale(v)]
         _warn_if_useless(layers)
+        if layers:
+            _check_strategy()
         float_formats = {layer.float_format for layer in layers}
         for float_format in float_formats:
             self.rule.check(float_format)
@@ -348,8 +350,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             sampled=is_sampled(loss_state),
             float_formats=[layer.float_format for layer in self._scaled_layers],
         )
-        summed = backend.sum_over_replicas(evidence.packed())
-        return Evidence.unpacked(summed, len(self._scaled_layers))
+        total, num_replicas = backend.sum_over_replicas(evidence.packed())
+        return Evidence.unpacked(total, len(self._scaled_layers), num_replicas)
 
     def _update_scales(self, evidence, layer_states, loss_state):
         layer_states, loss_state = update(
@@ -440,6 +442,16 @@ def _check_initial_scale(scale):
         f"Expected `initial_scale` to be a power of two from 2**-{MAX_LOG2_SCALE} to "
         f"2**{MAX_LOG2_SCALE}. Received: initial_scale={scale!r}. The default is 2.0**15."
     )
+
+
+def _check_strategy():
+    unsupported = backend.unsupported_strategy()
+    if unsupported is not None:
+        raise ValueError(
+            "Expected `tf.distribute.MirroredStrategy`, or none, for a model with LossScaled "
+            f"layers. Received: {unsupported}. Train on several devices with "
+            "MirroredStrategy, on several machines with `keras.distribution` on JAX."
+        )
 
 
 def _warn_if_useless(layers):

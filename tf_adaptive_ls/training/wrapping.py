@@ -10,6 +10,7 @@ from typing import TypeAlias, TypeVar
 
 import keras
 
+from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.keras_internals import (
     arguments_of_compile,
@@ -163,6 +164,14 @@ class LossScaledModel:
                 f"{type(self.optimizer).__name__}, which leaves their scales at 1. "
                 "Compile it with AdaptiveLossScaleOptimizer.",
                 stacklevel=3,
+            )
+        num_replicas = backend.num_replicas_of(self)
+        if known and self.jit_compile and num_replicas > 1:
+            raise ValueError(
+                "Expected `jit_compile=False` for a model on several devices: XLA compiles a "
+                "step for one, and the variables of the others are out of its reach. Received: "
+                f"jit_compile=True for model '{self.name}' on {num_replicas}. Compile it with "
+                "`jit_compile=False`."
             )
         return super().make_train_function(force)
 
