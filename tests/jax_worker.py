@@ -133,6 +133,12 @@ def main():
         result["replicated"] = all(
             v.value.sharding.is_fully_replicated for v in model.variables if "scale" in v.path
         )
+        model.save(own / "model.keras")
+        loaded = keras.saving.load_model(own / "model.keras")
+        result["saved"] = all(
+            np.array_equal(a.value, b.value)
+            for a, b in zip(model.variables, loaded.variables, strict=True)
+        )
     if args.count:
         result["collectives"] = collectives(model, x, y)
     weights = [np.array(v.value) for v in model.variables if "loss_scale" not in v.path]

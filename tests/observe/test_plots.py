@@ -45,7 +45,9 @@ def run_of_size(snapshots, layers):
     )
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "dark", [False, pytest.param(True, marks=pytest.mark.long)], ids=["light", "dark"]
+)
 @pytest.mark.parametrize("size", [(1, 1), (5, 5), (300, 200)])
 @pytest.mark.parametrize("name", PLOTS)
 def test_every_size_can_be_drawn(name, size, dark, tmp_path):

@@ -83,6 +83,7 @@ def assert_as_near_to_one_device_as_keras(several, plain, one_device):
 
     ours, keras_own = one_device
     assert distance(several, ours) <= 2 * distance(plain, keras_own) + 1e-6
+    assert several[0]["saved"]
     for name in ("loss_scale", "skipped_steps", "steps"):
         assert several[0][name] == ours[0][name], name
     # Each device takes a part of the sample: of other elements than one device would.

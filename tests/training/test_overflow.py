@@ -115,7 +115,9 @@ def test_a_fault_before_any_layer_lowers_the_loss_scale(trained, place, value):
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 @pytest.mark.parametrize("kind", ["input_fault", "weight_fault"])
 @pytest.mark.parametrize("at", [1, 2])
-@pytest.mark.parametrize("mode", [EAGER, GRAPH], ids=["eager", "graph"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(EAGER, marks=pytest.mark.long), GRAPH], ids=["eager", "graph"]
+)
 def test_a_fault_inside_a_layer_lowers_its_scale(trained, at, kind, value):
     getattr(trained.get_layer(f"faulty_{at}").layer, kind).assign(value)
     before = state_of(trained)
