@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import overhead
 import pytest
+import rebuilding
 import replicas
 import report
 from strategies import OURS, REFERENCE, STRATEGIES
@@ -101,3 +102,10 @@ def test_figures_of_one_name_are_replaced_and_the_rest_kept(tmp_path):
         report.save_result(tmp_path, {"name": name, "figure": figure})
     loaded = report.load_results(tmp_path, order=["d", "x", "A b, c"])
     assert [(r["name"], r["figure"]) for r in loaded] == [("d", 2), ("A b, c", 3)]
+
+
+@pytest.mark.long
+def test_rebuilding(tmp_path):
+    rebuilding.main(["--quick", "--builds", "9", "--output", str(tmp_path)])
+    keras_own, ours = (rebuilding.growth(each["megabytes"]) for each in results(tmp_path)[::-1])
+    assert ours < keras_own

@@ -1,6 +1,7 @@
 """What Keras has no neutral name for: all that depends on the backend is here."""
 
 import functools
+import weakref
 from typing import Any, TypeAlias
 
 import keras
@@ -9,7 +10,7 @@ import keras
 Tensor: TypeAlias = Any
 
 
-def custom_gradient(function, constants):
+def custom_gradient(function, constants=()):
     """Custom gradient of `function(constants, *inputs)` by `inputs`.
 
     TensorFlow gathers all inputs of such a function in one `IdentityN` node, so that
@@ -18,7 +19,8 @@ def custom_gradient(function, constants):
     that depends on what is differentiated: there they must be.
     """
     if keras.backend.backend() != "jax":
-        return keras.ops.custom_gradient(lambda *inputs: function(constants, *inputs))
+        differentiable = keras.ops.custom_gradient(lambda *inputs: function(constants, *inputs))
+        return lambda *inputs: _left_to_graph(differentiable(*inputs))
 
     @keras.ops.custom_gradient
     def with_constants(*all_inputs):
@@ -28,6 +30,63 @@ def custom_gradient(function, constants):
         return outputs, lambda *gradients: (*zeros, *backward(*gradients))
 
     return functools.partial(with_constants, *constants)
+
+
+def _left_to_graph(outputs):
+    """The outputs of a custom gradient, after `leave_gradients_to_graph` for it alone."""
+    if _builds_graph():
+        _leave_gradient_to_graph(keras.tree.flatten(outputs)[0].op)
+    return outputs
+
+
+def leave_gradients_to_graph():
+    """Lets custom gradients in the graph that is being built live as long as it, and no longer.
+
+    TensorFlow keeps the backward pass of every custom gradient in a graph for good, and with it
+    the graph and all that its model is made of: a program that builds many models runs out of
+    memory. Keras's optimizers make such gradients when they reduce over replicas.
+    """
+    if _builds_graph():
+        import tensorflow as tf
+
+        for operation in tf.compat.v1.get_default_graph().get_operations():
+            _leave_gradient_to_graph(operation)
+
+
+def _builds_graph():
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
+
+
+def _leave_gradient_to_graph(operation):
+    # There is no public way to take a gradient out of the registry, where it is looked up by
+    # name whenever its graph is differentiated.
+    from tensorflow.python.framework import ops
+
+    registered = ops.gradient_registry._registry
+    try:
+        name = operation.get_attr("_gradient_op_type").decode()
+    except ValueError:
+        return  # not a custom gradient
+    backward = registered[name]["type"]
+    if isinstance(backward, _WeakFunction):
+        return
+    registered[name]["type"] = _WeakFunction(backward)
+    operation.graph.add_to_collection("tf_adaptive_ls", backward)
+    weakref.finalize(operation.graph, registered.pop, name, None)
+
+
+class _WeakFunction:
+    """A function that lives as long as others refer to it."""
+
+    def __init__(self, function):
+        self._function = weakref.ref(function)
+
+    def __call__(self, *args):
+        return self._function()(*args)
 
 
 def gradients(function, tensors):

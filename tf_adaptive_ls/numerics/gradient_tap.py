@@ -59,15 +59,14 @@ def gradient_tap(tensors, divisors, receivers, report):
 def redirect_gradient(value, tensor):
     """`value`, whose gradient goes to `tensor` instead."""
 
-    @keras.ops.custom_gradient
-    def replace(tensor, value):
+    def replace(_, tensor, value):
         def backward(*gradients):
             (gradient,) = gradients
             return gradient, ops.zeros_like(value)
 
         return ops.convert_to_tensor(value), backward
 
-    return replace(tensor, ops.stop_gradient(value))
+    return backend.custom_gradient(replace)(tensor, ops.stop_gradient(value))
 
 
 def _divide(x, divisor):
@@ -81,8 +80,7 @@ def _divide(x, divisor):
 def _refuse_second_order(gradients):
     """`gradients`, which cannot be differentiated."""
 
-    @keras.ops.custom_gradient
-    def identity(*tensors):
+    def identity(_, *tensors):
         def backward(*_):
             raise NotImplementedError(
                 "Expected gradients through a LossScaled layer to be taken once. "
@@ -97,5 +95,6 @@ def _refuse_second_order(gradients):
     dense = [not hasattr(gradient, "indices") for gradient in gradients]
     if not any(dense):
         return gradients
-    guarded = iter(identity(*[g for g, d in zip(gradients, dense, strict=True) if d]))
+    guard = backend.custom_gradient(identity)
+    guarded = iter(guard(*[g for g, d in zip(gradients, dense, strict=True) if d]))
     return [next(guarded) if d else g for g, d in zip(gradients, dense, strict=True)]

@@ -264,6 +264,9 @@ class LossScaled(keras.layers.Wrapper):
             return None
         return self.layer.compute_mask(inputs, previous_mask)
 
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        self.layer.quantize(*args, **kwargs)
+
     def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,

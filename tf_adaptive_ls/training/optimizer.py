@@ -252,6 +252,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _apply_inner(self, gradients, variables):
         self.inner_optimizer.apply(self._unscaled(gradients), variables)
+        backend.leave_gradients_to_graph()
 
     def _unscaled(self, gradients):
         return [None if g is None else ops.divide(g, self.dynamic_scale) for g in gradients]

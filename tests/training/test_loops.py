@@ -1,0 +1,430 @@
+"""Whatever trains in plain Keras trains wrapped.
+
+In float32 loss scales change nothing, so that each loop ends, bit for bit, where it
+ends with plain layers and the inner optimizer alone. In float16 it skips no step, but
+those that find the first scales, and learns.
+"""
+
+import inspect
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from graphs import RELU, floats
+from keras import layers, ops, optimizers
+from steps import randomize_scales, scaled_layers
+
+import tf_adaptive_ls as als
+
+pytestmark = pytest.mark.filterwarnings("ignore:Loss scales do nothing")
+
+X, Y = floats(18, 4), floats(18, 2, seed=1)  # the last of batches of 4 has two examples
+MSE = keras.losses.MeanSquaredError()
+
+
+def network(size=4, outputs=2):
+    x = inputs = keras.Input((size,))
+    for _ in range(2):
+        x = layers.Dense(6, **RELU)(x)
+    return keras.Model(inputs, layers.Dense(outputs)(x))
+
+
+def sgd():
+    return optimizers.SGD(0.1, momentum=0.9)
+
+
+def values(*models):
+    return [v.numpy() for m in models for v in m.weights if not v.overwrite_with_gradient]
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_ends_as_plain(loop, *builds, inner=sgd, assert_same=assert_same):
+    """`loop(*models, make_optimizer)` ends at the same weights wrapped and plain."""
+    models = [build() for build in builds]
+    start = [model.get_weights() for model in models]
+
+    def end_of(models, make_optimizer):
+        keras.utils.set_random_seed(5)
+        loop(*models, make_optimizer)
+        return values(*models)
+
+    plain = end_of(models, inner)
+    assert any((a != b).any() for a, b in zip(plain, itertools.chain(*start), strict=True))
+    for model, weights in zip(models, start, strict=True):
+        model.set_weights(weights)
+    wrapped = [als.wrap_model(keras.Model(model.input, model.output)) for model in models]
+    for i, model in enumerate(wrapped):
+        randomize_scales(model, np.random.default_rng(i))
+    ours = end_of(wrapped, lambda: als.AdaptiveLossScaleOptimizer(inner()))
+    assert_same(ours, plain)
+
+
+# Loops of Keras
+
+FITS = {
+    "ragged batches": {},
+    "run_eagerly": {"run_eagerly": True},
+    "steps_per_execution": {"steps_per_execution": 2},
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_fit(name):
+    def loop(model, make_optimizer):
+        model.compile(make_optimizer(), loss="mse", **({"jit_compile": False} | FITS[name]))
+        data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+        model.fit(data, epochs=2, shuffle=False, verbose=0)
+
+    assert_ends_as_plain(loop, network)
+
+
+def test_train_on_batch():
+    def loop(model, make_optimizer):
+        model.compile(make_optimizer(), loss="mse", jit_compile=False)
+        for i in range(4):
+            model.train_on_batch(X[i:], Y[i:])
+
+    assert_ends_as_plain(loop, network)
+
+
+class Lookahead(optimizers.SGD):
+    """Every few steps weights go back half of the way (Zhang et al. 2019)."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.slow = [self.add_variable_from_reference(v, "slow", v.value) for v in variables]
+
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
+        back = ops.cast(ops.equal(self.iterations % 3, 0), "float32") / 2
+        for slow, fast in zip(self.slow, self._trainable_variables, strict=True):
+            fast.assign(fast + back * (slow - fast))
+            slow.assign(slow + 2 * back * (fast - slow))
+
+
+ABSTRACT = {"Optimizer", "LossScaleOptimizer", "MultiOptimizer", "OptimizerMap"}
+OPTIMIZERS = {
+    name: kind
+    for name, kind in [*vars(optimizers).items(), ("Lookahead", Lookahead)]
+    if inspect.isclass(kind) and name not in ABSTRACT
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer(name):
+    def loop(model, make_optimizer):
+        model.compile(make_optimizer(), loss="mse", jit_compile=False)
+        model.fit(X, Y, batch_size=6, epochs=2, verbose=0)
+
+    assert_ends_as_plain(loop, network, inner=lambda: OPTIMIZERS[name](0.05))
+
+
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_sequences_of_any_length(jit_compile, mixed_float16):
+    inputs = keras.Input((None, 3))
+    x = layers.Conv1D(4, 3, padding="same", **RELU)(inputs)
+    x = layers.Bidirectional(layers.LSTM(4, return_sequences=True))(x)
+    x = layers.GlobalAveragePooling1D()(layers.Dense(4)(x))
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(1, dtype="float32")(x)))
+    optimizer = als.AdaptiveLossScaleOptimizer("adam", 2.0**10)
+    model.compile(optimizer, loss="mse", jit_compile=jit_compile)
+
+    def batches():
+        for i in range(6):
+            x = floats(4, 3 + i % 3, 3, seed=i)
+            yield x, x.sum(axis=(1, 2)).reshape(-1, 1)
+
+    signature = tf.TensorSpec((None, None, 3)), tf.TensorSpec((None, 1))
+    data = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    data = data.apply(tf.data.experimental.assert_cardinality(6))
+    history = model.fit(data, epochs=4, shuffle=False, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    assert optimizer.skipped_steps == 0
+
+
+# Loops of one's own
+
+
+def test_gradients_accumulated_by_hand():
+    def loop(model, make_optimizer):
+        optimizer, variables = make_optimizer(), model.trainable_variables
+
+        @tf.function
+        def gradients_of(x, y):
+            with tf.GradientTape() as tape:
+                loss = optimizer.scale_loss(MSE(y, model(x, training=True)) / 2)
+            return tape.gradient(loss, variables)
+
+        for _ in range(3):
+            parts = [gradients_of(X[:9], Y[:9]), gradients_of(X[9:], Y[9:])]
+            optimizer.apply([a + b for a, b in zip(*parts, strict=True)], variables)
+
+    assert_ends_as_plain(loop, network)
+
+
+def test_accumulated_by_hand_scales_are_those_of_one_batch(mixed_float16):
+    def trained(parts):
+        keras.utils.set_random_seed(5)
+        model = als.wrap_model(network())
+        variables = model.trainable_variables
+        optimizer = als.AdaptiveLossScaleOptimizer(sgd(), 2.0**10)
+        for _ in range(12):
+            total = [0.0] * len(variables)
+            for x, y in zip(np.split(X, parts), np.split(Y, parts), strict=True):
+                with tf.GradientTape() as tape:
+                    loss = optimizer.scale_loss(MSE(y, model(x)) / parts)
+                gradients = tape.gradient(loss, variables)
+                total = [a + b for a, b in zip(total, gradients, strict=True)]
+            optimizer.apply(total, variables)
+        assert optimizer.skipped_steps == 0
+        rows = als.scale_table(model, optimizer)
+        return [row.log2_total for row in rows if row.log2_total is not None]
+
+    # What layers report adds up, too, which makes magnitudes up to three times as large;
+    # two binades more for rounding them to powers of two.
+    np.testing.assert_allclose(trained(1), trained(3), atol=np.log2(3) + 2)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_two_losses_with_a_gradient_each(persistent):
+    def loop(model, make_optimizer):
+        optimizer, variables = make_optimizer(), model.trainable_variables
+
+        def losses():
+            y = model(X, training=True)
+            return optimizer.scale_loss(MSE(Y, y)), optimizer.scale_loss(ops.mean(y**4))
+
+        @tf.function
+        def step():
+            if persistent:
+                with tf.GradientTape(persistent=True) as tape:
+                    both = losses()
+                both = [tape.gradient(loss, variables) for loss in both]
+            else:
+                both = []
+                for i in range(2):
+                    with tf.GradientTape() as tape:
+                        loss = losses()[i]
+                    both.append(tape.gradient(loss, variables))
+            optimizer.apply([a + b for a, b in zip(*both, strict=True)], variables)
+
+        optimizer.build(variables)
+        for _ in range(3):
+            step()
+
+    assert_ends_as_plain(loop, network)
+
+
+def noise(step):
+    return tf.constant(floats(18, 3, seed=step))
+
+
+def test_a_gan():
+    """The discriminator is trained, and then the generator through it."""
+
+    def loop(generator, discriminator, make_optimizer):
+        bce = keras.losses.BinaryCrossentropy(from_logits=True)
+        of_both = [(model, make_optimizer()) for model in (generator, discriminator)]
+        (_, for_generator), (_, for_discriminator) = of_both
+        for model, optimizer in of_both:
+            optimizer.build(model.trainable_variables)
+
+        @tf.function
+        def step(noise):
+            fake = generator(noise, training=True)
+            with tf.GradientTape() as tape:
+                scores = discriminator(ops.concatenate([X, fake]), training=True)
+                truth = ops.concatenate([ops.ones((18, 1)), ops.zeros((18, 1))])
+                loss = for_discriminator.scale_loss(bce(truth, scores))
+            variables = discriminator.trainable_variables
+            for_discriminator.apply(tape.gradient(loss, variables), variables)
+            with tf.GradientTape() as tape:
+                scores = discriminator(generator(noise, training=True), training=True)
+                loss = for_generator.scale_loss(bce(ops.ones((18, 1)), scores))
+            variables = generator.trainable_variables
+            for_generator.apply(tape.gradient(loss, variables), variables)
+
+        for i in range(4):
+            step(noise(i))
+
+    assert_ends_as_plain(loop, lambda: network(3, 4), lambda: network(4, 1))
+
+
+def test_two_optimizers_share_a_body():
+    def loop(model, make_optimizer):
+        heads = [keras.Model(model.input, output) for output in model.outputs]
+        optimizers_ = [make_optimizer() for _ in heads]
+
+        @tf.function
+        def step(model, optimizer):
+            with tf.GradientTape() as tape:
+                loss = optimizer.scale_loss(ops.mean(model(X, training=True) ** 2))
+            variables = model.trainable_variables
+            optimizer.apply(tape.gradient(loss, variables), variables)
+
+        for head, optimizer in zip(heads, optimizers_, strict=True):
+            optimizer.build(head.trainable_variables)
+        for _ in range(3):
+            for head, optimizer in zip(heads, optimizers_, strict=True):
+                step(head, optimizer)
+
+    def build():
+        inputs = keras.Input((4,))
+        body = layers.Dense(5, **RELU)(inputs)
+        return keras.Model(inputs, [layers.Dense(2)(body), layers.Dense(3)(body)])
+
+    assert_ends_as_plain(loop, build)
+
+
+def test_wgan_gp():
+    """Its penalty is on a gradient, which is taken at neutral scales."""
+
+    def loop(generator, critic, make_optimizer):
+        of_both = [(model, make_optimizer()) for model in (generator, critic)]
+        (_, for_generator), (_, for_critic) = of_both
+        for model, optimizer in of_both:
+            optimizer.build(model.trainable_variables)
+
+        @tf.function
+        def step(noise):
+            fake = generator(noise, training=True)
+            between = (X + fake) / 2
+            with tf.GradientTape() as tape:
+                with als.neutral_scales(), tf.GradientTape() as inner:
+                    inner.watch(between)
+                    score = critic(between, training=True)
+                slopes = tf.norm(inner.gradient(score, between), axis=1)
+                loss = ops.mean(critic(fake, training=True)) - ops.mean(critic(X, training=True))
+                loss = for_critic.scale_loss(loss + 10 * ops.mean((slopes - 1) ** 2))
+            variables = critic.trainable_variables
+            for_critic.apply(tape.gradient(loss, variables), variables)
+            with tf.GradientTape() as tape:
+                loss = -ops.mean(critic(generator(noise, training=True), training=True))
+                loss = for_generator.scale_loss(loss)
+            variables = generator.trainable_variables
+            for_generator.apply(tape.gradient(loss, variables), variables)
+
+        for i in range(4):
+            step(noise(i))
+
+    def assert_close(actual, expected):
+        # The gradients of three calls of the critic are summed in another order.
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+    assert_ends_as_plain(
+        loop, lambda: network(3, 4), lambda: network(4, 1), assert_same=assert_close
+    )
+
+
+# Models that change
+
+
+def test_layers_frozen_and_unfrozen_between_fits():
+    def loop(model, make_optimizer):
+        for trainable in (False, True, False):
+            model.layers[1].trainable = trainable
+            model.compile(make_optimizer(), loss="mse", jit_compile=False)
+            model.fit(X, Y, batch_size=6, verbose=0)
+
+    assert_ends_as_plain(loop, network)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora(when):
+    def build():
+        inputs = keras.Input((5,), dtype="int32")
+        x = layers.Embedding(7, 4, name="embedding")(inputs)
+        x = layers.EinsumDense("abc,cd->abd", (None, 6), activation="relu", name="einsum")(x)
+        return keras.Model(inputs, layers.Dense(2, name="dense")(x))
+
+    def enable_lora(model):
+        keras.utils.set_random_seed(2)
+        for name in ("embedding", "einsum", "dense"):
+            layer = model.get_layer(name)
+            getattr(layer, "layer", layer).enable_lora(2)
+
+    def trained(model, optimizer):
+        x, y = np.arange(10).reshape(2, 5) % 7, floats(2, 5, 2)
+        model.compile(optimizer, loss="mse", jit_compile=False)
+        model.fit(x, y, epochs=3, verbose=0)
+        return [
+            v.numpy()
+            for name in ("embedding", "einsum", "dense")
+            for v in model.get_layer(name).weights
+            if not v.overwrite_with_gradient
+        ]
+
+    plain, wrapped = build(), build()
+    wrapped.set_weights(plain.get_weights())
+    enable_lora(plain)
+    if when == "before":
+        enable_lora(wrapped)
+    wrapped = als.wrap_model(wrapped)
+    if when == "after":
+        enable_lora(wrapped)
+    randomize_scales(wrapped, np.random.default_rng(0))
+    ours = trained(wrapped, als.AdaptiveLossScaleOptimizer(sgd()))
+    assert_same(ours, trained(plain, sgd()))
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize("mode, policy", [("int8", "float32"), ("int4", "mixed_float16")])
+def test_a_trained_model_is_quantised_like_a_plain_one(mode, policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    x, y = floats(8, 16), floats(8, 8)
+    model = als.wrap_model(network(16, 8))
+    model.compile(als.AdaptiveLossScaleOptimizer(sgd()), loss="mse", jit_compile=False)
+    model.fit(x, y, verbose=0)
+    plain = network(16, 8)
+    plain.set_weights(values(model))
+    plain.quantize(mode)
+    model.quantize(mode)
+    expected = plain.predict(x, verbose=0)
+    assert_same([model.predict(x, verbose=0)], [expected])
+    assert_same([als.strip_model(model).predict(x, verbose=0)], [expected])
+    model.save(tmp_path / "quantised.keras")
+    loaded = keras.saving.load_model(tmp_path / "quantised.keras", compile=False)
+    assert_same([loaded.predict(x, verbose=0)], [expected])
+
+
+def test_float8_layers_of_keras():
+    """Their factors and histories come as gradients, too, and bear no scale."""
+
+    def end_of(wrap, optimizer):
+        keras.utils.set_random_seed(5)
+        inputs = keras.Input((4,))
+        x = layers.Dense(6, name="first", **RELU)(inputs)
+        model = wrap(keras.Model(inputs, layers.Dense(2, name="last")(x)))
+        for name in ("first", "last"):
+            model.get_layer(name).quantize("float8")
+        model.compile(optimizer, loss="mse", jit_compile=False)
+        model.fit(X, Y, batch_size=6, epochs=2, verbose=0)
+        return [v.numpy() for v in model.weights if not v.name.startswith("loss_scale")]
+
+    plain = end_of(lambda model: model, sgd())
+    # The factors for gradients are found at the scale that the layer works at.
+    ours = als.AdaptiveLossScaleOptimizer(sgd(), 1.0, rule=als.FixedRule())
+    assert_same(end_of(als.wrap_model, ours), plain)
+    assert len(plain) == 2 * 8
+
+
+def test_layers_of_several_dtypes(mixed_float16):
+    inputs = keras.Input((4,))
+    x = layers.Dense(6, **RELU)(inputs)
+    x = layers.Dense(6, dtype="mixed_bfloat16", name="bfloat16", **RELU)(x)
+    x = layers.Dense(6, **RELU)(x)
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(2, dtype="float32", name="head")(x)))
+    optimizer = als.AdaptiveLossScaleOptimizer(sgd(), 2.0**10)
+    model.compile(optimizer, loss="mse", jit_compile=False)
+    history = model.fit(X, Y, batch_size=6, epochs=20, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    assert optimizer.skipped_steps == 0
+    formats = [layer.float_format.name for layer in scaled_layers(model)]
+    assert formats == ["float16", "float16", "float16", "float16"]
