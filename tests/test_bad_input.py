@@ -42,17 +42,6 @@ def scaled_dense():
     return als.LossScaled(layers.Dense(2, name="d"))
 
 
-def rematerialised():
-    with keras.RematScope(mode="full"):
-        return keras.Sequential([layers.Dense(2, name="r")]).layers[0]
-
-
-def wrapped_in_remat_scope():
-    layer = layers.Dense(2, name="r")
-    with keras.RematScope(mode="full"):
-        return als.LossScaled(layer)
-
-
 REFUSED = {
     "not a layer": (lambda: als.LossScaled("dense"), "Expected a keras.layers.Layer.*'dense'"),
     "a wrapper": (lambda: als.LossScaled(scaled_dense()), "not scaled yet.*'d'. Use it as it is"),
@@ -60,8 +49,6 @@ REFUSED = {
         lambda: als.LossScaled(scaled_dense().layer),
         "'d', which a LossScaled layer already wraps. Call that wrapper",
     ),
-    "a rematerialised layer": (lambda: als.LossScaled(rematerialised()), "RematScope"),
-    "a wrapper in a RematScope": (wrapped_in_remat_scope, "layer 'r', made or wrapped inside"),
     "not a model": (lambda: als.wrap_model(42), "wrap_model` expected.*42.*not a model"),
     "a layer for a model": (
         lambda: als.wrap_model(layers.Dense(2)),
@@ -201,14 +188,27 @@ def test_a_scale_out_of_bounds_changes_nothing(value):
 
 
 def test_a_model_refused_halfway_is_left_as_it_was():
-    x = inputs = keras.Input((4,))
+    class Refuses(layers.Dense):
+        def __setattr__(self, name, value):
+            if name == "_loss_scaled":
+                raise ValueError("no wrapper")
+            super().__setattr__(name, value)
+
+    inputs = keras.Input((4,))
     first = layers.Dense(2)
-    with keras.RematScope(mode="full"):
-        second = layers.Dense(2)
-    model = keras.Model(inputs, second(first(x)))
-    with pytest.raises(ValueError, match="RematScope"):
+    model = keras.Model(inputs, Refuses(2)(first(inputs)))
+    with pytest.raises(ValueError, match="no wrapper"):
         als.wrap_model(model)
     assert als.LossScaled(first).layer is first
+
+
+def test_a_layer_that_rematerialises_a_part_for_itself():
+    class Own(layers.Dense):
+        def call(self, x):
+            return keras.remat(super().call)(x)
+
+    with pytest.raises(ValueError, match=r"reading 'own/kernel' in a function made by `keras.rem"):
+        als.LossScaled(Own(2, name="own"))(floats(3, 4))
 
 
 def test_a_refused_model_is_left_as_it_was():

@@ -48,8 +48,16 @@ def test_graph_and_nodes_of_models():
 def test_what_a_remat_scope_leaves_on_a_layer():
     with keras.RematScope("full"):
         inside = layers.Dense(2)
-    found = [keras_internals.is_rematerialised(layer) for layer in (inside, layers.Dense(2))]
+        never = als.LossScaled(layers.Dense(2))
+    outside = layers.Dense(2)
+    is_rematerialised = keras_internals.is_rematerialised
+    found = [is_rematerialised(layer, (floats(2, 3),), {}) for layer in (inside, outside)]
     assert found == [True, False], FUNCTION.format("is_rematerialised")
+    with keras_internals.not_rematerialised(inside):
+        found = is_rematerialised(inside, (floats(2, 3),), {})
+        assert not found, FUNCTION.format("not_rematerialised")
+    assert is_rematerialised(inside, (floats(2, 3),), {}), FUNCTION.format("not_rematerialised")
+    assert never._remat_mode is None, FUNCTION.format("NEVER_REMATERIALISED")
 
 
 def test_building_for_a_call_whatever_the_signature():
@@ -94,11 +102,13 @@ def test_what_is_not_a_tensor_may_be_passed_by_position():
     layer(floats(2, 3), "text")
 
 
-def test_whether_a_variable_has_a_value():
-    assert keras_internals.has_value(keras.Variable(1.0)), FUNCTION.format("has_value")
-    with keras.StatelessScope():
+def test_the_value_of_a_variable_in_no_scope():
+    variable = keras.Variable(1.0)
+    message = FUNCTION.format("own_value")
+    with keras.StatelessScope([(variable, ops.ones(()) * 2)]):
+        assert float(ops.convert_to_tensor(keras_internals.own_value(variable))) == 1, message
         deferred = keras.Variable(initializer="zeros", shape=(2,))
-        assert not keras_internals.has_value(deferred), FUNCTION.format("has_value")
+        assert keras_internals.own_value(deferred) is None, message
 
 
 def test_masks_of_tensors():

@@ -39,6 +39,44 @@ def _left_to_graph(outputs):
     return outputs
 
 
+def is_recorded():
+    """Whether operations are recorded, should somebody want gradients.
+
+    Not so inside the first run of a rematerialised function on TensorFlow, which has no public
+    way to ask.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return True
+    from tensorflow.python import pywrap_tfe
+
+    return not pywrap_tfe.TFE_Py_TapeSetIsStopped()
+
+
+def rematerialised(function):
+    """A function that is run once more in the backward pass, instead of keeping what it needs.
+
+    Args:
+        function: Function of floating-point tensors to a pair: a list of such, which have
+            gradients by the arguments and by nothing else, and a structure of anything else,
+            without.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return keras.remat(function)
+
+    def compute(*tensors):
+        others = []
+
+        def differentiable(*tensors):
+            results, other = function(*tensors)
+            others.append(other)
+            return results
+
+        results = keras.remat(differentiable)(*tensors)
+        return list(_left_to_graph(results)), others[0]
+
+    return compute
+
+
 def leave_gradients_to_graph():
     """Lets custom gradients in the graph that is being built live as long as it, and no longer.
 

@@ -5,6 +5,8 @@ layer would be built at another time, and its weights be found under other paths
 `tests/training/test_keras_internals.py` tells what a new Keras has changed.
 """
 
+import contextlib
+
 import keras
 from keras.src.backend.common import masking
 
@@ -41,9 +43,43 @@ def nodes_of(graph):
     ]
 
 
-def is_rematerialised(layer):
-    """Whether a layer was made inside a `keras.RematScope`, which it does not show."""
-    return layer._remat_mode is not None
+# The mode of what Keras shall not run once more in the backward pass, in whatever
+# `keras.RematScope` it is made. A layer takes over the mode of that scope, and has no argument.
+NEVER_REMATERIALISED = property(lambda layer: None, lambda layer, mode: None)
+
+
+def is_rematerialised(layer, args, kwargs):
+    """Whether Keras would run a call of a layer once more in the backward pass.
+
+    As the `keras.RematScope` has it that it was made in, which it does not show. That of an
+    activation alone, which takes all that it needs as arguments, does not count.
+    """
+
+    def call():
+        pass
+
+    modes = [(part, part._remat_mode) for part in parts_of(layer)]
+    modes = [(part, mode) for part, mode in modes if mode and mode.mode != "activations"]
+    return any(
+        mode.mode == "full"
+        or part.name in mode.layer_names
+        or (part is layer and part.rematerialized_call(call, *args, **kwargs) is not call)
+        for part, mode in modes
+    )
+
+
+@contextlib.contextmanager
+def not_rematerialised(layer):
+    """Keeps Keras from running a layer, or layers inside it, once more in the backward pass."""
+    modes = [(part, part._remat_mode) for part in parts_of(layer)]
+    modes = [(part, mode) for part, mode in modes if mode and mode.mode != "activations"]
+    for part, _ in modes:
+        part._remat_mode = None
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part._remat_mode = mode
 
 
 def build_for_call(layer, call_spec):
@@ -70,9 +106,12 @@ def allow_any_positional_arguments(layer):
     layer._allow_non_tensor_positional_args = True
 
 
-def has_value(variable):
-    """Whether a variable exists already. Inside a scope, asking for `value` would make it."""
-    return variable._value is not None
+def own_value(variable):
+    """The value of a variable in no scope, `None` if it has none yet.
+
+    Inside a scope, asking for `value` asks the scope, and would make one.
+    """
+    return variable._value
 
 
 def mask_of(tensor):

@@ -21,7 +21,8 @@ from tf_adaptive_ls.numerics.scale_update import Flow
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import keras_internals, scale_plan
 from tf_adaptive_ls.training.border import Border
-from tf_adaptive_ls.training.held_variables import HeldVariables, scaled_weights_of
+from tf_adaptive_ls.training.held_call import call_held, runs_again
+from tf_adaptive_ls.training.held_variables import scaled_weights_of
 
 _clock = itertools.count()
 _neutral = contextvars.ContextVar("neutral_scales", default=False)
@@ -87,12 +88,18 @@ class LossScaled(keras.layers.Wrapper):
         trainable: Boolean, as for any layer.
 
     Raises:
-        ValueError: If `layer` is not a layer, is a `LossScaled` layer, is inside
-            one already, or is rematerialised (`keras.RematScope`).
+        ValueError: If `layer` is not a layer, is a `LossScaled` layer, or is inside
+            one already.
+
+    A layer made in a `keras.RematScope` is run once more in the backward pass, with all
+    that is inside it, instead of keeping its intermediate results.
 
     Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
     Training", 2019 (arXiv 1910.12385).
     """
+
+    # The layer is, and its border has to stay where it is.
+    _remat_mode = keras_internals.NEVER_REMATERIALISED
 
     def __init__(
         self, layer: keras.layers.Layer, *, name: str | None = None, trainable: bool = True
@@ -115,7 +122,6 @@ class LossScaled(keras.layers.Wrapper):
             dtype=layer.variable_dtype,
             autocast=False,
         )
-        _check_is_not_rematerialised(self)
         self.supports_masking = True
         self.supports_jit = layer.supports_jit
         keras_internals.allow_any_positional_arguments(self)
@@ -209,14 +215,11 @@ class LossScaled(keras.layers.Wrapper):
             with scale_plan.running(None):
                 return self.layer(*args, **kwargs)
         border = Border(self)
-        self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
+        if not runs_again():
+            self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
         weights = scaled_weights_of(self.layer)
         args, kwargs, weights = border.tap_inputs(args, kwargs, weights)
-        with scale_plan.running(None), HeldVariables(self.layer, weights) as held:
-            outputs = self.layer(*args, **kwargs)
-            losses = list(held.losses)
-            keras_internals.drop_losses(self.layer)
-        held.assign_updates()
+        outputs, losses = call_held(self.layer, weights, args, kwargs)
         for loss in losses:
             self.add_loss(border.tap_loss(loss))
         return border.tap_outputs(outputs)
@@ -351,15 +354,4 @@ def _check_can_be_wrapped(layer):
             "Expected a layer that is not scaled yet. Received: layer "
             f"'{layer.name}', which a LossScaled layer already wraps. Call that "
             "wrapper, also where the layer is shared."
-        )
-
-
-def _check_is_not_rematerialised(scaled):
-    # Such a call runs once more in the backward pass, where neither tapped weights nor
-    # a scale plan are at hand: its gradients would be wrong.
-    if any(map(keras_internals.is_rematerialised, keras_internals.parts_of(scaled))):
-        raise ValueError(
-            "Expected a layer that is not rematerialised. Received: layer "
-            f"'{scaled.layer.name}', made or wrapped inside a `keras.RematScope`, which "
-            "LossScaled does not support. Make and wrap it outside of that scope."
         )

@@ -13,6 +13,7 @@ import keras
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.keras_internals import (
+    NEVER_REMATERIALISED,
     arguments_of_compile,
     graph_of,
     parts_of,
@@ -147,6 +148,8 @@ class LossScaledModel:
 
     base_class = None
     _plan = None
+    # In the backward pass its plan would not hold. Its layers are, each by itself.
+    _remat_mode = NEVER_REMATERIALISED
 
     def call(self, inputs, training=None, mask=None, **kwargs):
         if scale_plan.is_covered(self):
