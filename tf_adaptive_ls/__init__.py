@@ -11,6 +11,7 @@ from tf_adaptive_ls.numerics.scale_rules import FixedRule, GaussianRule, Quantil
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
 from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
+from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction
 from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain_nonfinite
 from tf_adaptive_ls.observe.run_record import Run, load_run, snapshot_run
 from tf_adaptive_ls.observe.scale_table import ScaleRow, ScaleTable, scale_table
@@ -30,6 +31,7 @@ __all__ = [
     "LayerRange",
     "LossScaleMonitor",
     "LossScaled",
+    "NarrowReduction",
     "QuantileRule",
     "Run",
     "ScaleRow",

@@ -66,7 +66,7 @@ def test_a_family_trains_and_is_saved(name, tmp_path, mixed_float16):
         if optimizer.steps - optimizer.skipped_steps == 3:
             break
     table = als.scale_table(wrapped)
-    assert len(str(table).splitlines()) == len(table) + 2
+    assert len(str(table).splitlines()) >= len(table) + 2
     assert any(row.log2_scale for row in table)
 
     wrapped.save(tmp_path / "wrapped.keras")

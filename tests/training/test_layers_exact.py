@@ -147,8 +147,16 @@ def training_of(layer):
     return True if "training" in inspect.signature(layer.call).parameters else None
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        *((name, "eager") for name in CASES),
+        *(
+            pytest.param(name, "graph", marks=[] if name in WITH_XLA else pytest.mark.long)
+            for name in CASES
+        ),
+    ],
+)
 def test_any_scale_gives_the_plain_layer(name, mode, rng):
     layer, inputs = built(CASES[name]), CASES[name].inputs
     options = {"mode": mode, "training": training_of(layer)}

@@ -116,7 +116,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("Adam", "Muon", "Lookahead") else pytest.mark.long)
+        for name in OPTIMIZERS
+    ],
+)
 def test_every_optimizer(name):
     def loop(model, make_optimizer):
         model.compile(make_optimizer(), loss="mse", jit_compile=False)

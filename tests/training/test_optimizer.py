@@ -207,7 +207,9 @@ FOREIGN = {
 
 
 @pytest.mark.filterwarnings("ignore:Model 'functional")
-@pytest.mark.parametrize("foreign", FOREIGN)
+@pytest.mark.parametrize(
+    "foreign", [pytest.param("sgd", marks=pytest.mark.long), "accumulation", "scaling"]
+)
 def test_nothing_is_made_up_under_another_optimizer_and_ours_starts_afresh(foreign, mixed_float16):
     def ours(model):
         fitted(model, als.AdaptiveLossScaleOptimizer("sgd"))

@@ -32,7 +32,10 @@ def trained(build=chain, **options):
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.long), {"run_eagerly": True}],
+)
 def test_a_model_that_was_trained_goes_and_leaves_no_gradients_behind(options):
     trained(**options)
     keras.backend.clear_session()

@@ -14,7 +14,7 @@ from steps import (
     scaled_layers,
     stepper,
 )
-from test_layers_exact import CASES, built, training_of
+from test_layers_exact import CASES, WITH_XLA, built, training_of
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.training.keras_internals import not_rematerialised
@@ -23,13 +23,17 @@ from tf_adaptive_ls.training.keras_internals import not_rematerialised
 FUSED = ("Dense", "graph")
 
 
+def long(value):
+    return pytest.param(value, marks=pytest.mark.long)
+
+
 def in_scope(make, mode="full", **options):
     with keras.RematScope(mode, **options):
         return make()
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", ["eager", long("graph")])
+@pytest.mark.parametrize("name", [n if n in WITH_XLA else long(n) for n in CASES])
 def test_any_scale_gives_the_plain_layer(name, mode, rng):
     layer, inputs = built(CASES[name]), CASES[name].inputs
     options = {"mode": mode, "training": training_of(layer)}
@@ -92,8 +96,8 @@ def test_it_is_run_again_where_keras_would(options, again):
     assert runs_of(in_scope(lambda: als.LossScaled(layer), **options)) == (1, 0)
 
 
-@pytest.mark.parametrize("wrapped_inside", [False, True])
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("wrapped_inside", [False, long(True)])
+@pytest.mark.parametrize("mode", ["eager", long("graph"), long("xla")])
 @pytest.mark.parametrize("name", ["residual", "nested", "densenet", "regularized", "stateful"])
 def test_whole_models(name, mode, wrapped_inside, rng):
     model, inputs = in_scope(GRAPHS[name])

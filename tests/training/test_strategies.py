@@ -208,6 +208,7 @@ def test_a_custom_loop_does_what_fit_does(mixed_float16, strategy):
         np.testing.assert_array_equal(value, expected)
 
 
+@pytest.mark.long
 def test_gradient_accumulation_without_graphs(strategy):
     def inner():
         return sgd(gradient_accumulation_steps=2)
@@ -238,6 +239,7 @@ def test_several_steps_per_execution(mixed_float16, two, make):
     fit(make(two, steps_per_execution=2))
 
 
+@pytest.mark.long
 def test_batches_that_are_ragged_or_leave_a_replica_empty(mixed_float16, strategy):
     model = ours(strategy)
     fit(model)
@@ -295,6 +297,7 @@ def test_stuck_runs_end(mixed_float16, two):
     assert error.value.explanation.first.phase == "input"
 
 
+@pytest.mark.long
 def test_calibrate(mixed_float16, two):
     model = ours(two)
     before = weights_of(model)
@@ -309,6 +312,7 @@ def test_calibrate(mixed_float16, two):
     assert np.all(np.abs(np.subtract(scales_of(model)[1:], scales)) <= 3)
 
 
+@pytest.mark.long
 def test_explain_nonfinite(mixed_float16, two):
     model = ours(two)
     fit(model, epochs=1)

@@ -13,6 +13,7 @@ import numpy as np
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.observe.named_layers import scaled_layers
+from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
 from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
@@ -67,6 +68,7 @@ class Calibration:
             nothing overflows; `None` if all gradients were zero.
         settled: Whether the scales had come to rest.
         batches: How many batches it took.
+        narrow_reductions: What no scale can help, see `NarrowReduction`.
     """
 
     layers: tuple[LayerRange, ...]
@@ -74,6 +76,7 @@ class Calibration:
     log2_one_scale: int | None
     settled: bool
     batches: int
+    narrow_reductions: tuple[NarrowReduction, ...] = ()
 
     def __str__(self):
         columns = {
@@ -105,7 +108,7 @@ class Calibration:
         text = f"{state} after {self.batches} batches; loss scale S: {power(self.log2_loss_scale)}."
         if self.log2_one_scale is not None:
             text += f" One scale for all layers could be {power(self.log2_one_scale)} at most."
-        return f"{text}\n\n{text_table(columns, rows)}"
+        return f"{text}\n\n{text_table(columns, rows)}{advice(self.narrow_reductions)}"
 
 
 def calibrate(model: keras.Model, batches: Iterable[Any]) -> Calibration:
@@ -151,7 +154,8 @@ def calibrate(model: keras.Model, batches: Iterable[Any]) -> Calibration:
         change_of_s = round(math.log2(model.optimizer.loss_scale)) - log2_loss_scale
         for layer, r in zip(layers, log2_scales, strict=True):
             layer.log2_scale = max(-MAX_LOG2_SCALE, min(r - change_of_s, MAX_LOG2_SCALE))
-    return _calibration(named, seen[-_STILL_BATCHES:], log2_loss_scale, settled, used)
+    found = _calibration(named, seen[-_STILL_BATCHES:], log2_loss_scale, settled, used)
+    return dataclasses.replace(found, narrow_reductions=narrow_reductions(model))
 
 
 def _is_settled(snapshots):

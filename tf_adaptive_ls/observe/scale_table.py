@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import keras
 
 from tf_adaptive_ls.observe.named_layers import named_layers, scaled_inside
+from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
@@ -38,7 +40,20 @@ class ScaleRow:
 
 
 class ScaleTable(list[ScaleRow]):
-    """A list of `ScaleRow` that prints as an aligned table."""
+    """A list of `ScaleRow` that prints as an aligned table.
+
+    Args:
+        rows: The rows.
+        narrow_reductions: Tuple of `NarrowReduction`, told below the table.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[ScaleRow] = (),
+        narrow_reductions: tuple[NarrowReduction, ...] = (),
+    ):
+        super().__init__(rows)
+        self.narrow_reductions = narrow_reductions
 
     def __str__(self):
         columns = {
@@ -62,7 +77,7 @@ class ScaleTable(list[ScaleRow]):
             )
             for row in self
         )
-        return text_table(columns, rows)
+        return text_table(columns, rows) + advice(self.narrow_reductions)
 
 
 def scale_table(
@@ -76,7 +91,8 @@ def scale_table(
             model was not compiled with one.
 
     Returns:
-        A `ScaleTable`: a list of one `ScaleRow` per layer, in the model's order.
+        A `ScaleTable`: a list of one `ScaleRow` per layer, in the model's order. Below it
+        stands what the model computes in float16 that had better be float32.
 
     Raises:
         ValueError: If `model` or `optimizer` is not as said.
@@ -95,7 +111,8 @@ def scale_table(
             f"{optimizer!r}. Leave it out to see scales relative to the loss scale."
         )
     log2_loss_scale = None if optimizer is None else round(math.log2(optimizer.loss_scale))
-    return ScaleTable(_row(name, layer, log2_loss_scale) for name, layer in named_layers(model))
+    rows = (_row(name, layer, log2_loss_scale) for name, layer in named_layers(model))
+    return ScaleTable(rows, narrow_reductions(model))
 
 
 def _row(name, layer, log2_loss_scale):

@@ -43,9 +43,17 @@ def nodes_of(graph):
     ]
 
 
+def _no_mode(layer: keras.layers.Layer) -> None:
+    return None
+
+
+def _take_no_mode(layer: keras.layers.Layer, mode: object) -> None:
+    pass
+
+
 # The mode of what Keras shall not run once more in the backward pass, in whatever
 # `keras.RematScope` it is made. A layer takes over the mode of that scope, and has no argument.
-NEVER_REMATERIALISED = property(lambda layer: None, lambda layer, mode: None)
+NEVER_REMATERIALISED = property(_no_mode, _take_no_mode)
 
 
 def is_rematerialised(layer, args, kwargs):

@@ -1,0 +1,85 @@
+"""What Keras computes in float16 under `mixed_float16` that had better be float32."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.observe.named_layers import named_layers
+from tf_adaptive_ls.training.keras_internals import graph_of, nodes_of, parts_of
+from tf_adaptive_ls.training.loss_scaled import LossScaled
+
+_ACTIVATIONS = (keras.activations.softmax, keras.activations.log_softmax)
+# Operations between layers, by the names of their classes, which Keras does not export.
+_OPERATIONS = {"Softmax": "softmax", "LogSoftmax": "softmax", "Logsumexp": "logsumexp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class NarrowReduction:
+    """Something that a scale cannot help, since it is lost forward, or fixed to the loss.
+
+    Attributes:
+        name: The name of the layer or operation, as in `scale_table`.
+        reason: What it computes in a narrow format.
+    """
+
+    name: str
+    reason: str
+
+
+def narrow_reductions(model: keras.layers.Layer) -> tuple[NarrowReduction, ...]:
+    """Sums, and outputs of a model, that had better be computed in float32.
+
+    That is a softmax, also inside attention, a logsumexp, an activity regularizer, whose
+    gradient is the scale itself and which Keras cannot add to a float32 loss on TensorFlow,
+    and an output of the model, which its loss is computed from.
+
+    Args:
+        model: Any `keras.Model` or layer.
+
+    Returns:
+        A tuple of one `NarrowReduction` for each, in the model's order.
+    """
+    reasons: dict[str, list[str]] = {}
+
+    def add(name, reason):
+        known = reasons.setdefault(name, [])
+        if reason not in known:
+            known.append(reason)
+
+    for name, layer in named_layers(model):
+        for part in parts_of(layer):
+            if not isinstance(part, LossScaled) and _is_narrow(part.compute_dtype):
+                for reason in _reasons_of(part):
+                    add(name, reason)
+    graph: Any = graph_of(model) if isinstance(model, keras.Model) else None
+    for node in nodes_of(graph) if graph else ():
+        narrow = any(_is_narrow(tensor.dtype) for tensor in node.input_tensors)
+        kind = type(node.operation).__name__
+        if narrow and not isinstance(node.operation, keras.layers.Layer) and kind in _OPERATIONS:
+            add(node.operation.name, _OPERATIONS[kind])
+        for tensor in node.output_tensors:
+            if _is_narrow(tensor.dtype) and any(tensor is output for output in graph.outputs):
+                add(node.operation.name, "output of the model")
+    return tuple(NarrowReduction(name, ", ".join(each)) for name, each in reasons.items())
+
+
+def advice(reductions: tuple[NarrowReduction, ...]) -> str:
+    """What to do about `narrow_reductions`, to be put below a table; empty if there are none."""
+    lines = [f"  {each.name}: {each.reason}" for each in reductions]
+    heading = 'Better computed in float32, by `dtype="float32"`:'
+    return "\n".join(["", "", heading, *lines]) if lines else ""
+
+
+def _reasons_of(layer):
+    if isinstance(layer, keras.layers.Softmax):
+        yield "softmax"
+    if getattr(layer, "activation", None) in _ACTIVATIONS:
+        yield "softmax"
+    if layer.activity_regularizer is not None:
+        yield "activity regularizer"
+
+
+def _is_narrow(dtype):
+    return keras.backend.is_float_dtype(dtype) and FloatFormat(dtype).is_narrow
