@@ -174,6 +174,34 @@ def test_a_functional_subclass_stays_what_it_is(tmp_path):
     assert type(als.strip_model(loaded)) is WithTrainStep
 
 
+@keras.saving.register_keras_serializable("tests")
+class Backbone(keras.Model):
+    """Makes its graph in its constructor, as those of KerasHub do."""
+
+    def __init__(self, width, **kwargs):
+        inputs = keras.Input((4,))
+        hidden = layers.Dense(width, activation="relu", name="hidden")(inputs)
+        super().__init__(inputs, layers.Dense(3, name="out")(hidden), **kwargs)
+        self.width = width
+
+    def get_config(self):
+        return {"width": self.width, "name": self.name}
+
+
+def test_a_nested_model_that_makes_its_graph_itself_is_wrapped_layer_by_layer(tmp_path):
+    inputs = keras.Input((4,))
+    plain = keras.Model(inputs, layers.Dense(2)(Backbone(5, name="backbone")(inputs)))
+    wrapped = als.wrap_model(plain)
+    scaled = [row.name for row in als.scale_table(wrapped) if row.log2_scale is not None]
+    assert scaled[:2] == ["backbone/hidden", "backbone/out"]
+    wrapped.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    stripped = als.strip_model(loaded)
+    expected = plain(X)
+    for model in (wrapped, loaded, stripped):
+        np.testing.assert_array_equal(model(X), expected)
+
+
 @pytest.mark.parametrize("saved_as", ["keras", pytest.param("export", marks=pytest.mark.long)])
 def test_a_stripped_model_needs_no_trace_of_the_library(saved_as, tmp_path, mixed_float16):
     model = compiled(network())

@@ -41,7 +41,8 @@ def wrap_model(model: Model, *, layer_filter: LayerFilter | None = None) -> Mode
 
     Layers that are wrapped already, in `model` or in another model, keep their
     wrapper. Nested Functional and Sequential models are wrapped in turn, any other
-    layer as a whole.
+    layer as a whole. A nested one whose class builds its graph in a constructor of its
+    own, such as a backbone of KerasHub, becomes a plain Functional or Sequential model.
 
     Args:
         model: A Functional model or a built Sequential model.
@@ -70,7 +71,7 @@ def wrap_model(model: Model, *, layer_filter: LayerFilter | None = None) -> Mode
             return operation
         if not operation.trainable_weights:
             return _fresh_if_stateless(operation)
-        if _why_not_a_graph(operation) is None:
+        if _class_of_graph(operation) is not None:
             return rebuilt(operation, f"{path}/")
         if not wants(operation, path):
             return operation
@@ -80,7 +81,7 @@ def wrap_model(model: Model, *, layer_filter: LayerFilter | None = None) -> Mode
         return wrapper_of(operation)
 
     def rebuilt(model, prefix=""):
-        planned_class = _planned_class(_plain_class(model))
+        planned_class = _planned_class(_class_of_copy(model))
         return _rebuilt(model, lambda each: converted(each, prefix), planned_class)
 
     newly_wrapped: list[keras.layers.Layer] = []
@@ -118,7 +119,7 @@ def strip_model(model: keras.Model) -> keras.Model:
     def stripped(operation, path):
         if isinstance(operation, LossScaled):
             operation = operation.layer
-        elif isinstance(operation, keras.Model) and _why_not_a_graph(operation) is None:
+        elif _class_of_graph(operation) is not None:
             return rebuilt(operation)
         if not isinstance(operation, keras.layers.Layer):
             return operation
@@ -126,7 +127,7 @@ def strip_model(model: keras.Model) -> keras.Model:
         return _fresh_if_stateless(operation)
 
     def rebuilt(model):
-        return _rebuilt(model, lambda each: converted(each, ""), _plain_class(model))
+        return _rebuilt(model, lambda each: converted(each, ""), _class_of_copy(model))
 
     converted = _once_per_operation(stripped)
     result = rebuilt(model)
@@ -213,6 +214,21 @@ def _planned_class(base_class):
 
 def _plain_class(model):
     return getattr(model, "base_class", type(model))
+
+
+def _class_of_graph(operation):
+    """Functional or Sequential, if `operation` is a model that runs its graph as those do."""
+    if not isinstance(operation, keras.Model) or graph_of(operation) is None:
+        return None
+    sequential = isinstance(operation, keras.Sequential)
+    known = keras.Sequential if sequential else _functional_class()
+    return known if _plain_class(operation).call is known.call else None
+
+
+def _class_of_copy(model):
+    """The class that a copy of the graph of `model` is made with."""
+    plain, known = _plain_class(model), _class_of_graph(model)
+    return plain if plain.__init__ is known.__init__ else known
 
 
 @functools.cache
