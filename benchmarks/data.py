@@ -1,10 +1,13 @@
-"""Real images for the benchmarks: handwritten digits, or CIFAR-10."""
+"""Real data for the benchmarks: handwritten digits, CIFAR-10, source code, prices."""
 
 import dataclasses
+import pathlib
+import sysconfig
 
 import keras
 import numpy as np
 import tensorflow as tf
+from matplotlib import cbook
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -56,3 +59,43 @@ def cifar10(path=None):
         x_test.astype("float32") / 255,
         y_test.reshape(-1).astype("int32"),
     )
+
+
+PACKAGES = (
+    "asyncio",
+    "concurrent",
+    "ctypes",
+    "email",
+    "http",
+    "importlib",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "xml",
+)
+
+
+def source_code():
+    """The source of ten packages of Python's standard library, as ASCII codes.
+
+    Returns:
+        A list of int32 arrays `[n]` with values in 0 … 127, in the order of `PACKAGES`.
+    """
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    texts = [
+        "".join(path.read_text("utf-8") for path in sorted((library / name).rglob("*.py")))
+        for name in PACKAGES
+    ]
+    return [np.frombuffer(t.encode("ascii", "replace"), "uint8").astype("int32") for t in texts]
+
+
+def prices():
+    """Google's share from 2004 to 2008, which comes with Matplotlib.
+
+    Returns:
+        float32 array `[1047 days, 5]`: logarithms of open, high, low, close and volume,
+        each of mean 0 and standard deviation 1.
+    """
+    days = cbook.get_sample_data("goog.npz")["price_data"]
+    x = np.stack([np.log(days[name]) for name in ("open", "high", "low", "close", "volume")], -1)
+    return ((x - x.mean(axis=0)) / x.std(axis=0)).astype("float32")

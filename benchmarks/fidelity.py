@@ -54,8 +54,8 @@ class Gradients:
 
     def __init__(self, task, policy, wrap=False):
         keras.config.set_dtype_policy(policy)
-        model = task.build()
-        self.model = als.wrap_model(model) if wrap else model
+        self.plain = task.build()
+        self.model = als.wrap_model(self.plain) if wrap else self.plain
         self._loss = task.loss
         self._compiled = tf.function(self._gradients, jit_compile=True, autograph=False)
 

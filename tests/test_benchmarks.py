@@ -6,6 +6,7 @@ import convergence
 import fidelity
 import keras
 import numpy as np
+import others
 import overhead
 import pytest
 import rebuilding
@@ -68,6 +69,18 @@ def test_replicas(tmp_path, capsys):
         assert np.mean(np.abs([run["scale_errors"] for run in result["runs"]]) <= 1) > 0.95
     spread = [np.std([run["tail_errors"] for run in each["runs"]]) for each in (one, most)]
     assert spread[1] < spread[0]
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_others(tmp_path, capsys):
+    others.main(["--quick", "--output", str(tmp_path)])
+    (result,) = results(tmp_path)
+    assert list(result["runs"]) == [strategy.name for strategy in others.COMPARED]
+    for name, (run,) in result["runs"].items():
+        assert run["losses"][-1] < run["losses"][0]
+        assert run["skipped"] == 0
+        assert run["lost"]["all"] <= (0 if name == REFERENCE.name else 0.01)
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
 
 

@@ -80,6 +80,12 @@ class ScaleRule(abc.ABC):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ScaleRule":
+        unknown = sorted(config.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"Expected the config of a {cls.__name__} to hold its settings alone. Received: "
+                f"{config}. It was saved by another version of that rule, or is damaged."
+            )
         return cls(**config)
 
 

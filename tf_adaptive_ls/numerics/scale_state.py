@@ -77,6 +77,14 @@ def is_known(packed):
     return bool(packed[1] > 0)
 
 
+def is_valid(packed):
+    """Whether a scale `[2]`, of a NumPy array, is one that may be left there by anyone."""
+    r, factor = map(float, packed)
+    if r == factor == 0:
+        return True
+    return r.is_integer() and abs(r) <= MAX_LOG2_SCALE and factor == 2.0**r
+
+
 def initial_scale(shape=(2,), dtype="float32"):
     """A scale of 1: an initializer."""
     return ops.convert_to_tensor(np.array([0, 1], dtype))

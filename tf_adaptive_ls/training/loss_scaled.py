@@ -23,6 +23,7 @@ from tf_adaptive_ls.training import keras_internals, scale_plan
 from tf_adaptive_ls.training.border import Border
 from tf_adaptive_ls.training.held_call import call_held, runs_again
 from tf_adaptive_ls.training.held_variables import scaled_weights_of
+from tf_adaptive_ls.training.saved_config import opened, stamped
 
 _clock = itertools.count()
 _neutral = contextvars.ContextVar("neutral_scales", default=False)
@@ -270,18 +271,31 @@ class LossScaled(keras.layers.Wrapper):
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         self.layer.quantize(*args, **kwargs)
 
+    def load_own_variables(self, store: Any) -> None:
+        super().load_own_variables(store)
+        scale = self.loss_scale.numpy()
+        if not scale_state.is_valid(scale):
+            self.log2_scale = 0
+            raise ValueError(
+                "Expected a whole number and that power of two as the scale of LossScaled layer "
+                f"'{self.name}'. Received: {scale.tolist()}. The file is damaged: take another "
+                "copy of it."
+            )
+
     def get_config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "trainable": self.trainable,
-            "layer": keras.saving.serialize_keras_object(self.layer),
-        }
+        return stamped(
+            {
+                "name": self.name,
+                "trainable": self.trainable,
+                "layer": keras.saving.serialize_keras_object(self.layer),
+            }
+        )
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "LossScaled":
-        config = dict(config)
+        config = opened(config, "LossScaled layer", ["layer"], ["name", "trainable"])
         layer = keras.saving.deserialize_keras_object(
             config.pop("layer"), custom_objects=custom_objects
         )

@@ -26,6 +26,7 @@ from tf_adaptive_ls.numerics.scale_state import (
 )
 from tf_adaptive_ls.numerics.scale_update import is_sampled, update
 from tf_adaptive_ls.training.loss_scaled import LossScaled, flow_of, ownership_of
+from tf_adaptive_ls.training.saved_config import opened, stamped
 
 # Keras's own default, for models without `LossScaled` layers.
 _KERAS_GROWTH_STEPS = 2000
@@ -378,20 +379,40 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         super().finalize_variable_values([v for v in var_list if not _is_of_scaling(v)])
 
+    def load_own_variables(self, store: Any) -> None:
+        super().load_own_variables(store)
+        scale = float(self.dynamic_scale.numpy())
+        states = [*self._layer_states.values(), self._loss_memory]
+        damaged = [v.path for v in states if not np.all(np.isfinite(v.numpy()))]
+        if not _is_usable_scale(scale) or damaged:
+            raise ValueError(
+                "Expected a power of two as loss scale, and finite numbers in all that is known of "
+                f"layers. Received: a loss scale of {scale}"
+                + (f" and others in {', '.join(damaged)}" if damaged else "")
+                + ". The file is damaged: take another copy of it."
+            )
+
     def get_config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            "initial_scale": self.initial_scale,
-            "rule": keras.saving.serialize_keras_object(self.rule),
-            "sample_every": self.sample_every,
-        }
+        return stamped(
+            {
+                "name": self.name,
+                "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+                "initial_scale": self.initial_scale,
+                "rule": keras.saving.serialize_keras_object(self.rule),
+                "sample_every": self.sample_every,
+            }
+        )
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "AdaptiveLossScaleOptimizer":
-        config = dict(config)
+        config = opened(
+            config,
+            "AdaptiveLossScaleOptimizer",
+            ["inner_optimizer", "rule"],
+            ["name", "initial_scale", "sample_every"],
+        )
         for name in ("inner_optimizer", "rule"):
             config[name] = keras.saving.deserialize_keras_object(
                 config[name], custom_objects=custom_objects
@@ -434,15 +455,19 @@ def _checked_inner_optimizer(inner_optimizer):
 
 
 def _check_initial_scale(scale):
-    usable = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
-    if usable and math.isfinite(scale) and scale > 0:
-        mantissa, exponent = math.frexp(scale)
-        if mantissa == 0.5 and abs(exponent - 1) <= MAX_LOG2_SCALE:
-            return
-    raise ValueError(
-        f"Expected `initial_scale` to be a power of two from 2**-{MAX_LOG2_SCALE} to "
-        f"2**{MAX_LOG2_SCALE}. Received: initial_scale={scale!r}. The default is 2.0**15."
-    )
+    number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
+    if not number or not _is_usable_scale(scale):
+        raise ValueError(
+            f"Expected `initial_scale` to be a power of two from 2**-{MAX_LOG2_SCALE} to "
+            f"2**{MAX_LOG2_SCALE}. Received: initial_scale={scale!r}. The default is 2.0**15."
+        )
+
+
+def _is_usable_scale(scale):
+    if not math.isfinite(scale) or scale <= 0:
+        return False
+    mantissa, exponent = math.frexp(scale)
+    return mantissa == 0.5 and abs(exponent - 1) <= MAX_LOG2_SCALE
 
 
 def _check_strategy():

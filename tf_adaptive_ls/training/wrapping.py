@@ -22,6 +22,7 @@ from tf_adaptive_ls.training.keras_internals import (
 from tf_adaptive_ls.training.loss_scaled import LossScaled, release, wrapper_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.planning import is_plain_keras_layer, plan_of
+from tf_adaptive_ls.training.saved_config import opened, stamped
 
 Model = TypeVar("Model", bound=keras.Model)
 LayerFilter: TypeAlias = (
@@ -179,15 +180,26 @@ class LossScaledModel:
             )
         return super().make_train_function(force)
 
+    def load_weights(self, filepath, *args, **kwargs):
+        """As in Keras, but a file that cannot be read leaves the model as it was."""
+        variables = [*self.variables, *(self.optimizer.variables if self.optimizer else ())]
+        before = [(variable, variable.numpy()) for variable in variables]
+        try:
+            super().load_weights(filepath, *args, **kwargs)
+        except Exception:
+            for variable, value in before:
+                variable.assign(value)
+            raise
+
     def get_config(self):
         base_class = keras.saving.get_registered_name(self.base_class)
-        return {**super().get_config(), "base_class": base_class}
+        return stamped({**super().get_config(), "base_class": base_class})
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         if cls.base_class is not None:
             return super().from_config(config, custom_objects=custom_objects)
-        config = dict(config)
+        config = opened(config, "wrapped model", ["base_class"], optional=None)
         name = config.pop("base_class")
         known = {"Functional": _functional_class(), "Sequential": keras.Sequential}
         base_class = known.get(name) or keras.saving.get_registered_object(name, custom_objects)

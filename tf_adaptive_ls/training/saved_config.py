@@ -1,0 +1,50 @@
+"""What stands in a saved config besides the arguments of its object, and what is checked in it."""
+
+# 1 is what tf_adaptive_ls 0.1.0 wrote, which did not say so.
+VERSION = 2
+_KEY = "tf_adaptive_ls"
+
+
+def stamped(config):
+    """`config`, and the version of what it is about: its names and the variables saved with it."""
+    return {_KEY: VERSION, **config}
+
+
+def opened(config, kind, required, optional=()):
+    """What was `stamped`, once it is known to be of this version and whole.
+
+    Args:
+        config: Dict, as it was read from a file.
+        kind: What it is the config of, for errors.
+        required: The names that must be in it.
+        optional: Those that may; `None` for any.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"Expected the config of a {kind} to be a dict. Received: {config!r}.")
+    config = dict(config)
+    version = config.pop(_KEY, 1)
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        raise ValueError(
+            f"Expected a {kind} saved in version {VERSION} of the file format of tf_adaptive_ls. "
+            f"Received: version {version!r}. "
+            + (
+                "Install a newer tf_adaptive_ls to load it."
+                if newer
+                else "Load it with the tf_adaptive_ls that wrote it, `strip_model` it, and wrap it "
+                "anew here; scales are found again within a few steps."
+            )
+        )
+    missing = [name for name in required if name not in config]
+    unknown = [] if optional is None else sorted(config.keys() - {*required, *optional})
+    if missing or unknown:
+        raise ValueError(
+            f"Expected the config of a {kind} to hold {', '.join(required)}"
+            + (f", perhaps {', '.join(optional)}" if optional else "")
+            + f". Received: {', '.join(map(str, config)) or 'nothing'}. The file is damaged: "
+            "take another copy of it."
+        )
+    return config
