@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -448,22 +449,92 @@ def test_a_model_without_scaled_layers_is_watched_too(mixed_float16, tmp_path):
     assert als.load_run(tmp_path / "run.jsonl").spectra.shape == (4, 0, 42)
 
 
-def test_a_record_of_before_formats_were_told_by_layer_is_read(mixed_float16, tmp_path):
+@pytest.mark.parametrize("version", [2, 4])
+def test_a_record_of_another_version_is_refused(version, tmp_path):
     path = tmp_path / "run.jsonl"
-    fit(network(), als.LossScaleMonitor(path, every=4), epochs=1)
-    expected = als.load_run(path)
-    start, *lines = path.read_text().splitlines()
-    start = json.loads(start)
-    assert start["tf_adaptive_ls"] == 2 and start.pop("float_formats") == ["float16", "float16"]
-    start |= {"tf_adaptive_ls": 1, "float_format": "float16"}
-    path.write_text("\n".join([json.dumps(start, separators=(",", ":")), *lines]) + "\n")
-    run = als.load_run(path)
-    assert run.float_formats == expected.float_formats
-    np.testing.assert_array_equal(run.spectra, expected.spectra)
-
-
-def test_a_record_of_a_newer_version_is_refused(tmp_path):
-    path = tmp_path / "run.jsonl"
-    path.write_text('{"tf_adaptive_ls":3,"step":0,"layers":[],"classes":[]}\n')
-    with pytest.raises(ValueError, match=r"version 2 or before. Received: .* of version 3"):
+    path.write_text(f'{{"tf_adaptive_ls":{version},"step":0,"layers":[],"classes":[]}}\n')
+    with pytest.raises(ValueError, match=rf"of version 3. Received: .* of version {version}"):
         als.load_run(path)
+
+
+def test_a_damaged_line_is_left_out(mixed_float16, tmp_path):
+    path = tmp_path / "run.jsonl"
+    fit(network(), als.LossScaleMonitor(path, every=2))
+    expected = als.load_run(path)
+    assert len(expected.steps) == 8
+    lines = path.read_text().splitlines(keepends=True)
+    lines[3] = lines[3].replace('"log2_scales":[', '"log2_scales":[1')
+    path.write_text("".join(lines))
+    with pytest.warns(UserWarning, match="1 of its 9 lines are damaged and left out"):
+        run = als.load_run(path)
+    np.testing.assert_array_equal(run.steps, np.delete(expected.steps, 2))
+    np.testing.assert_array_equal(run.spectra, np.delete(expected.spectra, 2, axis=0))
+
+
+def test_a_record_of_another_model_is_left_alone(mixed_float16, tmp_path):
+    path = tmp_path / "run.jsonl"
+    fit(network(), als.LossScaleMonitor(path, every=2))
+    before = path.read_bytes()
+    inputs = keras.Input((4,))
+    other = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="other")(inputs)))
+    other.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", **GRAPH)
+    with pytest.warns(UserWarning, match="it is the record of another model, with") as caught:
+        fit(other, als.LossScaleMonitor(path, every=2))
+    assert len(caught) == 1
+    assert other.optimizer.steps == 16
+    assert path.read_bytes() == before
+
+
+HOLDER = """
+    import sys
+    from tf_adaptive_ls.observe.exclusive_file import ExclusiveFile
+
+    file = ExclusiveFile(sys.argv[1])
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_record_that_another_process_writes_is_left_alone(mixed_float16, tmp_path):
+    path = tmp_path / "run.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOLDER), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        model = network()
+        with pytest.warns(UserWarning, match="another process is writing it") as caught:
+            fit(model, als.LossScaleMonitor(path, every=2))
+        assert len(caught) == 1 and model.optimizer.steps == 16
+        assert path.read_bytes() == b""
+        process.kill()
+    fit(model, als.LossScaleMonitor(path, every=2))  # the dead hold no locks
+    assert len(als.load_run(path).steps) == 8
+
+
+def test_an_interrupted_run_gives_way_to_the_next_in_its_process(mixed_float16, tmp_path):
+    path = tmp_path / "run.jsonl"
+    model, interrupted = network(), als.LossScaleMonitor(path, every=2)
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.fit(X, Y, batch_size=8, verbose=0, callbacks=[interrupted, stop])
+    fit(model, als.LossScaleMonitor(path, every=2))
+    steps = als.load_run(path).steps
+    assert np.all(np.diff(steps) > 0)
+    with pytest.warns(UserWarning, match="another run in this process has gone on with it"):
+        interrupted.on_epoch_end(0)
+
+
+def test_a_record_that_vanishes_is_told_once(mixed_float16, tmp_path):
+    path = tmp_path / "runs" / "run.jsonl"
+    vanish = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: shutil.rmtree(path.parent, ignore_errors=True)
+    )
+    model = network()
+    with pytest.warns(UserWarning, match=r"cannot write to .*No such file") as caught:
+        fit(model, als.LossScaleMonitor(path, every=2), callbacks=[vanish])
+    assert len(caught) == 1 and model.optimizer.steps == 16
+    assert not path.parent.exists()

@@ -5,6 +5,9 @@ names its layers; each other one holds a `Snapshot`. Lines are only
 added, and each is handed to the system at once, so that a process that is killed
 leaves at most its last line unfinished. A start at an earlier step than the record
 has reached, as after going back to a checkpoint, supersedes what comes after it.
+
+Each line ends in the CRC-32 of what stands before it: one that is damaged is known, and
+left out.
 """
 
 import dataclasses
@@ -12,8 +15,9 @@ import datetime
 import json
 import math
 import os
-import pathlib
 import re
+import warnings
+import zlib
 
 import keras
 import numpy as np
@@ -21,14 +25,16 @@ import numpy as np
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.scale_state import LayerSnapshot
 from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
+from tf_adaptive_ls.observe.exclusive_file import ExclusiveFile
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.scale_table import ScaleTable, scaled_row
 from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
-VERSION = 2
-_START = '{"tf_adaptive_ls":'
+VERSION = 3
+_START = b'{"tf_adaptive_ls":'
 _SNAPSHOT = re.compile(rb'\{"step":(\d+),.*\}')
+_CRC = b',"crc32":'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,45 +116,47 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
             overflows add up all the same. Defaults to all.
 
     Returns:
-        A `Run`.
+        A `Run`. If lines are damaged it is that of the others, with a warning.
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If it is none of these records, or has no snapshot in it yet.
+        ValueError: If it is none of these records, of another version, or has no
+            snapshot in it yet.
     """
     with open(path, "rb") as file:
-        lines = file.read().splitlines()
-    if not lines or not lines[0].startswith(_START.encode()):
+        content = file.read()
+    if not content.startswith(_START):
         raise ValueError(
             "Expected the record of a run, as `LossScaleMonitor(path)` writes it. "
             f"Received: {str(path)!r}, which does not begin like one."
         )
+    *lines, _ = content.split(b"\n")  # the last is unfinished, or empty
     start = None
     snapshots: list[tuple[int, bytes]] = []
+    num_damaged = 0
     for line in lines:
-        if line.startswith(_START.encode()):
-            try:
-                new_start = json.loads(line)
-            except ValueError:  # unfinished
-                continue
-            if new_start["tf_adaptive_ls"] > VERSION:
-                raise ValueError(
-                    f"Expected the record of a run of version {VERSION} or before. Received: "
-                    f"{str(path)!r}, of version {new_start['tf_adaptive_ls']}. Install a newer "
-                    "tf_adaptive_ls to read it."
-                )
+        if line.startswith(_START):
+            _check_version(line, path)
+        if not _is_whole(line):
+            num_damaged += 1
+        elif line.startswith(_START):
+            new_start = json.loads(line)
             if start is None or new_start["layers"] != start["layers"]:
                 snapshots = []
             snapshots = [(step, text) for step, text in snapshots if step <= new_start["step"]]
             start = new_start
-        elif match := _SNAPSHOT.fullmatch(line):
+        elif start is not None and (match := _SNAPSHOT.fullmatch(line)):
             snapshots.append((int(match[1]), line))
+    damage = f"{num_damaged} of its {len(lines)} lines are damaged"
     if not snapshots:
         raise ValueError(
             "Expected the record of a run with figures in it. Received: "
-            f"{str(path)!r}, which has none yet. They come every so many steps, and when "
-            "`fit` ends."
+            f"{str(path)!r}, which has none"
+            + (f": {damage}." if num_damaged else " yet.")
+            + " They come every so many steps, and when `fit` ends."
         )
+    if num_damaged:
+        warnings.warn(f"Of the record '{path}' {damage} and left out.", stacklevel=2)
     if max_snapshots is not None and len(snapshots) > max_snapshots:
         places = np.linspace(0, len(snapshots) - 1, max_snapshots).round().astype(int)
         snapshots = [snapshots[place] for place in places]
@@ -164,35 +172,67 @@ class RunWriter:
         step: How many steps had been taken or skipped before.
 
     Raises:
-        OSError: If the file cannot be written, now or later.
+        OSError: If the file cannot be written, now or later: `BlockingIOError` if another
+            process writes it, `FileExistsError` if it is the record of another model.
         ValueError: If it exists and is something else.
     """
 
     def __init__(self, path, layers, step):
-        self.path = pathlib.Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            file.seek(0)
-            content = file.read()
-            if content[: len(_START)] != _START[: len(content)].encode():
-                raise ValueError(
-                    "Expected the path of a new file, or of the record of a run to append to. "
-                    f"Received: '{path}', which is something else."
-                )
-            # What a killed process left unfinished.
-            file.truncate(content.rfind(b"\n") + 1)
-        self._append(_start_line(layers, step))
+        self.path = path
+        self._file = ExclusiveFile(path)
+        content = self._file.read()
+        if content[: len(_START)] != _START[: len(content)]:
+            self._file.close()
+            raise ValueError(
+                "Expected the path of a new file, or of the record of a run to append to. "
+                f"Received: '{path}', which is something else."
+            )
+        names = [name for name, _ in layers]
+        names_before = _last_layers(content)
+        if names_before is not None and names_before != names:
+            self._file.close()
+            raise FileExistsError(
+                f"it is the record of another model, with {len(names_before)} layers "
+                f"({', '.join(names_before[:3])}, …) instead of {len(names)} "
+                f"({', '.join(names[:3])}, …)"
+            )
+        self._file.drop_unfinished()
+        self._file.add(_start_line(layers, step))
 
     def add(self, snapshot, epoch, logs):
         """Adds a `Snapshot`, with the epoch and what Keras has logged."""
-        self._append(_snapshot_line(snapshot, epoch, logs))
+        self._file.add(_snapshot_line(snapshot, epoch, logs))
 
     def close(self):
-        """Does nothing: the file is open only while a line is written."""
+        """Lets others write the file."""
+        self._file.close()
 
-    def _append(self, line):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+
+def _last_layers(content):
+    """The names of layers in the last whole start of a record, `None` if there is none."""
+    starts = [line for line in content.split(b"\n") if line.startswith(_START)]
+    whole = [line for line in starts if _is_whole(line)]
+    return json.loads(whole[-1])["layers"] if whole else None
+
+
+def _check_version(line, path):
+    version = re.match(rb"\d+", line[len(_START) :])
+    if version is not None and int(version[0]) != VERSION:
+        raise ValueError(
+            f"Expected the record of a run of version {VERSION}. Received: {str(path)!r}, of "
+            f"version {int(version[0])}. Read it with the tf_adaptive_ls that wrote it."
+        )
+
+
+def _line(values):
+    text = json.dumps(values, separators=(",", ":"), allow_nan=False)
+    crc = zlib.crc32(text.encode())
+    return f"{text[:-1]}{_CRC.decode()}{crc}}}"
+
+
+def _is_whole(line):
+    text, _, crc = line.rpartition(_CRC)
+    return crc == b"%d}" % zlib.crc32(text + b"}")
 
 
 def _start_line(layers, step):
@@ -204,7 +244,7 @@ def _start_line(layers, step):
         "layers": [name for name, _ in layers],
         "classes": [type(layer.layer).__name__ for _, layer in layers],
     }
-    return json.dumps(start, separators=(",", ":"))
+    return _line(start)
 
 
 def _snapshot_line(snapshot, epoch, logs):
@@ -222,7 +262,7 @@ def _snapshot_line(snapshot, epoch, logs):
         "subnormal": [_number(r.spectrum.subnormal_share) for r in layer_snapshots],
         "spectra": [_counts(r.spectrum).astype(int).tolist() for r in layer_snapshots],
     }
-    return json.dumps(line, separators=(",", ":"), allow_nan=False)
+    return _line(line)
 
 
 def _counts(spectrum):
@@ -244,13 +284,10 @@ def _run(start, snapshots):
         return np.stack(values).reshape(len(snapshots), len(start["layers"]), *shape)
 
     names = {name: None for snapshot in snapshots for name in snapshot["logs"]}
-    # Before version 2 all layers had one.
-    one_for_all = [start.get("float_format")] * len(start["layers"])
-    float_formats = start.get("float_formats", one_for_all)
     return Run(
         layers=start["layers"],
         layer_classes=start["classes"],
-        float_formats=[FloatFormat(name) for name in float_formats],
+        float_formats=[FloatFormat(name) for name in start["float_formats"]],
         steps=array("step").astype(int),
         skipped_steps=array("skipped_steps").astype(int),
         log2_loss_scale=array("log2_loss_scale").astype(int),
