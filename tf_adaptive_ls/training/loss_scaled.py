@@ -275,7 +275,7 @@ class LossScaled(keras.layers.Wrapper):
         super().load_own_variables(store)
         scale = self.loss_scale.numpy()
         if not scale_state.is_valid(scale):
-            self.log2_scale = 0
+            self.loss_scale.assign(scale_state.initial_scale())
             raise ValueError(
                 "Expected a whole number and that power of two as the scale of LossScaled layer "
                 f"'{self.name}'. Received: {scale.tolist()}. The file is damaged: take another "

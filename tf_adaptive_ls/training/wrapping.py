@@ -182,7 +182,8 @@ class LossScaledModel:
 
     def load_weights(self, filepath, *args, **kwargs):
         """As in Keras, but a file that cannot be read leaves the model as it was."""
-        variables = [*self.variables, *(self.optimizer.variables if self.optimizer else ())]
+        optimizer = getattr(self, "optimizer", None)
+        variables = [*self.variables, *(optimizer.variables if optimizer else ())]
         before = [(variable, variable.numpy()) for variable in variables]
         try:
             super().load_weights(filepath, *args, **kwargs)
