@@ -82,7 +82,12 @@ class Gradients:
             with keras.StatelessScope(pairs):
                 outputs = self.model(x, training=True)
             loss = scale * tf.cast(self._loss(y, outputs), scale.dtype)
-        return tape.gradient(loss, (weights, states))
+        gradients, reports = tape.gradient(loss, (weights, states))
+        # Those of embeddings are sparse, those of weights without effect are none.
+        pairs = zip(gradients, weights, strict=True)
+        return [
+            tf.zeros_like(w) if g is None else tf.convert_to_tensor(g) for g, w in pairs
+        ], reports
 
 
 class Shadow:

@@ -250,7 +250,12 @@ class Trainee:
         self._gradients = Gradients(case, strategy.policy, strategy.wrapped)
         model = self._gradients.model
         self._inner = keras.optimizers.Adam(case.learning_rate)
-        model.compile(strategy.optimizer(self._inner), loss=case.loss, jit_compile=True)
+        model.compile(
+            strategy.optimizer(self._inner),
+            loss=case.loss,
+            jit_compile=True,
+            auto_scale_loss=False,
+        )
         model.optimizer.build(model.trainable_variables)
         self._initial = [(v, v.numpy()) for v in [*model.variables, *model.optimizer.variables]]
 

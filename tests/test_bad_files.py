@@ -36,7 +36,7 @@ def check_damaged(kind, directory, number):
 
 @pytest.mark.parametrize("kind", files.KINDS)
 def test_damaged(kind, tmp_path):
-    check_damaged(kind, tmp_path, 15)
+    check_damaged(kind, tmp_path, 8)
 
 
 @pytest.mark.long

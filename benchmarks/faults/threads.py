@@ -1,0 +1,117 @@
+"""Several threads: two models that train, a model that is called while it trains.
+
+Training has to end as it does alone, bit for bit, and calls have to give what the model gave
+at some moment of it.
+"""
+
+import concurrent.futures
+import threading
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+import tf_adaptive_ls as als
+from faults import Outcome
+
+X = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+Y = np.sin(X[:, :2])
+EPOCHS = 3
+MODES = {"eager": {"run_eagerly": True}, "graph": {"jit_compile": False}}
+
+
+def network(seed, mode):
+    keras.utils.set_random_seed(seed)
+    x = inputs = keras.Input((6,))
+    x = layers.LayerNormalization()(layers.Dense(8, activation="relu")(x))
+    x = layers.Add()([x, layers.Dense(8)(x)])
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(2, dtype="float32")(x)))
+    model.compile(als.AdaptiveLossScaleOptimizer("adam"), loss="mse", **MODES[mode])
+    return model
+
+
+def train(model):
+    model.fit(X, Y, batch_size=4, epochs=EPOCHS, shuffle=False, verbose=0)
+    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+
+def same(a, b):
+    return all(map(np.array_equal, a, b))
+
+
+def two_that_train(mode):
+    """Two models train, each in a thread of its own."""
+    expected = [train(network(seed, mode)) for seed in (0, 1)]
+    models = [network(seed, mode) for seed in (0, 1)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(train, models))
+    return None if all(map(same, found, expected)) else "one did not end as it does alone"
+
+
+def called_while_it_trains(mode):
+    """A model is called in one thread, with and without a gradient, while another trains it."""
+    expected = train(network(0, mode))
+    model = network(0, mode)
+    done, problems = threading.Event(), []
+
+    def call():
+        calls = 0
+        while not done.is_set() or not calls:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(model(X[:4], training=False))
+            weights = [v for v in model.trainable_variables if not v.overwrite_with_gradient]
+            gradients = tape.gradient(loss, weights)
+            if not all(np.all(np.isfinite(g)) for g in (loss, *gradients)):
+                problems.append("a call gave what is not finite")
+            calls += 1
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        caller = pool.submit(call)
+        found = pool.submit(train, model)
+        found.result()
+        done.set()
+        caller.result()
+    if not same(found.result(), expected):
+        problems.append("training did not end as it does alone")
+    return "; ".join(problems) or None
+
+
+def neutral_in_another(mode):
+    """A model trains while another thread is inside `neutral_scales`."""
+    expected = train(network(0, mode))
+    model = network(0, mode)
+    inside, done = threading.Event(), threading.Event()
+
+    def be_neutral():
+        with als.neutral_scales():
+            inside.set()
+            done.wait()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pool.submit(be_neutral)
+        inside.wait()
+        found = train(model)
+        done.set()
+    return None if same(found, expected) else "training did not end as it does alone"
+
+
+FAULTS = {
+    "two models train in two threads": two_that_train,
+    "a model is called while it trains": called_while_it_trains,
+    "neutral_scales in another thread": neutral_in_another,
+}
+
+
+def outcomes(directory, quick, advance):
+    keras.config.set_dtype_policy("mixed_float16")
+    for name, fault in FAULTS.items():
+        for mode in MODES:
+            outcome = Outcome(f"{name}, {mode}")
+            for _ in range(1 if quick else 5):
+                try:
+                    outcome.count(fault(mode))
+                except Exception as error:  # a fault of its own kind
+                    outcome.count(repr(error))
+            advance()
+            yield outcome
