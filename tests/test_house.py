@@ -2,6 +2,10 @@
 
 import ast
 import pathlib
+import socket
+
+import pytest
+from pytest_socket import SocketConnectBlockedError
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "tf_adaptive_ls"
 WINGS = ["numerics", "training", "observe"]
@@ -60,3 +64,8 @@ def test_privates_of_others_are_in_two_places():
                 assert ours or public, f"{name_of(path)}: {ast.unparse(node)}"
             if isinstance(node, ast.ImportFrom):
                 assert not node.module.startswith("keras.src"), name_of(path)
+
+
+def test_no_test_reaches_another_machine():
+    with pytest.raises(SocketConnectBlockedError):
+        socket.create_connection(("192.0.2.1", 443), timeout=1)
