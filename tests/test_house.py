@@ -66,6 +66,7 @@ def test_privates_of_others_are_in_two_places():
                 assert not node.module.startswith("keras.src"), name_of(path)
 
 
+@pytest.mark.filterwarnings("ignore:A test tried to use socket")
 def test_no_test_reaches_another_machine():
     with pytest.raises(SocketConnectBlockedError):
         socket.create_connection(("192.0.2.1", 443), timeout=1)
