@@ -158,7 +158,7 @@ class Archive:
                 warnings.simplefilter("always")
                 model = keras.saving.load_model(self._path)
         except Exception as error:
-            return _problem_with(error)
+            return problem_with(error)
         restarted = any(RESTARTED in str(warning.message) for warning in caught)
         return self._problem_with_loaded(model, restarted)
 
@@ -180,7 +180,7 @@ class Archive:
             if model.compiled and model.loss:
                 model.fit(X, Y, verbose=0)
         except Exception as error:
-            return _problem_with(error)
+            return problem_with(error)
         return None
 
 
@@ -213,7 +213,7 @@ class Checkpoint:
         except Exception as error:
             if _number_of_different(everything(self._model), now):
                 return f"partly loaded, then {error!r}"
-            return _problem_with(error)
+            return problem_with(error)
         else:
             restarted = any(RESTARTED in str(warning.message) for warning in caught)
             number = len(self._model.variables) if restarted else None
@@ -244,7 +244,7 @@ class Record:
                 warnings.simplefilter("ignore")
                 run = als.load_run(self._path)
         except Exception as error:
-            return _problem_with(error)
+            return problem_with(error)
         expected = self._expected
         places = np.searchsorted(expected.steps, run.steps)
         for name in ("steps", "log2_scales", "spectra", "overflows", "log2_loss_scale"):
@@ -277,11 +277,12 @@ def _number_of_different(found, expected):
     return sum(not np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
-def _problem_with(error):
+def problem_with(error):
     """What is wrong with an error: it comes from our inside, and does not say what it is."""
     *_, last = traceback.extract_tb(error.__traceback__)
     ours = als.__path__[0] in last.filename
-    if ours and not (isinstance(error, ValueError) and "xpected" in str(error)):
+    told = isinstance(error, OSError) or (isinstance(error, ValueError) and "xpected" in str(error))
+    if ours and not told:
         return f"{error!r} in {last.name}, line {last.lineno}"
     return None
 

@@ -135,6 +135,11 @@ def calibrate(model: keras.Model, batches: Iterable[Any]) -> Calibration:
     named = scaled_layers(model)
     layers = [layer for _, layer in named]
 
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            "`calibrate` expected an iterable of batches `(x, y)`. Received: "
+            f"batches={batches!r} (of type {type(batches).__name__})."
+        )
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
@@ -253,10 +258,11 @@ def _binades(of_layer):
 
 
 def _check_ready(model):
+    optimizer = getattr(model, "optimizer", None)
     if not isinstance(model, keras.Model):
         problem = "which is not a model."
-    elif not isinstance(model.optimizer, AdaptiveLossScaleOptimizer):
-        problem = f"compiled with {model.optimizer!r}. Compile it with that optimizer."
+    elif not isinstance(optimizer, AdaptiveLossScaleOptimizer):
+        problem = f"compiled with {optimizer!r}. Compile it with that optimizer."
     elif not scaled_layers(model):
         problem = "which has none. Wrap it with `wrap_model`, or its layers with `LossScaled`."
     elif not model.built:

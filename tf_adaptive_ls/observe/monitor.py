@@ -11,7 +11,7 @@ import keras
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
-from tf_adaptive_ls.observe.run_record import RunWriter
+from tf_adaptive_ls.observe.run_record import RunWriter, check_path
 from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
@@ -49,8 +49,10 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
     Args:
         path: File to append records to, for `load_run`, `plots` and
-            `python -m tf_adaptive_ls`. None are kept by default. If it cannot be
-            written, training goes on without it, with a warning.
+            `python -m tf_adaptive_ls`, about 150 bytes per layer each. None are kept by
+            default. If it cannot be written, is written by another process, or is the
+            record of a model with other layers, training goes on without it, with a
+            warning.
         every: Int >= 1. Steps from one record to the next. There is one more when
             `fit` ends.
         tensorboard: Directory for TensorBoard: scalars per layer, and histograms of
@@ -80,6 +82,9 @@ class LossScaleMonitor(keras.callbacks.Callback):
         _check_steps("every", every)
         if stuck_after is not None:
             _check_steps("stuck_after", stuck_after)
+        for name, value in (("path", path), ("tensorboard", tensorboard)):
+            if value is not None:
+                check_path(name, value)
         self.path, self.every = path, every
         self.tensorboard, self.stuck_after = tensorboard, stuck_after
         self._look_every = every if stuck_after is None else min(every, stuck_after)

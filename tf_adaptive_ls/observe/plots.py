@@ -6,6 +6,7 @@ being trained, and returns a `matplotlib.figure.Figure`.
 
 import collections
 import contextlib
+import numbers
 import os
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -102,6 +103,8 @@ def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) 
         step: Int. The snapshot to show, or the last before it; defaults to the last.
         dark: Whether to draw on black.
     """
+    if step is not None and not isinstance(step, numbers.Integral):
+        raise ValueError(f"Expected `step` to be a whole number. Received: step={step!r}.")
     with _drawing(run, dark) as run:
         snapshot = len(run.steps) - 1
         if step is not None:
@@ -177,6 +180,8 @@ def plot_training(run: Drawable, *, dark: bool = False) -> Figure:
 @contextlib.contextmanager
 def _drawing(run: Drawable, dark: bool) -> Iterator[Run]:
     """Makes a `Run` of what stands for one, to be drawn in light or dark inside."""
+    if not isinstance(dark, (bool, np.bool_)):
+        raise ValueError(f"Expected `dark` to be True or False. Received: dark={dark!r}.")
     if isinstance(run, (str, os.PathLike)):
         run = load_run(run, MAX_SNAPSHOTS)
     elif isinstance(run, keras.Model):

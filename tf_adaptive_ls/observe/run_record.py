@@ -98,8 +98,20 @@ def snapshot_run(model: keras.Model, optimizer: AdaptiveLossScaleOptimizer | Non
     Args:
         model: A model with `LossScaled` layers.
         optimizer: Its `AdaptiveLossScaleOptimizer`, if it was not compiled with that.
+
+    Raises:
+        ValueError: If `model` or `optimizer` is not as said.
     """
-    optimizer = model.optimizer if optimizer is None else optimizer
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"Expected a model. Received: model={model!r} (of type {type(model).__name__})."
+        )
+    optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
+    if not isinstance(optimizer, AdaptiveLossScaleOptimizer):
+        raise ValueError(
+            "Expected a model compiled with an AdaptiveLossScaleOptimizer, or that optimizer. "
+            f"Received: {optimizer!r} for model '{model.name}'."
+        )
     layers = scaled_layers(model)
     snapshot = Snapshot.of([layer for _, layer in layers], optimizer)
     start = json.loads(_start_line(layers, snapshot.step))
@@ -121,8 +133,15 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
     Raises:
         OSError: If there is no such file.
         ValueError: If it is none of these records, of another version, or has no
-            snapshot in it yet.
+            snapshot in it yet; if an argument is not as said.
     """
+    check_path("path", path)
+    whole = isinstance(max_snapshots, int) and not isinstance(max_snapshots, bool)
+    if max_snapshots is not None and not (whole and max_snapshots > 0):
+        raise ValueError(
+            "Expected `max_snapshots` to be a whole number, at least 1. Received: "
+            f"max_snapshots={max_snapshots!r}."
+        )
     with open(path, "rb") as file:
         content = file.read()
     if not content.startswith(_START):
@@ -161,6 +180,12 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
         places = np.linspace(0, len(snapshots) - 1, max_snapshots).round().astype(int)
         snapshots = [snapshots[place] for place in places]
     return _run(start, [json.loads(text) for _, text in snapshots])
+
+
+def check_path(name, path):
+    """Raises a `ValueError` if `path` is none."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"Expected `{name}` to be the path of a file. Received: {name}={path!r}.")
 
 
 class RunWriter:

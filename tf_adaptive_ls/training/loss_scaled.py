@@ -118,7 +118,7 @@ class LossScaled(keras.layers.Wrapper):
         # way to the layer, which casts for itself.
         super().__init__(
             layer,
-            name=name or layer.name,
+            name=layer.name if name is None else name,
             trainable=trainable,
             dtype=layer.variable_dtype,
             autocast=False,

@@ -1,0 +1,154 @@
+"""Whatever a public function is given, it works or says what it expected.
+
+Each is called with right arguments but one, which may be anything. Errors may come from Keras,
+NumPy or Python; one that is raised here says what was expected, and leaves the model as it was.
+"""
+
+import functools
+import inspect
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from faults.files import everything, problem_with, trained_model, whole_tracebacks
+from graphs import floats
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from keras import layers
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls import plots
+
+X, Y = floats(4, 4), floats(4, 2)
+WEIGHTS = np.ones(4, "float32")
+
+
+@functools.cache
+def model():
+    return trained_model()
+
+
+@functools.cache
+def run():
+    return als.snapshot_run(model())
+
+
+CALLS = {
+    als.LossScaled: lambda: {"layer": layers.Dense(2), "name": "d", "trainable": True},
+    als.AdaptiveLossScaleOptimizer: lambda: {
+        "inner_optimizer": "sgd",
+        "initial_scale": 8.0,
+        "rule": als.FixedRule(),
+        "sample_every": 3,
+        "name": "o",
+    },
+    als.QuantileRule: lambda: {"underflow": 0.1, "headroom": 2, "forget": 0.1},
+    als.GaussianRule: lambda: {"underflow": 0.1, "headroom": 2},
+    als.FloatFormat: lambda: {"name": "float16"},
+    als.LossScaleMonitor: lambda: {
+        "path": None,
+        "every": 3,
+        "tensorboard": None,
+        "stuck_after": 3,
+    },
+    als.wrap_model: lambda: {"model": model(), "layer_filter": None},
+    als.strip_model: lambda: {"model": model()},
+    als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
+    als.calibrate: lambda: {"model": model(), "batches": [(X, Y)]},
+    als.explain_nonfinite: lambda: {
+        "model": model(),
+        "x": X,
+        "y": Y,
+        "sample_weight": WEIGHTS,
+    },
+    als.load_run: lambda: {"path": "run.jsonl", "max_snapshots": 3},
+    als.snapshot_run: lambda: {"model": model(), "optimizer": model().optimizer},
+    plots.plot_scales: lambda: {"run": run(), "dark": True},
+    plots.plot_spectra: lambda: {"run": run(), "step": None, "dark": True},
+    plots.plot_training: lambda: {"run": run(), "dark": True},
+}
+
+# Made by the library, or abstract.
+OTHERS = {
+    als.Calibration,
+    als.Explanation,
+    als.FixedRule,
+    als.LayerRange,
+    als.NarrowReduction,
+    als.Run,
+    als.ScaleRow,
+    als.ScaleRule,
+    als.ScaleTable,
+    als.Spectrum,
+    als.StuckTrainingError,
+    als.TensorReading,
+    als.neutral_scales,
+}
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([10**30, -(10**30), 2.0**15, np.float16(2.0), np.int64(3)]),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=5),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.sampled_from([object(), int, len, np.zeros(0), X, Y, [(X, Y)], [None], iter(())]),
+    st.sampled_from(["adam", "float16", "float8_e5m2", als.FixedRule(), als.QuantileRule()]),
+    st.builds(layers.ReLU),
+    st.builds(keras.optimizers.SGD),
+    st.builds(keras.Sequential),
+)
+
+
+def test_every_public_name_is_here():
+    assert {getattr(als, name) for name in als.__all__} - OTHERS <= CALLS.keys()
+
+
+def check(function, number):
+    arguments = CALLS[function]
+    assert arguments().keys() == inspect.signature(function).parameters.keys()
+
+    @settings(
+        max_examples=number,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(name=st.sampled_from(sorted(arguments())), value=ANYTHING)
+    def call(name, value):
+        before = everything(model())
+        try:
+            function(**{**arguments(), name: value})
+        except Exception as error:
+            assert problem_with(error) is None
+        finally:
+            plt.close("all")
+        if function is not als.calibrate:
+            for a, b in zip(everything(model()), before, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+    with whole_tracebacks():
+        call()
+
+
+NAMED = [pytest.param(function, id=function.__name__) for function in CALLS]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", NAMED)
+def test_one_argument_is_anything(function, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(function, 10)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", NAMED)
+def test_one_argument_is_anything_often(function, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(function, 200)
