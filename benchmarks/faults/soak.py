@@ -22,7 +22,7 @@ from faults import Outcome
 
 THOUSANDS, WARM_UP = 20, 10
 MOST_KB = 1.0  # per thousand steps
-BYTES_PER_LAYER = 250  # of each snapshot; README
+BYTES_PER_LAYER = 200  # of each record; `LossScaleMonitor` says about 150
 MOST_LOG2_SCALE = 50  # of 60
 WAYS = {"XLA": True, "graph": False}
 

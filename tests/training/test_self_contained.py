@@ -258,6 +258,39 @@ def test_outside_of_its_model_a_plan_does_not_hold(rng):
     del first
 
 
+class Breakable(layers.Layer):
+    broken = False
+
+    def build(self, shape):
+        self.factor = self.add_weight(shape=shape[-1:], initializer="ones")
+
+    def call(self, x):
+        if self.broken:
+            raise RuntimeError("broken")
+        return x * self.factor
+
+
+def test_a_call_that_fails_leaves_nothing_behind(rng):
+    breakable = Breakable()
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(2)(breakable(layers.Dense(3)(inputs))))
+    x = floats(3, 4)
+    wrapped = als.wrap_model(model)
+    randomize_scales(wrapped, rng)
+    run = layer_stepper(wrapped, model, {"args": (x,)})
+    expected = run()
+    breakable.broken = True
+    with pytest.raises(RuntimeError, match="broken"):
+        wrapped(x)
+    with pytest.raises(RuntimeError, match="broken"), als.neutral_scales():
+        wrapped(x)
+    breakable.broken = False
+    assert all(scale_plan.route_of(layer) is None for layer in scaled_layers(wrapped))
+    assert_equal(run(), expected)
+    # Outside of any scope weights are themselves again.
+    assert_gradients_equal(layer_stepper(model, model, {"args": (x,)})(), expected)
+
+
 def routes_of(model):
     wrapped = als.wrap_model(model)
     plan = plan_of(wrapped)
