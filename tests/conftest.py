@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_alone
 
 # Sums of several threads differ from run to run, also in plain Keras.
 tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -14,6 +15,15 @@ tf.config.threading.set_inter_op_parallelism_threads(1)
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+
+def pytest_collection_modifyitems(items):
+    """Under `KERAS_BACKEND=jax`: leaves out what is TensorFlow's alone."""
+    if keras.backend.backend() == "jax":
+        for item in items:
+            reason = tensorflow_alone.reason(item)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

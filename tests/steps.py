@@ -8,11 +8,16 @@ import tensorflow as tf
 
 import tf_adaptive_ls as als
 
-MODES = {
-    "eager": lambda function: function,
-    "graph": tf.function,
-    "xla": lambda function: tf.function(function, jit_compile=True),
-}
+if keras.backend.backend() == "jax":
+    import jax
+
+    MODES = {"eager": lambda function: function, "xla": jax.jit}
+else:
+    MODES = {
+        "eager": lambda function: function,
+        "graph": tf.function,
+        "xla": lambda function: tf.function(function, jit_compile=True),
+    }
 
 
 @dataclasses.dataclass
@@ -40,36 +45,33 @@ def stepper(call, inputs, weights, others, losses=None, training=True, mode="eag
         training: Passed on, unless `None`.
         mode: One of `MODES`.
     """
-    inputs = keras.tree.map_structure(tf.convert_to_tensor, dict(inputs))
+    inputs = keras.tree.map_structure(np.asarray, dict(inputs))
     flat = keras.tree.flatten(inputs)
-    floats = [x for x in flat if x.dtype.is_floating]
+    floats = [x for x in flat if x.dtype.kind == "f"]
     # Fed from outside, lest the optimizer of graphs fold them into the gradients.
-    noise = tf.constant(np.random.default_rng(0).normal(size=10_000), "float32")
+    noise = np.random.default_rng(0).normal(size=10_000).astype("float32")
 
-    def compute(noise, *floats):
-        floats = iter(floats)
-        filled = [next(floats) if x.dtype.is_floating else x for x in flat]
-        watched = [x for x in filled if x.dtype.is_floating]
+    def loss_of(noise, floats):
+        """The loss, and the outputs."""
+        remaining = iter(floats)
+        filled = [next(remaining) if x.dtype.kind == "f" else x for x in flat]
         arguments = keras.tree.pack_sequence_as(inputs, filled)
         if training is not None:
             arguments["training"] = training
-        with tf.GradientTape() as tape:
-            tape.watch(watched)
-            outputs = keras.tree.flatten(call(*arguments.pop("args", ()), **arguments))
-            loss = tf.add_n([_linear(y, noise) for y in outputs])
-            for extra in losses() if losses else ():
-                loss += tf.cast(extra, tf.float32)
-        sources = [*watched, *(v.value for v in weights)]
-        gradients = tape.gradient(loss, sources)
-        # A missing gradient stays missing, a sparse one is made dense.
-        return outputs, [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+        outputs = keras.tree.flatten(call(*arguments.pop("args", ()), **arguments))
+        loss = sum(_linear(y, noise) for y in outputs)
+        for extra in losses() if losses else ():
+            loss += keras.ops.cast(extra, "float32")
+        return loss, outputs
 
-    compute = MODES[mode](compute)
+    variables = [*weights, *others]
+    differentiate = _on_jax if keras.backend.backend() == "jax" else _on_tensorflow
+    compute = differentiate(loss_of, weights, variables, MODES[mode])
     names = [*(f"input {i}" for i in range(len(floats))), *(v.path for v in weights)]
 
     def run():
-        before = [(v, v.numpy()) for v in [*weights, *others]]
-        outputs, gradients = compute(noise, *floats)
+        before = [(v, v.numpy()) for v in variables]
+        outputs, gradients = compute(noise, floats)
         result = Step(
             [np.array(y) for y in outputs],
             {n: None if g is None else np.array(g) for n, g in zip(names, gradients, strict=True)},
@@ -82,11 +84,48 @@ def stepper(call, inputs, weights, others, losses=None, training=True, mode="eag
     return run
 
 
+def _on_tensorflow(loss_of, weights, variables, compiled):
+    """Function of noise and floats that returns outputs and gradients, and makes updates."""
+
+    @compiled
+    def compute(noise, *floats):
+        with tf.GradientTape() as tape:
+            tape.watch(floats)
+            loss, outputs = loss_of(noise, floats)
+        gradients = tape.gradient(loss, [*floats, *(v.value for v in weights)])
+        # A missing gradient stays missing, a sparse one is made dense.
+        return outputs, [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+
+    return lambda noise, floats: compute(*map(tf.convert_to_tensor, (noise, *floats)))
+
+
+def _on_jax(loss_of, weights, variables, compiled):
+    def loss_and_more(differentiated, others, noise):
+        floats, values = differentiated
+        mapping = zip(variables, [*values, *others], strict=True)
+        with keras.StatelessScope(list(mapping)) as scope:
+            loss, outputs = loss_of(noise, floats)
+        return loss, (outputs, [scope.get_current_value(v) for v in variables])
+
+    compute = compiled(jax.grad(loss_and_more, has_aux=True))
+
+    def run(noise, floats):
+        values = [v.value for v in variables]
+        number = len(weights)
+        differentiated = list(map(jax.numpy.asarray, floats)), values[:number]
+        gradients, (outputs, updated) = compute(differentiated, values[number:], noise)
+        for variable, value in zip(variables, updated, strict=True):
+            variable.assign(value)
+        return outputs, [*gradients[0], *gradients[1]]
+
+    return run
+
+
 def _linear(y, noise):
-    if not y.dtype.is_floating:
-        return tf.constant(0.0)
-    y = tf.reshape(tf.cast(y, tf.float32), [-1])
-    return tf.reduce_sum(y * noise[: tf.size(y)])
+    if not keras.backend.is_float_dtype(y.dtype):
+        return 0.0
+    y = keras.ops.reshape(keras.ops.cast(y, "float32"), [-1])
+    return keras.ops.sum(y * noise[: y.shape[0] if y.shape[0] is not None else tf.size(y)])
 
 
 def layer_stepper(layer, plain, inputs, **options):

@@ -52,6 +52,14 @@ def is_recorded():
     return not pywrap_tfe.TFE_Py_TapeSetIsStopped()
 
 
+def gradients_end_at_assignments():
+    """Whether a variable that is assigned to has the gradient of its new value from then on.
+
+    Otherwise, as on JAX, where there are only values, it has that of what it was before.
+    """
+    return keras.backend.backend() == "tensorflow"
+
+
 def rematerialised(function):
     """A function that is run once more in the backward pass, instead of keeping what it needs.
 

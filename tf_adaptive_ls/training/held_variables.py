@@ -32,7 +32,7 @@ class HeldVariables(keras.StatelessScope):
     def add_update(self, update):
         variable, value = update
         self._updates[id(variable)] = variable, value
-        if id(variable) in self._weights:
+        if id(variable) in self._weights and backend.gradients_end_at_assignments():
             # Outside of such a scope, too, a weight assigned to in a call has the gradient
             # of its new value.
             value = redirect_gradient(value, self._weights[id(variable)])
