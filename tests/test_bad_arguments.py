@@ -143,7 +143,7 @@ NAMED = [pytest.param(function, id=function.__name__) for function in CALLS]
 @pytest.mark.parametrize("function", NAMED)
 def test_one_argument_is_anything(function, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check(function, 10)
+    check(function, 6)
 
 
 @pytest.mark.long

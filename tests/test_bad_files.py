@@ -36,7 +36,7 @@ def check_damaged(kind, directory, number):
 
 @pytest.mark.parametrize("kind", files.KINDS)
 def test_damaged(kind, tmp_path):
-    check_damaged(kind, tmp_path, 8)
+    check_damaged(kind, tmp_path, 5)
 
 
 @pytest.mark.long
@@ -134,7 +134,7 @@ def test_a_scale_that_is_none_is_refused(value, tmp_path):
     assert model.layers[-1].log2_scale == 5
 
 
-@pytest.mark.parametrize("what", ["dynamic_scale", "memory"])
+@pytest.mark.parametrize("what", ["memory", pytest.param("dynamic_scale", marks=pytest.mark.long)])
 def test_a_damaged_optimizer_is_refused(what, tmp_path, mixed_float16):
     model = files.trained_model()
     optimizer = model.optimizer

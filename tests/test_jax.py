@@ -11,7 +11,7 @@ import sys
 import keras
 import pytest
 
-SMOKE = "any_scales_give_the_plain_model and (chain or residual or nested)"
+SMOKE = "any_scales_give_the_plain_model and residual"
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="all tests are on JAX")
@@ -26,4 +26,4 @@ def test_smoke():
         check=False,
     )
     assert result.returncode == 0, result.stdout
-    assert "3 passed" in result.stdout
+    assert "1 passed" in result.stdout

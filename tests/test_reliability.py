@@ -7,7 +7,7 @@ from faults import threads
 pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 
 # What damaged files are like is in `test_bad_files`.
-SHORT = {"kills": True, "numbers": False, "soak": True, "disk": True}
+SHORT = ("kills", "numbers", "soak", "disk")
 
 
 def check(part, quick):
@@ -17,9 +17,8 @@ def check(part, quick):
     assert all(o["injected"] == o["survived"] > 0 for o in outcomes)
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(p, marks=[pytest.mark.long] * long) for p, long in SHORT.items()]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("part", SHORT)
 def test_part(part):
     check(part, quick=True)
 
@@ -30,7 +29,10 @@ def test_whole_part(part):
     check(part, quick=False)
 
 
-@pytest.mark.parametrize("fault", [threads.two_that_train, threads.neutral_in_another])
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(threads.two_that_train, marks=pytest.mark.long), threads.neutral_in_another],
+)
 def test_threads(fault, mixed_float16):
     assert fault("graph") is None
 

@@ -185,6 +185,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.long
 def test_a_killed_process_loses_at_most_one_record(tmp_path):
     path = tmp_path / "run.jsonl"
     process = subprocess.Popen(
@@ -495,6 +496,7 @@ HOLDER = """
 """
 
 
+@pytest.mark.long
 def test_a_record_that_another_process_writes_is_left_alone(mixed_float16, tmp_path):
     path = tmp_path / "run.jsonl"
     with subprocess.Popen(

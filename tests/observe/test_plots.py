@@ -127,6 +127,7 @@ def test_the_command_writes_all_of_them_and_prints_the_table(mixed_float16, tmp_
             main([str(path)])
 
 
+@pytest.mark.long
 def test_matplotlib_is_asked_for_only_where_it_is_needed():
     program = """
 import sys

@@ -110,7 +110,8 @@ def test_a_model_in_parts(tmp_path, one_device):
     assert several[0]["replicated"]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_as_one(tmp_path, one_device, processes):
     several = run(tmp_path / "ours", processes=processes)
     plain = run(tmp_path / "plain", "--plain", processes=processes)

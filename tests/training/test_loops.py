@@ -381,7 +381,10 @@ def test_lora(when):
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
-@pytest.mark.parametrize("mode, policy", [("int8", "float32"), ("int4", "mixed_float16")])
+@pytest.mark.parametrize(
+    "mode, policy",
+    [pytest.param("int8", "float32", marks=pytest.mark.long), ("int4", "mixed_float16")],
+)
 def test_a_trained_model_is_quantised_like_a_plain_one(mode, policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     x, y = floats(8, 16), floats(8, 8)

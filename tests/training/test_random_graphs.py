@@ -138,7 +138,7 @@ def graphs(number, sizes):
     return decorate
 
 
-@graphs(30, st.integers(1, 12))
+@graphs(30, st.integers(1, 9))
 def test_small_graphs(size, seed):
     assert_any_scales_give_the_plain_model(size, seed)
 

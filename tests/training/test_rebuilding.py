@@ -34,7 +34,11 @@ def trained(build=chain, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.long), {"run_eagerly": True}],
+    [
+        {},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.long),
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.long),
+    ],
 )
 def test_a_model_that_was_trained_goes_and_leaves_no_gradients_behind(options):
     trained(**options)

@@ -134,6 +134,7 @@ def test_exactly_as_plain_keras_in_float32(strategy, build):
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.long
 def test_as_near_to_one_device_as_plain_keras(mixed_float16, strategy):
     one = tf.distribute.get_strategy()
 
@@ -179,6 +180,7 @@ def test_the_layer_that_overflowed_on_one_replica_is_blamed(mixed_float16, strat
     }
 
 
+@pytest.mark.long
 def test_a_custom_loop_does_what_fit_does(mixed_float16, strategy):
     fitted, looped = ours(strategy), ours(strategy)
     fit(fitted)
