@@ -268,6 +268,7 @@ class Trainee:
             batches(self._case, source, seed),
             steps_per_epoch=LAST,
             epochs=steps // LAST,
+            shuffle=False,
             verbose=0,
         )
         return history.history["loss"], steps - int(self._inner.iterations)

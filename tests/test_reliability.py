@@ -4,8 +4,6 @@ import pytest
 import reliability
 from faults import threads
 
-pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
-
 # What damaged files are like is in `test_bad_files`.
 SHORT = ("kills", "numbers", "soak", "disk")
 

@@ -70,6 +70,7 @@ def soak(adaptive, xla, thousands):
             batches,
             steps_per_epoch=1000,
             epochs=thousands,
+            shuffle=False,
             verbose=0,
             callbacks=[*monitor, watch],
         )
