@@ -6,7 +6,6 @@ import sysconfig
 
 import keras
 import numpy as np
-import tensorflow as tf
 from matplotlib import cbook
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -35,8 +34,8 @@ class Images:
 def digits():
     """The 1,797 digits that come with scikit-learn, enlarged to 32 x 32 pixels."""
     x, y = load_digits(return_X_y=True)
-    x = tf.image.resize((x / 16).reshape(-1, 8, 8, 1).astype("float32"), (32, 32)).numpy()
-    x = np.repeat(x, 3, axis=-1)
+    x = keras.ops.image.resize((x / 16).reshape(-1, 8, 8, 1).astype("float32"), (32, 32))
+    x = np.repeat(np.array(x), 3, axis=-1)
     x_train, x_test, y_train, y_test = train_test_split(
         x, y.astype("int32"), test_size=360, random_state=0, stratify=y
     )

@@ -21,14 +21,16 @@ run before into the same directory stay in the tables.
 """
 
 import argparse
+import logging
 
+import compute
 import data
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import report
-import tensorflow as tf
 import zoo
+from keras import ops
 from strategies import OURS, STRATEGIES, VARIATIONS
 
 import tf_adaptive_ls as als
@@ -57,7 +59,7 @@ class Gradients:
         self.plain = task.build()
         self.model = als.wrap_model(self.plain) if wrap else self.plain
         self._loss = task.loss
-        self._compiled = tf.function(self._gradients, jit_compile=True, autograph=False)
+        self._compiled = compute.compiled(self._gradients)
 
     @property
     def weights(self):
@@ -69,25 +71,22 @@ class Gradients:
 
     def __call__(self, weights, states, scale, x, y):
         """Gradients of `scale * loss` by `weights`, and those by `states`."""
-        return self._compiled(weights, states, tf.constant(scale, self._scale_dtype), x, y)
+        scale = ops.convert_to_tensor(scale, self.model.outputs[0].dtype)
+        gradients = self._compiled([*weights, *states], scale, x, y)
+        return gradients[: len(weights)], gradients[len(weights) :]
 
-    @property
-    def _scale_dtype(self):
-        return self.model.outputs[0].dtype
-
-    def _gradients(self, weights, states, scale, x, y):
-        pairs = [*zip(self.weights, weights, strict=True), *zip(self.states, states, strict=True)]
-        with tf.GradientTape() as tape:
-            tape.watch([weights, states])
-            with keras.StatelessScope(pairs):
+    def _gradients(self, values, scale, x, y):
+        def loss_of(values):
+            pairs = zip([*self.weights, *self.states], values, strict=True)
+            with keras.StatelessScope(list(pairs)):
                 outputs = self.model(x, training=True)
-            loss = scale * tf.cast(self._loss(y, outputs), scale.dtype)
-        gradients, reports = tape.gradient(loss, (weights, states))
-        # Those of embeddings are sparse, those of weights without effect are none.
-        pairs = zip(gradients, weights, strict=True)
-        return [
-            tf.zeros_like(w) if g is None else tf.convert_to_tensor(g) for g, w in pairs
-        ], reports
+            return scale * ops.cast(self._loss(y, outputs), scale.dtype)
+
+        return compute.gradients(loss_of, values)
+
+
+def values_of(variables):
+    return [variable.value for variable in variables]
 
 
 class Shadow:
@@ -100,13 +99,16 @@ class Shadow:
         # Updates of weights come to nothing; those of scales do not.
         self._optimizer = strategy.optimizer(keras.optimizers.SGD(0.0))
         self._optimizer.build(gradients.model.trainable_variables)
-        self._states = [tf.convert_to_tensor(v) for v in gradients.states]
-        self._update = tf.function(self._updated_states, jit_compile=True, autograph=False)
+        self._values = values_of(self._optimizer.variables)
+        self._states = values_of(gradients.states)
+        self._update = compute.compiled(self._updated)
 
     @property
     def scale(self):
         """The loss scale of the next step."""
-        return float(self._optimizer.scale_loss(tf.constant(1.0)))
+        pairs = zip(self._optimizer.variables, self._values, strict=True)
+        with keras.StatelessScope(list(pairs)):
+            return float(self._optimizer.scale_loss(ops.ones(())))
 
     def gradients(self, weights, x, y):
         """Unscaled float16 gradients of the loss by `weights`, in float32."""
@@ -117,14 +119,20 @@ class Shadow:
         """Sees one batch."""
         gradients, reports = self._gradients(weights, self._states, self.scale, x, y)
         self.skipped.append(not all(np.isfinite(g).all() for g in gradients))
-        self._states = self._update(self._states, gradients, reports)
+        self._values, self._states = self._update(
+            self._values, [*weights, *self._states], [*gradients, *reports]
+        )
 
-    def _updated_states(self, states, gradients, reports):
+    def _updated(self, values, before, gradients):
+        """New values of the optimizer and of the states, both from lists of the weights first."""
         model = self._gradients
-        for variable, state in zip(model.states, states, strict=True):
-            variable.assign(state)
-        self._optimizer.apply([*gradients, *reports], [*model.weights, *model.states])
-        return [tf.convert_to_tensor(v) for v in model.states]
+        ours = [id(v) for v in [*model.weights, *model.states]]
+        order = [ours.index(id(v)) for v in model.model.trainable_variables]
+        after, values = self._optimizer.stateless_apply(
+            values, [gradients[i] for i in order], [before[i] for i in order]
+        )
+        after = dict(zip(order, after, strict=True))
+        return values, [after[i] for i in range(len(model.weights), len(ours))]
 
 
 class Comparison:
@@ -157,11 +165,12 @@ class Comparison:
 def compare(reference, exact, plain, shadows, weights, batches):
     """Rows of figures, one for each tensor that float32 can measure."""
     names = [v.path for v in reference.weights]
-    wide = [tf.cast(w, "float64") for w in weights]
     of_float64, of_scales, of_shadows = Comparison(len(names)), {}, {}
     for x, y in batches:
         true, _ = reference(weights, [], 1.0, x, y)
-        of_float64.add(exact(wide, [], 1.0, *_widened((x, y)))[0], true)
+        with compute.float64_enabled():
+            wide = [ops.cast(w, "float64") for w in weights]
+            of_float64.add(exact(wide, [], 1.0, *_widened((x, y)))[0], true)
         for k in ORACLE_LOG2_SCALES:
             gradients, _ = plain(weights, [], 2.0**k, x, y)
             sums = of_scales.setdefault(k, Comparison(len(names)))
@@ -191,7 +200,7 @@ def _or_none(figure):
 
 
 def _widened(arrays):
-    return tf.nest.map_structure(
+    return keras.tree.map_structure(
         lambda a: a.astype("float64") if a.dtype == np.float32 else a, arrays
     )
 
@@ -201,7 +210,8 @@ def run_task(task, strategies, images, seed, moments, advance):
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
     reference = Gradients(task, "float32")
-    exact = Gradients(task, "float64")
+    with compute.float64_enabled():
+        exact = Gradients(task, "float64")
     plain = Gradients(task, "mixed_float16")
     wrapped = Gradients(task, "mixed_float16", wrap=True)
     shadows = [Shadow(s, wrapped if s.wrapped else plain) for s in strategies]
@@ -209,27 +219,24 @@ def run_task(task, strategies, images, seed, moments, advance):
     optimizer.build(reference.weights)
     batches = (task.examples(*batch) for batch in images.batches(task.batch_size, seed))
 
-    @tf.function(jit_compile=True, autograph=False)
-    def update(gradients):
-        optimizer.apply(gradients, reference.weights)
-
-    def values():
-        return [tf.convert_to_tensor(v) for v in reference.weights]
+    update = compute.compiled(optimizer.stateless_apply)
+    weights, values = values_of(reference.weights), values_of(optimizer.variables)
 
     for _ in range(SETTLING_STEPS):
         batch = next(batches)
         for shadow in shadows:
-            shadow.step(values(), *batch)
+            shadow.step(weights, *batch)
         advance()
     compared = {}
     for step in range(max(moments) + 1):
         batch = next(batches)
         if step in moments:
             others = [next(batches) for _ in range(COMPARED_BATCHES - 1)]
-            compared[step] = compare(reference, exact, plain, shadows, values(), [batch, *others])
+            compared[step] = compare(reference, exact, plain, shadows, weights, [batch, *others])
         for shadow in shadows:
-            shadow.step(values(), *batch)
-        update(reference(values(), [], 1.0, *batch)[0])
+            shadow.step(weights, *batch)
+        gradients, _ = reference(weights, [], 1.0, *batch)
+        weights, values = update(values, gradients, weights)
         advance()
     skipped = {s.strategy.name: list(map(int, np.flatnonzero(s.skipped))) for s in shadows}
     return {"name": task.name, "seed": seed, "moments": compared, "skipped": skipped}
@@ -323,7 +330,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     # One function per strategy is no needless retracing.
-    tf.get_logger().setLevel("ERROR")
+    logging.getLogger("tensorflow").setLevel("ERROR")
     strategies = VARIATIONS if args.variations else STRATEGIES
     names = args.only or (QUICK_TASKS if args.quick else list(zoo.TASKS))
     moments = QUICK_MOMENTS if args.quick else MOMENTS

@@ -22,17 +22,21 @@ import sys
 import time
 from collections.abc import Callable
 
+import compute
 import keras
 import numpy as np
 import report
-import tensorflow as tf
 import zoo
 from keras import layers
 
 import tf_adaptive_ls as als
 
 PLAIN, KERAS, OURS = WAYS = ("no scaling", "Keras", "adaptive")
-MODES = {"XLA": {"jit_compile": True}, "graph": {"jit_compile": False}}
+MODES = (
+    {"JAX": {"jit_compile": True}}
+    if compute.ON_JAX
+    else {"XLA": {"jit_compile": True}, "graph": {"jit_compile": False}}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,20 +138,22 @@ class Trainee:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer, loss, auto_scale_loss=False, **MODES[mode])
-        model.make_train_function()
-        self._model = model
-        data = tf.data.Dataset.from_tensors(case.batch(batch_size(case))).cache().repeat()
-        self._batches = iter(data.prefetch(2))
+        self._step, self._finish = compute.step_of(model, case.batch(batch_size(case)))
+        self._optimizer = optimizer
 
     def seconds_of_a_step(self):
         """How long the next step takes, until it has ended on the device, too."""
         start = time.perf_counter()
-        float(self._model.train_function(self._batches)["loss"])
+        self._step()
         return time.perf_counter() - start
+
+    def skipped_steps(self):
+        self._finish()
+        return self._optimizer.skipped_steps
 
 
 def batch_size(case):
-    return case.batch_size * (8 if tf.config.list_physical_devices("GPU") else 1)
+    return case.batch_size * (8 if compute.gpu_names() else 1)
 
 
 def times_of(name, mode):
@@ -166,7 +172,7 @@ def times_of(name, mode):
     return {
         "first_step_seconds": first,
         "step_seconds": steps,
-        "skipped": trainees[OURS]._model.optimizer.skipped_steps,
+        "skipped": trainees[OURS].skipped_steps(),
         "batch_size": batch_size(case),
     }
 
@@ -174,13 +180,13 @@ def times_of(name, mode):
 def memory_of(name, mode, way):
     """Peak memory of one way, in this process, which does nothing else."""
     trainee = Trainee(ALL_CASES[name], way, mode)
-    # TensorFlow itself takes several hundred megabytes. (5 resets the peak; see man 5 proc.)
+    # The backend itself takes several hundred megabytes. (5 resets the peak; see man 5 proc.)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = _memory_in_bytes("VmRSS")
     for _ in range(3):
         trainee.seconds_of_a_step()
-    if tf.config.list_physical_devices("GPU"):
-        return {way: tf.config.experimental.get_memory_info("GPU:0")["peak"]}
+    if compute.gpu_names():
+        return {way: compute.peak_bytes_on_gpu()}
     return {way: _memory_in_bytes("VmHWM") - before}
 
 
@@ -253,8 +259,8 @@ def main(argv=None):
     cases = args.only or (QUICK_CASES if args.quick else GROWTH_CASES if args.growth else CASES)
     modes = args.modes[:1] if args.quick else args.modes
     runs = [(name, mode) for mode in modes for name in cases]
-    if not args.only and not tf.config.list_physical_devices("GPU"):
-        runs = [(name, mode) for name, mode in runs if mode == "XLA" or name not in ONLY_WITH_XLA]
+    if not args.only and not compute.gpu_names():
+        runs = [(name, mode) for name, mode in runs if mode != "graph" or name not in ONLY_WITH_XLA]
 
     with report.progress() as progress:
         task = progress.add_task("", total=len(runs))
@@ -267,7 +273,7 @@ def main(argv=None):
             report.save_result(args.output, result)
             progress.advance(task)
 
-    order = [f"{name}, {mode}" for mode in MODES for name in ALL_CASES]
+    order = [f"{name}, {mode}" for mode in ("XLA", "graph", "JAX") for name in ALL_CASES]
     results = report.load_results(args.output, order)
     text = f"""# What layer-wise scales cost
 

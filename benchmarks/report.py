@@ -1,6 +1,7 @@
 """What every benchmark does with its figures: files, tables, progress."""
 
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -9,10 +10,10 @@ import re
 import shlex
 import sys
 
+import compute
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
-import tensorflow as tf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tabulate import tabulate
 
@@ -47,20 +48,21 @@ def progress():
 
 def provenance():
     """Versions and hardware, for the record."""
-    gpus = tf.config.list_physical_devices("GPU")
-    details = [tf.config.experimental.get_device_details(g).get("device_name", "") for g in gpus]
-    program = pathlib.Path(sys.argv[0]).stem
+    backend = keras.backend.backend()
+    program = [pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]]
+    if compute.ON_JAX:
+        program += ["--backend", "jax"]
     return {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["./dev", "benchmark", program, *sys.argv[1:]]),
+        "command": shlex.join(["./dev", "benchmark", *program]),
         "versions": {
             "python": platform.python_version(),
-            "tensorflow": tf.__version__,
+            backend: importlib.metadata.version(backend),
             "keras": keras.__version__,
             "numpy": np.__version__,
         },
-        "backend": keras.backend.backend(),
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "gpus": details},
+        "backend": backend,
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "gpus": compute.gpu_names()},
     }
 
 

@@ -4,20 +4,9 @@ import dataclasses
 
 import keras
 import numpy as np
-import tensorflow as tf
+from backends import compiled, dense, value_and_gradients
 
 import tf_adaptive_ls as als
-
-if keras.backend.backend() == "jax":
-    import jax
-
-    MODES = {"eager": lambda function: function, "xla": jax.jit}
-else:
-    MODES = {
-        "eager": lambda function: function,
-        "graph": tf.function,
-        "xla": lambda function: tf.function(function, jit_compile=True),
-    }
 
 
 @dataclasses.dataclass
@@ -51,27 +40,31 @@ def stepper(call, inputs, weights, others, losses=None, training=True, mode="eag
     # Fed from outside, lest the optimizer of graphs fold them into the gradients.
     noise = np.random.default_rng(0).normal(size=10_000).astype("float32")
 
-    def loss_of(noise, floats):
-        """The loss, and the outputs."""
-        remaining = iter(floats)
-        filled = [next(remaining) if x.dtype.kind == "f" else x for x in flat]
-        arguments = keras.tree.pack_sequence_as(inputs, filled)
-        if training is not None:
-            arguments["training"] = training
-        outputs = keras.tree.flatten(call(*arguments.pop("args", ()), **arguments))
-        loss = sum(_linear(y, noise) for y in outputs)
-        for extra in losses() if losses else ():
-            loss += keras.ops.cast(extra, "float32")
-        return loss, outputs
-
     variables = [*weights, *others]
-    differentiate = _on_jax if keras.backend.backend() == "jax" else _on_tensorflow
-    compute = differentiate(loss_of, weights, variables, MODES[mode])
-    names = [*(f"input {i}" for i in range(len(floats))), *(v.path for v in weights)]
+
+    def compute(noise, *floats):
+        def loss_of(*floats):
+            """The loss, and the outputs."""
+            remaining = iter(floats)
+            filled = [next(remaining) if x.dtype.kind == "f" else x for x in flat]
+            arguments = keras.tree.pack_sequence_as(inputs, filled)
+            if training is not None:
+                arguments["training"] = training
+            outputs = keras.tree.flatten(call(*arguments.pop("args", ()), **arguments))
+            loss = sum(_linear(y, noise) for y in outputs)
+            for extra in losses() if losses else ():
+                loss += keras.ops.cast(extra, "float32")
+            return loss, outputs
+
+        (_, outputs), gradients = value_and_gradients(loss_of, weights, floats)
+        return outputs, [dense(gradient) for gradient in gradients]
+
+    run_compiled = compiled(compute, variables, mode)
+    names = [*(v.path for v in weights), *(f"input {i}" for i in range(len(floats)))]
 
     def run():
         before = [(v, v.numpy()) for v in variables]
-        outputs, gradients = compute(noise, floats)
+        outputs, gradients = run_compiled(*map(keras.ops.convert_to_tensor, (noise, *floats)))
         result = Step(
             [np.array(y) for y in outputs],
             {n: None if g is None else np.array(g) for n, g in zip(names, gradients, strict=True)},
@@ -84,48 +77,11 @@ def stepper(call, inputs, weights, others, losses=None, training=True, mode="eag
     return run
 
 
-def _on_tensorflow(loss_of, weights, variables, compiled):
-    """Function of noise and floats that returns outputs and gradients, and makes updates."""
-
-    @compiled
-    def compute(noise, *floats):
-        with tf.GradientTape() as tape:
-            tape.watch(floats)
-            loss, outputs = loss_of(noise, floats)
-        gradients = tape.gradient(loss, [*floats, *(v.value for v in weights)])
-        # A missing gradient stays missing, a sparse one is made dense.
-        return outputs, [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-
-    return lambda noise, floats: compute(*map(tf.convert_to_tensor, (noise, *floats)))
-
-
-def _on_jax(loss_of, weights, variables, compiled):
-    def loss_and_more(differentiated, others, noise):
-        floats, values = differentiated
-        mapping = zip(variables, [*values, *others], strict=True)
-        with keras.StatelessScope(list(mapping)) as scope:
-            loss, outputs = loss_of(noise, floats)
-        return loss, (outputs, [scope.get_current_value(v) for v in variables])
-
-    compute = compiled(jax.grad(loss_and_more, has_aux=True))
-
-    def run(noise, floats):
-        values = [v.value for v in variables]
-        number = len(weights)
-        differentiated = list(map(jax.numpy.asarray, floats)), values[:number]
-        gradients, (outputs, updated) = compute(differentiated, values[number:], noise)
-        for variable, value in zip(variables, updated, strict=True):
-            variable.assign(value)
-        return outputs, [*gradients[0], *gradients[1]]
-
-    return run
-
-
 def _linear(y, noise):
     if not keras.backend.is_float_dtype(y.dtype):
         return 0.0
     y = keras.ops.reshape(keras.ops.cast(y, "float32"), [-1])
-    return keras.ops.sum(y * noise[: y.shape[0] if y.shape[0] is not None else tf.size(y)])
+    return keras.ops.sum(y * noise[: keras.ops.shape(y)[0]])
 
 
 def layer_stepper(layer, plain, inputs, **options):

@@ -1,11 +1,23 @@
 """Tests that are for the TensorFlow backend alone, and why: the one place that says so."""
 
+SHAPES = "on JAX all shapes are known"
+ATTENTION = "JAX has no float16 attention on a CPU, in plain Keras neither"
+TAPES = "persistent tapes are TensorFlow's"
 MODULES = {
     "test_rebuilding": "the registry of gradients is TensorFlow's",
     "test_strategies": "tf.distribute is TensorFlow's",
 }
-TESTS: dict[str, str] = {}
+TESTS = {
+    "test_sparse_gradients_stay_sparse": "JAX has no sparse gradients",
+    "test_the_peak_of_a_tensor_that_turns_out_to_be_empty_is_zero": SHAPES,
+    "test_a_sample_of_a_tensor_of_unknown_size": SHAPES,
+    "test_two_gradients_of_a_persistent_tape": TAPES,
+    "test_inference_graphs_hold_nothing_but_identities": "reads the nodes of a graph",
+    "test_tables_say_it_once": ATTENTION,
+    "test_it_is_run_again_where_keras_would": "counts runs in Python, which JAX only traces",
+}
 CASES = {
+    ("test_other_dtypes_keep_their_precision", "float64"): "JAX has no float64 unless told to",
     ("test_forward_is_untouched_in_float16", "SpectralNormalization"): (
         "overflows while JAX traces it, the plain layer, too"
     ),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from steps import MODES
+from backends import MODES, compiled
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import backend, spectrum
@@ -58,10 +58,10 @@ def test_what_is_produced_is_told_by_its_largest_and_smallest_peak():
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_is_told(value, mode):
     x = np.float16([1, value])
-    arrived = MODES[mode](
-        lambda: report_of_arrivals([x], [np.float32(8)], at_s=[True], narrow=[True])
+    arrived = compiled(
+        lambda: report_of_arrivals([x], [np.float32(8)], at_s=[True], narrow=[True]), mode=mode
     )
-    produced = MODES[mode](lambda: report_of_products([x], narrow=[True]))
+    produced = compiled(lambda: report_of_products([x], narrow=[True]), mode=mode)
     arrived, produced = read(arrived()), read(produced())
     assert arrived.arrived_at_s == arrived.set_out_from == np.inf
     assert produced.produced == produced.produced_least == np.inf

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from steps import MODES
+from backends import MODES, compiled, value_and_gradients
+from keras import ops
 
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap, power_of_two
@@ -13,32 +14,32 @@ from tf_adaptive_ls.numerics.gradient_tap import gradient_tap, power_of_two
 @pytest.mark.parametrize("mode", MODES)
 def test_powers_of_two_are_exact(mode):
     exponents = np.arange(-126, 128)
-    powers = MODES[mode](power_of_two)(tf.constant(exponents, "float32"))
+    powers = compiled(power_of_two, mode=mode)(ops.array(exponents, "float32"))
     np.testing.assert_array_equal(powers, np.ldexp(np.float32(1), exponents))
 
 
 def shifted(gradient, shift, dtype, mode="eager"):
     """What a gradient of `dtype` is behind a tap, and what the tap reports."""
 
-    @MODES[mode]
+    def report(gradients, divisors):
+        gradient = ops.cast(gradients[0], "float32")
+        return ops.stack([gradient, gradient / divisors[0]])
+
     def run(gradient, shift):
-        x, scale, reported = tf.ones_like(gradient), tf.ones(3), tf.zeros(2)
-        with tf.GradientTape() as tape:
-            tape.watch([x, scale, reported])
-
-            def report(gradients, divisors):
-                gradient = tf.cast(gradients[0], tf.float32)
-                return tf.stack([gradient, gradient / divisors[0]])
-
+        def of(x, scale, reported):
             (y,) = gradient_tap([x], [power_of_two(-shift)], (scale, reported), report)
-        return y, *tape.gradient(y, [x, scale, reported], output_gradients=gradient)
+            return y * gradient, y
 
-    y, result, of_scale, reported = run(
-        tf.constant(gradient, dtype), tf.constant(shift, tf.float32)
-    )
-    assert y.numpy() == 1 and y.dtype == result.dtype == dtype
+        return value_and_gradients(of, [], (ops.ones_like(gradient), ops.ones(3), ops.zeros(2)))
+
+    arguments = ops.array(gradient, dtype), ops.array(shift, "float32")
+    (_, y), (result, of_scale, reported) = compiled(run, mode=mode)(*arguments)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    assert y == 1 and y.dtype == result.dtype
     np.testing.assert_array_equal(of_scale, np.zeros(3))
-    return result.numpy(), reported.numpy()
+    if dtype == "bfloat16":
+        result = ops.cast(result, "float32")  # NumPy has none, float32 holds all of them
+    return np.array(result), np.array(reported)
 
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0
@@ -65,21 +66,21 @@ def test_float16_gradients_are_shifted_and_rounded_once(
     gradient, shift, expected, mode, gpu, monkeypatch
 ):
     monkeypatch.setattr(backend, "_on_gpu", lambda: gpu)
-    result, _ = shifted(gradient, shift, tf.float16, mode)
+    result, _ = shifted(gradient, shift, "float16", mode)
     assert result == expected
-    assert np.isnan(shifted(np.nan, shift, tf.float16, mode)[0])
+    assert np.isnan(shifted(np.nan, shift, "float16", mode)[0])
 
 
 def test_the_report_sees_gradients_before_and_after_before_rounding():
-    _, reported = shifted(SMALLEST, -20, tf.float16)
+    _, reported = shifted(SMALLEST, -20, "float16")
     np.testing.assert_array_equal(reported, [2.0**-24, 2.0**-44])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_other_dtypes_keep_their_precision(dtype):
     value = {"bfloat16": 1.0078125}.get(dtype, 1.0000001)
-    result, _ = shifted(value, 100, tf.as_dtype(dtype))
-    assert result == np.array(value, result.dtype) * np.array(2.0**100, result.dtype)
+    result, _ = shifted(value, 100, dtype)
+    assert result == float(ops.array(value, dtype)) * 2.0**100
 
 
 def test_sparse_gradients_stay_sparse():

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from backends import JIT
 from graphs import floats
 from keras import layers
 from steps import scaled_layers
@@ -23,7 +24,7 @@ def shrinking(depth=10, compiled=True):
     model = als.wrap_model(keras.Model(inputs, layers.Dense(4, name="last")(x)))
     if compiled:
         optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.Adam(0.1))
-        model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=False)
+        model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=JIT)
     return model
 
 
@@ -55,7 +56,7 @@ def test_a_layer_that_float16_cannot_hold_is_told(mixed_float16):
     inputs = keras.Input((64,))
     # Gradients that differ by 2^34 beside what they spread, in one tensor.
     model = als.wrap_model(keras.Model(inputs, layers.Dense(4, name="wide")(inputs)))
-    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=False)
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=JIT)
     x = floats(32, 64) * np.where(np.arange(64) % 8, 2.0**-22, 2.0**12).astype("float32")
     result = als.calibrate(model, [(x, 2.0**-6 * Y)] * 30)
     (layer,) = result.layers

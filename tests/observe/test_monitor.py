@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from backends import JIT
 from graphs import floats
 from keras import layers, ops
 from steps import scaled_layers
@@ -21,7 +22,7 @@ import tf_adaptive_ls as als
 from tf_adaptive_ls.observe.monitor import RunWriter
 from tf_adaptive_ls.observe.snapshot import Snapshot
 
-GRAPH = {"jit_compile": False}
+GRAPH = {"jit_compile": JIT}
 X, Y = floats(64, 4), floats(64, 2)
 
 
@@ -38,6 +39,11 @@ def fit(model, monitor, epochs=2, x=X, y=Y, batch_size=8, **kwargs):
     return model.fit(
         x, y, batch_size, epochs, verbose=0, shuffle=False, callbacks=callbacks, **kwargs
     )
+
+
+def told(caught):
+    """The warnings for a user; Keras gives others of its own on JAX."""
+    return [warning for warning in caught if warning.category is UserWarning]
 
 
 # Logs.
@@ -173,7 +179,7 @@ PROGRAM = """
     keras.config.set_dtype_policy("mixed_float16")
     inputs = keras.Input((4,))
     model = als.wrap_model(keras.Model(inputs, keras.layers.Dense(2, name="scores")(inputs)))
-    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=False)
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=JIT)
     x = np.ones((8, 4), "float32")
 
     class Tell(keras.callbacks.Callback):
@@ -228,7 +234,7 @@ def test_a_record_that_cannot_be_written_does_not_stop_training(mixed_float16, t
     )
     with pytest.warns(UserWarning, match="LossScaleMonitor cannot write to") as caught:
         fit(model, monitor)
-    assert len(caught) == 2  # one each, once
+    assert len(told(caught)) == 2  # one each, once
     assert model.optimizer.steps == 16
 
 
@@ -244,13 +250,13 @@ def test_a_full_disk_does_not_stop_training(mixed_float16, tmp_path, monkeypatch
     monkeypatch.setattr(writer, "add", lambda self, *args: full(self, None))
     with pytest.warns(UserWarning, match="No space left on device") as caught:
         fit(model, monitor)
-    assert len(caught) == 1
+    assert len(told(caught)) == 1
 
 
 def test_steps_per_execution_and_dynamic_ends_of_data(mixed_float16, tmp_path):
     path = tmp_path / "run.jsonl"
     model = network()
-    model.compile(model.optimizer, loss="mse", steps_per_execution=4, jit_compile=False)
+    model.compile(model.optimizer, loss="mse", steps_per_execution=4, jit_compile=JIT)
     fit(model, als.LossScaleMonitor(path, every=4), epochs=2)
     assert als.load_run(path).steps.tolist() == [4, 8, 12, 16]
 
@@ -481,7 +487,7 @@ def test_a_record_of_another_model_is_left_alone(mixed_float16, tmp_path):
     other.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", **GRAPH)
     with pytest.warns(UserWarning, match="it is the record of another model, with") as caught:
         fit(other, als.LossScaleMonitor(path, every=2))
-    assert len(caught) == 1
+    assert len(told(caught)) == 1
     assert other.optimizer.steps == 16
     assert path.read_bytes() == before
 
@@ -510,7 +516,7 @@ def test_a_record_that_another_process_writes_is_left_alone(mixed_float16, tmp_p
         model = network()
         with pytest.warns(UserWarning, match="another process is writing it") as caught:
             fit(model, als.LossScaleMonitor(path, every=2))
-        assert len(caught) == 1 and model.optimizer.steps == 16
+        assert len(told(caught)) == 1 and model.optimizer.steps == 16
         assert path.read_bytes() == b""
         process.kill()
     fit(model, als.LossScaleMonitor(path, every=2))  # the dead hold no locks
@@ -538,5 +544,5 @@ def test_a_record_that_vanishes_is_told_once(mixed_float16, tmp_path):
     model = network()
     with pytest.warns(UserWarning, match=r"cannot write to .*No such file") as caught:
         fit(model, als.LossScaleMonitor(path, every=2), callbacks=[vanish])
-    assert len(caught) == 1 and model.optimizer.steps == 16
+    assert len(told(caught)) == 1 and model.optimizer.steps == 16
     assert not path.parent.exists()

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from backends import JIT
 from keras import layers, ops
 
 import tf_adaptive_ls as als
@@ -50,7 +51,7 @@ def test_nothing_is_said_of_formats_with_the_range_of_float32():
 
 def test_tables_say_it_once(mixed_float16):
     model = als.wrap_model(network(regularizer=None))
-    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=False)
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=JIT)
     table = als.scale_table(model)
     calibration = als.calibrate(model, [(np.ones((2, 5, 4)), np.ones((2, 3)))])
     for text in (str(table), str(calibration)):

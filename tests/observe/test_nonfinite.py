@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from backends import JIT
 from graphs import floats, tokens
 from keras import layers, ops
 
@@ -23,7 +24,7 @@ def network(middle=None, wrap=als.wrap_model):
     x = layers.Dropout(0.2, name="dropped")(x)
     model = keras.Model(inputs, layers.Dense(2, dtype="float32", name="last")(x))
     model = wrap(model)
-    model.compile(als.AdaptiveLossScaleOptimizer("adam", 2.0**10), loss="mse", jit_compile=False)
+    model.compile(als.AdaptiveLossScaleOptimizer("adam", 2.0**10), loss="mse", jit_compile=JIT)
     return model
 
 

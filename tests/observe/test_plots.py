@@ -7,6 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from backends import JIT
 from graphs import floats
 from keras import layers
 
@@ -99,7 +100,7 @@ def test_spectra_stand_at_their_binades_before_and_after():
 def test_a_file_and_a_live_model_can_be_drawn(mixed_float16, tmp_path):
     inputs = keras.Input((4,))
     model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="scores")(inputs)))
-    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=False)
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=JIT)
     path = tmp_path / "run.jsonl"
     monitor = als.LossScaleMonitor(path, every=2)
     model.fit(floats(32, 4), floats(32, 2), 8, verbose=0, callbacks=[monitor])

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from backends import JIT
 from graphs import floats
 from keras import layers
 
@@ -37,12 +38,14 @@ def test_a_row_for_every_layer_and_the_reason_for_those_not_scaled():
 
 def test_scales_and_binades_after_a_step(mixed_float16):
     model = network()
-    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=False)
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=JIT)
     model.fit(floats(8, 4), floats(8, 2), epochs=5, verbose=0)
     (row,) = [row for row in als.scale_table(model) if row.name == "scores"]
     assert row.log2_total == row.log2_scale + np.log2(model.optimizer.loss_scale)
-    low, high = model.get_layer("scores").spectrum.binades
-    assert row.binades == (low - row.log2_total, high - row.log2_total)
+    layer = model.get_layer("scores")
+    low, high = layer.spectrum.binades
+    sampled_at = layer.snapshot.log2_sampled_at
+    assert row.binades == (low - sampled_at, high - sampled_at)
     assert row.underflow == model.get_layer("scores").spectrum.underflow_share
     assert als.scale_table(model, model.optimizer) == als.scale_table(model)
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from backends import JIT
 from graphs import floats
 from keras import applications
 from steps import assert_equal, assert_gradients_within, layer_stepper, randomize_scales
@@ -60,7 +61,7 @@ def test_a_family_trains_and_is_saved(name, tmp_path, mixed_float16):
     y = np.arange(2)
     wrapped = als.wrap_model(model)
     optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(1e-3))
-    wrapped.compile(optimizer, loss="sparse_categorical_crossentropy", jit_compile=False)
+    wrapped.compile(optimizer, loss="sparse_categorical_crossentropy", jit_compile=JIT)
     for _ in range(10):  # such statistics overflow at first
         wrapped.train_on_batch(x, y)
         if optimizer.steps - optimizer.skipped_steps == 3:

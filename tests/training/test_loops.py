@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from backends import JIT, ON_JAX, compiled, value_and_gradients
 from graphs import RELU, floats
 from keras import layers, ops, optimizers
 from steps import randomize_scales, scaled_layers
@@ -37,6 +38,17 @@ def sgd():
 
 def values(*models):
     return [v.numpy() for m in models for v in m.weights if not v.overwrite_with_gradient]
+
+
+def variables_of(*owners):
+    return [v for owner in owners for v in owner.variables]
+
+
+def minimize(loss, optimizer, model):
+    """One step of the model's weights along the gradient of `loss()`."""
+    variables = model.trainable_variables
+    _, gradients = value_and_gradients(loss, variables)
+    optimizer.apply(gradients, variables)
 
 
 def assert_same(actual, expected):
@@ -69,7 +81,7 @@ def assert_ends_as_plain(loop, *builds, inner=sgd, assert_same=assert_same):
 
 FITS = {
     "ragged batches": {},
-    "run_eagerly": {"run_eagerly": True},
+    "run_eagerly": {"run_eagerly": True, "jit_compile": False},
     "steps_per_execution": {"steps_per_execution": 2},
 }
 
@@ -77,7 +89,7 @@ FITS = {
 @pytest.mark.parametrize("name", FITS)
 def test_fit(name):
     def loop(model, make_optimizer):
-        model.compile(make_optimizer(), loss="mse", **({"jit_compile": False} | FITS[name]))
+        model.compile(make_optimizer(), loss="mse", **({"jit_compile": JIT} | FITS[name]))
         data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
         model.fit(data, epochs=2, shuffle=False, verbose=0)
 
@@ -86,7 +98,7 @@ def test_fit(name):
 
 def test_train_on_batch():
     def loop(model, make_optimizer):
-        model.compile(make_optimizer(), loss="mse", jit_compile=False)
+        model.compile(make_optimizer(), loss="mse", jit_compile=JIT)
         for i in range(4):
             model.train_on_batch(X[i:], Y[i:])
 
@@ -98,7 +110,7 @@ class Lookahead(optimizers.SGD):
 
     def build(self, variables):
         super().build(variables)
-        self.slow = [self.add_variable_from_reference(v, "slow", v.value) for v in variables]
+        self.slow = [self.add_variable_from_reference(v, "slow", ops.copy(v)) for v in variables]
 
     def apply(self, grads, trainable_variables=None):
         super().apply(grads, trainable_variables)
@@ -125,13 +137,19 @@ OPTIMIZERS = {
 )
 def test_every_optimizer(name):
     def loop(model, make_optimizer):
-        model.compile(make_optimizer(), loss="mse", jit_compile=False)
+        model.compile(make_optimizer(), loss="mse", jit_compile=JIT)
         model.fit(X, Y, batch_size=6, epochs=2, verbose=0)
 
     assert_ends_as_plain(loop, network, inner=lambda: OPTIMIZERS[name](0.05))
 
 
-@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "jit_compile",
+    [
+        pytest.param(False, marks=[pytest.mark.long] if ON_JAX else []),
+        pytest.param(True, marks=pytest.mark.long),
+    ],
+)
 def test_sequences_of_any_length(jit_compile, mixed_float16):
     inputs = keras.Input((None, 3))
     x = layers.Conv1D(4, 3, padding="same", **RELU)(inputs)
@@ -161,14 +179,17 @@ def test_gradients_accumulated_by_hand():
     def loop(model, make_optimizer):
         optimizer, variables = make_optimizer(), model.trainable_variables
 
-        @tf.function
-        def gradients_of(x, y):
-            with tf.GradientTape() as tape:
-                loss = optimizer.scale_loss(MSE(y, model(x, training=True)) / 2)
-            return tape.gradient(loss, variables)
+        optimizer.build(variables)
 
+        def gradients_of(x, y):
+            def loss():
+                return optimizer.scale_loss(MSE(y, model(x, training=True)) / 2)
+
+            return value_and_gradients(loss, variables)[1]
+
+        step = compiled(gradients_of, variables_of(model, optimizer))
         for _ in range(3):
-            parts = [gradients_of(X[:9], Y[:9]), gradients_of(X[9:], Y[9:])]
+            parts = [step(X[:9], Y[:9]), step(X[9:], Y[9:])]
             optimizer.apply([a + b for a, b in zip(*parts, strict=True)], variables)
 
     assert_ends_as_plain(loop, network)
@@ -183,9 +204,10 @@ def test_accumulated_by_hand_scales_are_those_of_one_batch(mixed_float16):
         for _ in range(12):
             total = [0.0] * len(variables)
             for x, y in zip(np.split(X, parts), np.split(Y, parts), strict=True):
-                with tf.GradientTape() as tape:
-                    loss = optimizer.scale_loss(MSE(y, model(x)) / parts)
-                gradients = tape.gradient(loss, variables)
+                _, gradients = value_and_gradients(
+                    lambda x, y: optimizer.scale_loss(MSE(y, model(x)) / parts), variables, [x, y]
+                )
+                gradients = gradients[: len(variables)]
                 total = [a + b for a, b in zip(total, gradients, strict=True)]
             optimizer.apply(total, variables)
         assert optimizer.skipped_steps == 0
@@ -199,28 +221,28 @@ def test_accumulated_by_hand_scales_are_those_of_one_batch(mixed_float16):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_two_losses_with_a_gradient_each(persistent):
+    if persistent and ON_JAX:
+        pytest.skip("persistent tapes are TensorFlow's")
+
     def loop(model, make_optimizer):
         optimizer, variables = make_optimizer(), model.trainable_variables
+        optimizer.build(variables)
 
         def losses():
             y = model(X, training=True)
             return optimizer.scale_loss(MSE(Y, y)), optimizer.scale_loss(ops.mean(y**4))
 
-        @tf.function
         def step():
             if persistent:
                 with tf.GradientTape(persistent=True) as tape:
                     both = losses()
                 both = [tape.gradient(loss, variables) for loss in both]
             else:
-                both = []
-                for i in range(2):
-                    with tf.GradientTape() as tape:
-                        loss = losses()[i]
-                    both.append(tape.gradient(loss, variables))
+                both = [value_and_gradients(lambda: losses()[0], variables)[1]]
+                both += [value_and_gradients(lambda: losses()[1], variables)[1]]
             optimizer.apply([a + b for a, b in zip(*both, strict=True)], variables)
 
-        optimizer.build(variables)
+        step = compiled(step, variables_of(model, optimizer))
         for _ in range(3):
             step()
 
@@ -228,7 +250,7 @@ def test_two_losses_with_a_gradient_each(persistent):
 
 
 def noise(step):
-    return tf.constant(floats(18, 3, seed=step))
+    return ops.array(floats(18, 3, seed=step))
 
 
 def test_a_gan():
@@ -241,21 +263,22 @@ def test_a_gan():
         for model, optimizer in of_both:
             optimizer.build(model.trainable_variables)
 
-        @tf.function
         def step(noise):
             fake = generator(noise, training=True)
-            with tf.GradientTape() as tape:
+
+            def loss_of_discriminator():
                 scores = discriminator(ops.concatenate([X, fake]), training=True)
                 truth = ops.concatenate([ops.ones((18, 1)), ops.zeros((18, 1))])
-                loss = for_discriminator.scale_loss(bce(truth, scores))
-            variables = discriminator.trainable_variables
-            for_discriminator.apply(tape.gradient(loss, variables), variables)
-            with tf.GradientTape() as tape:
-                scores = discriminator(generator(noise, training=True), training=True)
-                loss = for_generator.scale_loss(bce(ops.ones((18, 1)), scores))
-            variables = generator.trainable_variables
-            for_generator.apply(tape.gradient(loss, variables), variables)
+                return for_discriminator.scale_loss(bce(truth, scores))
 
+            def loss_of_generator():
+                scores = discriminator(generator(noise, training=True), training=True)
+                return for_generator.scale_loss(bce(ops.ones((18, 1)), scores))
+
+            minimize(loss_of_discriminator, for_discriminator, discriminator)
+            minimize(loss_of_generator, for_generator, generator)
+
+        step = compiled(step, variables_of(*itertools.chain(*of_both)))
         for i in range(4):
             step(noise(i))
 
@@ -267,18 +290,18 @@ def test_two_optimizers_share_a_body():
         heads = [keras.Model(model.input, output) for output in model.outputs]
         optimizers_ = [make_optimizer() for _ in heads]
 
-        @tf.function
-        def step(model, optimizer):
-            with tf.GradientTape() as tape:
-                loss = optimizer.scale_loss(ops.mean(model(X, training=True) ** 2))
-            variables = model.trainable_variables
-            optimizer.apply(tape.gradient(loss, variables), variables)
+        def step_of(model, optimizer):
+            def loss():
+                return optimizer.scale_loss(ops.mean(model(X, training=True) ** 2))
 
-        for head, optimizer in zip(heads, optimizers_, strict=True):
-            optimizer.build(head.trainable_variables)
+            optimizer.build(model.trainable_variables)
+            variables = variables_of(model, optimizer)
+            return compiled(lambda: minimize(loss, optimizer, model), variables)
+
+        steps = [step_of(*each) for each in zip(heads, optimizers_, strict=True)]
         for _ in range(3):
-            for head, optimizer in zip(heads, optimizers_, strict=True):
-                step(head, optimizer)
+            for step in steps:
+                step()
 
     def build():
         inputs = keras.Input((4,))
@@ -297,25 +320,26 @@ def test_wgan_gp():
         for model, optimizer in of_both:
             optimizer.build(model.trainable_variables)
 
-        @tf.function
         def step(noise):
             fake = generator(noise, training=True)
-            between = (X + fake) / 2
-            with tf.GradientTape() as tape:
-                with als.neutral_scales(), tf.GradientTape() as inner:
-                    inner.watch(between)
-                    score = critic(between, training=True)
-                slopes = tf.norm(inner.gradient(score, between), axis=1)
-                loss = ops.mean(critic(fake, training=True)) - ops.mean(critic(X, training=True))
-                loss = for_critic.scale_loss(loss + 10 * ops.mean((slopes - 1) ** 2))
-            variables = critic.trainable_variables
-            for_critic.apply(tape.gradient(loss, variables), variables)
-            with tf.GradientTape() as tape:
-                loss = -ops.mean(critic(generator(noise, training=True), training=True))
-                loss = for_generator.scale_loss(loss)
-            variables = generator.trainable_variables
-            for_generator.apply(tape.gradient(loss, variables), variables)
 
+            def loss_of_critic():
+                with als.neutral_scales():
+                    _, (gradient,) = value_and_gradients(
+                        lambda x: ops.sum(critic(x, training=True)), [], [(X + fake) / 2]
+                    )
+                slopes = ops.sqrt(ops.sum(gradient**2, axis=1) + 1e-12)
+                loss = ops.mean(critic(fake, training=True)) - ops.mean(critic(X, training=True))
+                return for_critic.scale_loss(loss + 10 * ops.mean((slopes - 1) ** 2))
+
+            def loss_of_generator():
+                loss = -ops.mean(critic(generator(noise, training=True), training=True))
+                return for_generator.scale_loss(loss)
+
+            minimize(loss_of_critic, for_critic, critic)
+            minimize(loss_of_generator, for_generator, generator)
+
+        step = compiled(step, variables_of(*itertools.chain(*of_both)))
         for i in range(4):
             step(noise(i))
 
@@ -336,7 +360,7 @@ def test_layers_frozen_and_unfrozen_between_fits():
     def loop(model, make_optimizer):
         for trainable in (False, True, False):
             model.layers[1].trainable = trainable
-            model.compile(make_optimizer(), loss="mse", jit_compile=False)
+            model.compile(make_optimizer(), loss="mse", jit_compile=JIT)
             model.fit(X, Y, batch_size=6, verbose=0)
 
     assert_ends_as_plain(loop, network)
@@ -358,6 +382,7 @@ def test_lora(when):
 
     def trained(model, optimizer):
         x, y = np.arange(10).reshape(2, 5) % 7, floats(2, 5, 2)
+        # XLA reassociates products of three matrices.
         model.compile(optimizer, loss="mse", jit_compile=False)
         model.fit(x, y, epochs=3, verbose=0)
         return [
@@ -389,7 +414,7 @@ def test_a_trained_model_is_quantised_like_a_plain_one(mode, policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     x, y = floats(8, 16), floats(8, 8)
     model = als.wrap_model(network(16, 8))
-    model.compile(als.AdaptiveLossScaleOptimizer(sgd()), loss="mse", jit_compile=False)
+    model.compile(als.AdaptiveLossScaleOptimizer(sgd()), loss="mse", jit_compile=JIT)
     model.fit(x, y, verbose=0)
     plain = network(16, 8)
     plain.set_weights(values(model))
@@ -413,7 +438,7 @@ def test_float8_layers_of_keras():
         model = wrap(keras.Model(inputs, layers.Dense(2, name="last")(x)))
         for name in ("first", "last"):
             model.get_layer(name).quantize("float8")
-        model.compile(optimizer, loss="mse", jit_compile=False)
+        model.compile(optimizer, loss="mse", jit_compile=JIT)
         model.fit(X, Y, batch_size=6, epochs=2, verbose=0)
         return [v.numpy() for v in model.weights if not v.name.startswith("loss_scale")]
 
@@ -431,7 +456,7 @@ def test_layers_of_several_dtypes(mixed_float16):
     x = layers.Dense(6, **RELU)(x)
     model = als.wrap_model(keras.Model(inputs, layers.Dense(2, dtype="float32", name="head")(x)))
     optimizer = als.AdaptiveLossScaleOptimizer(sgd(), 2.0**10)
-    model.compile(optimizer, loss="mse", jit_compile=False)
+    model.compile(optimizer, loss="mse", jit_compile=JIT)
     history = model.fit(X, Y, batch_size=6, epochs=20, verbose=0).history["loss"]
     assert history[-1] < history[0]
     assert optimizer.skipped_steps == 0

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from backends import JIT, ON_JAX
 from graphs import GRAPHS, floats
 from keras import layers, ops
 from steps import (
@@ -19,8 +20,9 @@ from test_layers_exact import CASES, WITH_XLA, built, training_of
 import tf_adaptive_ls as als
 from tf_adaptive_ls.training.keras_internals import not_rematerialised
 
-# TensorFlow fuses a product, a bias and an activation where no part is kept.
-FUSED = ("Dense", "graph")
+# TensorFlow fuses a product, a bias and an activation where no part is kept. JAX compiles what
+# is rematerialised, even in eager mode.
+FUSED = {("MultiHeadAttention", "eager")} if ON_JAX else {("Dense", "graph")}
 
 
 def long(value):
@@ -42,7 +44,7 @@ def test_any_scale_gives_the_plain_layer(name, mode, rng):
     scaled = als.LossScaled(layer)
     run = layer_stepper(scaled, layer, inputs, **options)
     neutral = run()
-    if (name, mode) == FUSED:
+    if (name, mode) in FUSED:
         assert_gradients_within(neutral, plain, ulps=8)
     else:
         assert_equal(neutral, plain)
@@ -149,7 +151,7 @@ def test_training_is_that_of_a_model_that_keeps_all(mixed_float16):
         keras.utils.set_random_seed(0)
         model = als.wrap_model(make())
         optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(0.1), 2.0**10)
-        model.compile(optimizer, loss="mse", jit_compile=False)
+        model.compile(optimizer, loss="mse", jit_compile=JIT)
         model.fit(floats(16, 4), floats(16, 2, seed=1), batch_size=4, epochs=3, verbose=0)
         rows = als.scale_table(model)
         return [v.numpy() for v in model.weights], [row.binades for row in rows]

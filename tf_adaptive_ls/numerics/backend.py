@@ -6,6 +6,13 @@ from typing import Any, TypeAlias
 
 import keras
 
+if keras.backend.backend() not in ("tensorflow", "jax"):
+    raise ImportError(
+        "Expected Keras on TensorFlow or JAX. Received: Keras on the backend "
+        f"'{keras.backend.backend()}'. Set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax "
+        "before Keras is imported."
+    )
+
 # One of whichever backend computes; also a NumPy array, where nothing is differentiated.
 Tensor: TypeAlias = Any
 
@@ -58,6 +65,11 @@ def gradients_end_at_assignments():
     Otherwise, as on JAX, where there are only values, it has that of what it was before.
     """
     return keras.backend.backend() == "tensorflow"
+
+
+def only_values():
+    """Whether a conditional may not update variables, as on JAX, but has to return new values."""
+    return keras.backend.backend() != "tensorflow"
 
 
 def rematerialised(function):
@@ -242,25 +254,26 @@ def joined_batch(model, batch):
 def run_if(condition, function, *arguments):
     """Runs `function(*arguments)`, which updates variables, if a scalar tensor is true.
 
-    In `tf.distribute`, on every replica; `condition` must be the same on all.
+    In `tf.distribute`, on every replica; `condition` must be the same on all. Not where there are
+    `only_values`.
     """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    import tensorflow as tf
 
-        if not tf.__internal__.distribute.strategy_supports_no_merge_call():
-            # Updates of variables merge replicas, which they cannot do inside a
-            # conditional of one replica: the conditional has to be around all.
-            def on_all(strategy, condition, arguments):
-                condition = strategy.experimental_local_results(condition)[0]
-                _run_if(
-                    condition,
-                    lambda: strategy.extended.call_for_each_replica(function, args=arguments),
-                )
+    if tf.__internal__.distribute.strategy_supports_no_merge_call():
+        _run_if(condition, lambda: function(*arguments))
+        return
 
-            context = tf.distribute.get_replica_context()
-            context.merge_call(on_all, args=(condition, arguments))
-            return
-    _run_if(condition, lambda: function(*arguments))
+    # Updates of variables merge replicas, which they cannot do inside a conditional of one
+    # replica: the conditional has to be around all.
+    def on_all(strategy, condition, arguments):
+        condition = strategy.experimental_local_results(condition)[0]
+        _run_if(
+            condition,
+            lambda: strategy.extended.call_for_each_replica(function, args=arguments),
+        )
+
+    context = tf.distribute.get_replica_context()
+    context.merge_call(on_all, args=(condition, arguments))
 
 
 def _run_if(condition, function):

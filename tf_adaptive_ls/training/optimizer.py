@@ -1,5 +1,6 @@
 """`AdaptiveLossScaleOptimizer`: a loss scale, and one more for every layer."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -238,25 +239,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
 
-        weights, reports = self._split(grads, trainable_variables)
-        gradients, variables = _unzipped(weights)
-        if not reports:
-            finite = self.check_finite(gradients)
-            super().apply(gradients, variables)
-            self._count_step(finite)
-            return
-        states = self._states()
-        evidence = self._evidence(weights, reports, *states)
-        backend.run_if(evidence.finite, self._apply_inner, gradients, variables)
-        self._count_step(evidence.finite)
-        self._update_scales(evidence, *states)
-
-    def _apply_inner(self, gradients, variables):
-        self.inner_optimizer.apply(self._unscaled(gradients), variables)
-        backend.leave_gradients_to_graph()
-
-    def _unscaled(self, gradients):
-        return [None if g is None else ops.divide(g, self.dynamic_scale) for g in gradients]
+        self._step(grads, trainable_variables, without_effects=backend.only_values())
 
     def stateless_apply(
         self,
@@ -270,35 +253,47 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         own = list(zip(self.variables, optimizer_variables, strict=True))
         model = list(zip(self._model_variables, trainable_variables, strict=True))
         with keras.StatelessScope([*model, *own]) as scope:
-            weights, reports = self._split(grads, self._model_variables)
-            gradients, variables = _unzipped(weights)
-            if reports:
-                states = self._states()
-                evidence = self._evidence(weights, reports, *states)
-                finite = evidence.finite
-            else:
-                finite = self.check_finite(gradients)
-            values = [scope.get_current_value(v) for v in variables]
-            inner_variables = self.inner_optimizer.variables
-            inner_values = [scope.get_current_value(v) for v in inner_variables]
-            values, inner_values = ops.cond(
-                finite,
-                lambda: self.inner_optimizer.stateless_apply(
-                    inner_values, self._unscaled(gradients), values
-                ),
-                lambda: (values, inner_values),
-            )
-            for variable, value in zip(
-                [*variables, *inner_variables], [*values, *inner_values], strict=True
-            ):
-                variable.assign(value)
-            self._count_step(finite)
-            if reports:
-                self._update_scales(evidence, *states)
+            self._step(grads, self._model_variables, without_effects=True)
         return (
             [scope.get_current_value(v) for v in self._model_variables],
             [scope.get_current_value(v) for v in self.variables],
         )
+
+    def _step(self, grads, variables, without_effects):
+        """Args: without_effects: that a conditional may have none, and returns new values."""
+        weights, reports = self._split(grads, variables)
+        gradients, variables = _unzipped(weights)
+        if not reports:
+            finite = self.check_finite(gradients)
+            if without_effects:
+                new_values = super().stateless_apply(
+                    _values(self.variables), gradients, _values(variables)
+                )
+                _assign([*variables, *self.variables], itertools.chain(*new_values))
+            else:
+                super().apply(gradients, variables)
+            self._count_step(finite)
+            return
+        states = self._states()
+        evidence = self._evidence(weights, reports, *states)
+        if without_effects:
+            touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
+            new_values = ops.cond(
+                evidence.finite,
+                lambda: _values_after(lambda: self._apply_inner(gradients, variables), touched),
+                lambda: _values(touched),
+            )
+            _assign(touched, new_values)
+        else:
+            backend.run_if(evidence.finite, self._apply_inner, gradients, variables)
+        self._count_step(evidence.finite)
+        self._update_scales(evidence, *states)
+
+    def _apply_inner(self, gradients, variables):
+        scale = self.dynamic_scale
+        unscaled = [None if g is None else ops.divide(g, scale) for g in gradients]
+        self.inner_optimizer.apply(unscaled, variables)
+        backend.leave_gradients_to_graph()
 
     def _count_step(self, finite):
         skipped = ops.logical_not(finite)
@@ -435,6 +430,22 @@ def _is_scale(variable):
 
 def _unzipped(weights):
     return [gradient for gradient, _ in weights], [variable for _, variable in weights]
+
+
+def _values(variables):
+    return [variable.value for variable in variables]
+
+
+def _assign(variables, values):
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _values_after(function, variables):
+    """The values that variables, all that `function` touches, would have after it."""
+    with keras.StatelessScope([(variable, variable.value) for variable in variables]) as scope:
+        function()
+    return [scope.get_current_value(variable) for variable in variables]
 
 
 def _checked_inner_optimizer(inner_optimizer):

@@ -312,7 +312,8 @@ def _compile_like(model, result, make_optimizer):
         )
         for role, variable in zip(roles, copy.variables, strict=True):
             if role in values:
-                variable.assign(values[role])
+                # JAX gives the memory of variables away when it trains: no two may share it.
+                variable.assign(keras.ops.copy(values[role]))
 
 
 def _roles_of_variables(optimizer, build):
