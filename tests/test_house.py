@@ -7,7 +7,9 @@ import socket
 import pytest
 from pytest_socket import SocketConnectBlockedError
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "tf_adaptive_ls"
+import tf_adaptive_ls
+
+PACKAGE = pathlib.Path(tf_adaptive_ls.__file__).parent
 WINGS = ["numerics", "training", "observe"]
 MODULES = [path for wing in WINGS for path in (PACKAGE / wing).glob("*.py")]
 
@@ -64,6 +66,20 @@ def test_privates_of_others_are_in_two_places():
                 assert ours or public, f"{name_of(path)}: {ast.unparse(node)}"
             if isinstance(node, ast.ImportFrom):
                 assert not node.module.startswith("keras.src"), name_of(path)
+
+
+def test_what_depends_on_the_backend_is_in_one_place():
+    for path in MODULES:
+        if path.name == "backend.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called != "keras.backend.backend", f"{name_of(path)}: {called}()"
+            # Writing for TensorBoard takes TensorFlow on every backend.
+            if isinstance(node, ast.Import) and path.name != "tensorboard.py":
+                imported = {alias.name.partition(".")[0] for alias in node.names}
+                assert not imported & {"tensorflow", "jax", "torch"}, name_of(path)
 
 
 @pytest.mark.filterwarnings("ignore:A test tried to use socket")
