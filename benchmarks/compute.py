@@ -61,6 +61,7 @@ def step_of(model, batch):
         return lambda: float(model.train_function(batches)["loss"]), lambda: None
 
     # On JAX `fit` keeps what it jits to itself; this is what Keras's guides jit.
+    model.optimizer.build(model.trainable_variables)
     variables = [
         model.trainable_variables,
         model.non_trainable_variables,

@@ -5,9 +5,7 @@ test accuracy, how many steps were skipped, and what each layer's gradients do;
 saves the trained model as plain Keras.
 """
 
-import argparse
-import pathlib
-
+import common
 import keras
 import numpy as np
 from keras import layers
@@ -48,23 +46,10 @@ def load_data():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=15, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=pathlib.Path("runs/digits.keras"),
-        help="where to save the trained model; default: %(default)s",
-    )
-    args = parser.parse_args(argv)
-
-    keras.utils.set_random_seed(args.seed)
-    keras.config.set_dtype_policy("mixed_float16")
+    args = common.parser(__doc__, 15, 64, "digits.keras").parse_args(argv)
+    common.begin(args)
     x_train, x_test, y_train, y_test = load_data()
-    # Batches of one size, so that XLA compiles once.
-    whole = len(x_train) // args.batch_size * args.batch_size
+    x_train, y_train = common.whole_batches(args, x_train, y_train)
 
     model = als.wrap_model(build_model())
     optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.Adam(2e-3))
@@ -75,17 +60,12 @@ def main(argv=None):
         jit_compile=True,
     )
     print("Compiling; the first step takes a while.")
-    model.fit(x_train[:whole], y_train[:whole], args.batch_size, epochs=args.epochs)
+    model.fit(x_train, y_train, args.batch_size, epochs=args.epochs)
 
     accuracy = np.mean(np.argmax(model.predict(x_test, len(x_test), verbose=0), 1) == y_test)
     print(f"\nTest accuracy: {accuracy:.2%}")
-    print(f"Skipped steps: {optimizer.skipped_steps} of {whole // args.batch_size * args.epochs}")
-    print(f"Loss scale S: {optimizer.loss_scale:g}\n")
-    print(als.scale_table(model))
-
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    als.strip_model(model).save(args.output)
-    print(f"\nSaved the model, plain Keras again, to {args.output}")
+    common.say(model, optimizer)
+    common.save(model, args.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Gradients and compiled steps: what Keras has no neutral name for, and tests need."""
 
+import contextlib
+
 import keras
 import tensorflow as tf
 
@@ -82,6 +84,15 @@ def value_and_gradients(function, variables, tensors=()):
     for variable, new in zip(updated, values, strict=True):
         variable.assign(new)
     return value, [*gradients[0], *gradients[1]]
+
+
+def float64_enabled():
+    """A context in which tensors may be of float64, which JAX has only if told to."""
+    if not ON_JAX:
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
 
 
 class _Scope(keras.StatelessScope):

@@ -17,6 +17,8 @@ TESTS = {
     "test_it_is_run_again_where_keras_would": "counts runs in Python, which JAX only traces",
 }
 CASES = {
+    ("test_examples_run_and_say_what_was_seen", "gan"): "it uses TensorFlow's tape",
+    ("test_examples_run_and_say_what_was_seen", "language"): ATTENTION,
     ("test_other_dtypes_keep_their_precision", "float64"): "JAX has no float64 unless told to",
     ("test_forward_is_untouched_in_float16", "SpectralNormalization"): (
         "overflows while JAX traces it, the plain layer, too"

@@ -3,9 +3,10 @@
 import keras
 import numpy as np
 import pytest
+from backends import ON_JAX
 from graphs import chain, floats
 from keras import layers, optimizers
-from steps import scaled_layers
+from steps import assert_equal, layer_stepper, scaled_layers
 
 import tf_adaptive_ls as als
 
@@ -207,8 +208,18 @@ def test_a_layer_that_rematerialises_a_part_for_itself():
         def call(self, x):
             return keras.remat(super().call)(x)
 
+    plain = Own(2, name="own")
+    if ON_JAX:  # where it can be done
+        scaled, inputs = als.LossScaled(plain), {"args": (floats(3, 4),)}
+        scaled.build((3, 4))
+        scaled.log2_scale = 5
+        ours, expected = (
+            layer_stepper(each, plain, inputs, training=None)() for each in (scaled, plain)
+        )
+        assert_equal(ours, expected)
+        return
     with pytest.raises(ValueError, match=r"reading 'own/kernel' in a function made by `keras.rem"):
-        als.LossScaled(Own(2, name="own"))(floats(3, 4))
+        als.LossScaled(plain)(floats(3, 4))
 
 
 def test_a_refused_model_is_left_as_it_was():

@@ -7,6 +7,7 @@ import re
 import keras
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 
 import tf_adaptive_ls as als
@@ -21,11 +22,36 @@ def main_of(name):
     return module.main
 
 
-def test_digits(tmp_path, capsys):
-    path = tmp_path / "made" / "digits.keras"
-    main_of("digits")(["--epochs", "1", "--batch-size", "256", "--output", str(path)])
+# What each says in the end, after two steps or as many as said.
+SAYS = {
+    "digits": ("Test accuracy:", "Skipped steps: 0 of 2", "block3_conv2"),
+    "cifar10": ("Test accuracy:", "Skipped steps: 0 of 2", "conv2d_18"),
+    "language": ("Bits per letter", "It writes:", "def ", "Skipped steps: 0 of 2"),
+    "lstm": ("Test accuracy:", "Skipped steps: 0 of 2", "lstm"),
+    "custom_loop": ("Epoch 1 of 1: loss", "Test accuracy:", "Skipped steps: 0 of 2"),
+    "gan": ("Drawn from noise:", "The discriminator.", "Skipped steps: 0 of 2", "conv2d_transpose"),
+    "deep_mlp": ("float16, no scaling", "100.00%", "Skipped steps: 0 of 2", "hidden_16"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "digits" else pytest.param(name, marks=pytest.mark.long) for name in SAYS],
+)
+def test_examples_run_and_say_what_was_seen(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    path = tmp_path / "made" / f"{name}.keras"
+    arguments = ["--tiny", "--output", str(path)]
+    if name == "cifar10":
+        images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3)).astype("uint8")
+        labels = np.arange(300) % 10
+        np.savez(
+            tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images, y_test=labels
+        )
+        arguments += ["--data", str(tmp_path / "data.npz"), "--record", str(tmp_path / "run")]
+    main_of(name)(arguments)
     printed = capsys.readouterr().out
-    for expected in ("Test accuracy:", "Skipped steps: 0 of 5", "block3_conv2", str(path)):
+    for expected in (*SAYS[name], str(path)):
         assert expected in printed
     model = keras.models.load_model(path)
     assert type(model) is keras.Model or type(model).__module__.startswith("keras.")
