@@ -19,7 +19,7 @@ from tf_adaptive_ls.training.loss_scaled import LossScaled, neutral_scales
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.wrapping import strip_model, wrap_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptiveLossScaleOptimizer",

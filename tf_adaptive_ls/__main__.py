@@ -23,6 +23,11 @@ def main(argv=None):
     )
     parser.add_argument("--step", type=int, help="the step that spectra.png shows, not the last")
     parser.add_argument("--dark", action="store_true", help="draw on black")
+    parser.add_argument(
+        "--html",
+        action="store_true",
+        help="write one page with all of it, report.html, that needs no network",
+    )
     args = parser.parse_args(argv)
 
     # Here, for its error is about a package and comes after those about arguments.
@@ -42,6 +47,12 @@ def main(argv=None):
     for name, figure in pictures.items():
         path = args.output / f"{name}.png"
         figure.savefig(path, dpi=110)
+        print(f"Written: {path}")
+    if args.html:
+        from tf_adaptive_ls.observe.html_page import page_of
+
+        path = args.output / "report.html"
+        path.write_text(page_of(run, args.run.stem), encoding="utf-8")
         print(f"Written: {path}")
 
 

@@ -14,6 +14,7 @@ from keras import layers
 import tf_adaptive_ls as als
 from tf_adaptive_ls import plots
 from tf_adaptive_ls.__main__ import main
+from tf_adaptive_ls.observe.html_page import page_of
 
 PLOTS = {
     "scales": plots.plot_scales,
@@ -118,14 +119,25 @@ def test_what_is_no_run_is_refused(name):
 
 def test_the_command_writes_all_of_them_and_prints_the_table(mixed_float16, tmp_path, capsys):
     test_a_file_and_a_live_model_can_be_drawn(None, tmp_path)
-    main([str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "pictures"), "--dark"])
+    main([str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "pictures"), "--dark", "--html"])
     printed = capsys.readouterr().out
     assert "scores" in printed and "gradient binades" in printed
     written = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert written == {"scales.png", "spectra.png", "training.png"}
+    assert written == {"scales.png", "spectra.png", "training.png", "report.html"}
     for path in (tmp_path / "missing.jsonl", tmp_path / "pictures" / "scales.png"):
         with pytest.raises(SystemExit, match=r"No such file|does not begin like one"):
             main([str(path)])
+
+
+def test_the_page_holds_all_and_asks_for_nothing():
+    run = run_of_size(3, 5)
+    run.layers[1] = "<script>alert('a name')</script>"
+    page = page_of(run, "a & b")
+    assert page.count("data:image/png;base64,") == 2 * len(PLOTS)
+    assert "<title>a &amp; b</title>" in page
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "http" not in page and "<link" not in page
+    assert page.count("<tr>") == 1 + 5
 
 
 @pytest.mark.long

@@ -56,28 +56,32 @@ class ScaleTable(list[ScaleRow]):
         self.narrow_reductions = narrow_reductions
 
     def __str__(self):
-        columns = {
-            "layer": "left",
-            "class": "left",
-            "scale": "right",
-            "S · scale": "right",
-            "gradient binades": "right",
-            "underflow": "right",
-            "not scaled because": "left",
-        }
-        rows = (
-            (
-                row.name,
-                row.layer_class,
-                power(row.log2_scale),
-                power(row.log2_total),
-                powers(row.binades),
-                "" if row.underflow is None else f"{row.underflow:.2%}",
-                row.note,
-            )
-            for row in self
-        )
-        return text_table(columns, rows) + advice(self.narrow_reductions)
+        return text_table(COLUMNS, map(cells_of, self)) + advice(self.narrow_reductions)
+
+
+# Names of columns, and the side that their cells are aligned to.
+COLUMNS = {
+    "layer": "left",
+    "class": "left",
+    "scale": "right",
+    "S · scale": "right",
+    "gradient binades": "right",
+    "underflow": "right",
+    "not scaled because": "left",
+}
+
+
+def cells_of(row):
+    """What a `ScaleRow` shows in each of `COLUMNS`: strings."""
+    return (
+        row.name,
+        row.layer_class,
+        power(row.log2_scale),
+        power(row.log2_total),
+        powers(row.binades),
+        "" if row.underflow is None else f"{row.underflow:.2%}",
+        row.note,
+    )
 
 
 def scale_table(

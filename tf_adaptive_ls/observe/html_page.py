@@ -1,0 +1,88 @@
+"""A run as one page that needs no network: table, pictures, a search by layer."""
+
+import base64
+import html
+import io
+import string
+
+from tf_adaptive_ls.observe import plots
+from tf_adaptive_ls.observe.scale_table import COLUMNS, cells_of
+
+_PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+  :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+  body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+  img { max-width: 100%; height: auto; }
+  .wide { overflow-x: auto; }
+  table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+  th, td { padding: .25rem .75rem; text-align: left; white-space: nowrap; }
+  tr { border-bottom: 1px solid #8884; }
+  .right { text-align: right; }
+  input { font: inherit; padding: .4rem .6rem; width: 20rem; max-width: 100%; margin: .5rem 0; }
+</style>
+<h1>$title</h1>
+<p>$summary</p>
+<p>A gradient of a layer is in its format at the scale S · 2<sup>r</sup>. <em>Gradient
+binades</em> are the powers of two that gradients really span, without any scale;
+<em>underflow</em> is the estimated share that becomes zero all the same.</p>
+$pictures
+<h2>Layers</h2>
+<input type="search" placeholder="search by layer or class" aria-label="search by layer or class"
+  oninput="for (const row of document.querySelectorAll('tbody tr'))
+    row.hidden = !row.textContent.toLowerCase().includes(this.value.toLowerCase())">
+<div class="wide"><table>
+<thead><tr>$header</tr></thead>
+<tbody>
+$rows
+</tbody>
+</table></div>
+</html>
+""")
+_PICTURES = {
+    "Scale of every layer over time": plots.plot_scales,
+    "Gradients of every layer against its format": plots.plot_spectra,
+    "Training": plots.plot_training,
+}
+
+
+def page_of(run, title):
+    """The page as a string of HTML. Args: run: A `Run`; title: String."""
+    return _PAGE.substitute(
+        title=html.escape(title),
+        summary=html.escape(
+            f"{run.steps[-1]} steps, {run.skipped_steps[-1]} of them skipped; "
+            f"{len(run.layers)} layers with a scale; S = 2^{run.log2_loss_scale[-1]:g} at the end."
+        ),
+        pictures="\n".join(_picture(name, plot, run) for name, plot in _PICTURES.items()),
+        header="".join(_cell("th", name, side) for name, side in COLUMNS.items()),
+        rows="\n".join(f"<tr>{_row(row)}</tr>" for row in run.table()),
+    )
+
+
+def _row(row):
+    pairs = zip(cells_of(row), COLUMNS.values(), strict=True)
+    return "".join(_cell("td", text, side) for text, side in pairs)
+
+
+def _cell(kind, text, side):
+    return f'<{kind} class="{side}">{html.escape(text)}</{kind}>'
+
+
+def _picture(name, plot, run):
+    """In light and dark, whichever the reader prefers."""
+    return (
+        f"<h2>{html.escape(name)}</h2>\n<picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_data(plot(run, dark=True))}">'
+        f'<img alt="{html.escape(name)}" src="{_data(plot(run))}"></picture>'
+    )
+
+
+def _data(figure):
+    """A figure as a URL that holds it."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
