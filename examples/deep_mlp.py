@@ -1,9 +1,11 @@
-"""A deep network that float16 cannot train without a scale for every layer.
+"""A deep network that plain float16 cannot train, and whose gradients no one scale holds at first.
 
 Seventeen layers with small weights, of which each divides the gradient by five on its way back:
 the first layer's is 2^37 times smaller than the last one's, while float16 holds 40 binades, and
 the gradients of one layer spread over twenty of them. Trains it on handwritten digits four ways,
-and prints how many weights ever had a gradient, and what was learnt.
+and prints how many weights ever had a gradient, and what was learnt. Keras's one scale reaches all
+weights in the end, once gradients have grown; from seed to seed accuracy differs more than between
+the ways that train at all.
 """
 
 import common
