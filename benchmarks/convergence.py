@@ -15,6 +15,7 @@ were run before into the same directory stay in the tables.
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import data
@@ -27,6 +28,7 @@ from keras import optimizers
 from strategies import FLOAT32, KERAS, OURS, REFERENCE, STRATEGIES, VARIATIONS, fixed
 
 import tf_adaptive_ls as als
+from tf_adaptive_ls.numerics import backend
 
 TEST_EVERY = 100
 START = 20
@@ -166,10 +168,9 @@ class Trainee:
         self._case, self._steps = case, steps
         self._plain = case.build()
         self._model = als.wrap_model(self._plain) if strategy.wrapped else self._plain
-        self._factor = keras.Variable(1.0, trainable=False, name="loss_factor")
         self._model.compile(
             strategy.optimizer(case.optimizer(steps)),
-            loss=lambda y, scores: self._factor * zoo.cross_entropy(y, scores),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
             jit_compile=True,
             auto_scale_loss=False,
@@ -177,7 +178,7 @@ class Trainee:
         self._model.optimizer.build(self._model.trainable_variables)
         self._states = [v for v in self._model.variables if v.overwrite_with_gradient]
         self._to_reset = [*self._states, *self._model.optimizer.variables]
-        self._initial = [v.numpy() for v in self._to_reset]
+        self._initial = [np.array(v.numpy()) for v in self._to_reset]
 
     def train(self, seed, weights, images, advance):
         """Trains from `weights`; returns the figures of the run, ready for JSON."""
@@ -187,12 +188,22 @@ class Trainee:
         self._plain.set_weights(weights)
         test = case.examples(images.x_test[:1000], images.y_test[:1000])
         batches = (case.examples(*batch) for batch in images.batches(case.batch_size, seed))
-        recorder = Recorder(self._factor, case.loss_factor, self._steps, self._states, advance)
+        scales = [v for v in self._states if v.name == "loss_scale"]
+        recorder = Recorder(scales, advance)
         accuracies = {}
         while recorder.step < self._steps:
             chunk = min(TEST_EVERY, self._steps - recorder.step)
+            # Exactly as many as are used: Keras fetches some in advance.
+            taken = [
+                (x, y, np.full(len(y), case.loss_factor(recorder.step + i, self._steps), "float32"))
+                for i, (x, y) in enumerate(itertools.islice(batches, chunk))
+            ]
             model.fit(
-                batches, steps_per_epoch=chunk, shuffle=False, verbose=0, callbacks=[recorder]
+                (each for each in taken),
+                steps_per_epoch=chunk,
+                shuffle=False,
+                verbose=0,
+                callbacks=[recorder],
             )
             result = model.evaluate(*test, batch_size=len(test[1]), verbose=0, return_dict=True)
             accuracies[recorder.step] = result["accuracy"]
@@ -208,35 +219,32 @@ class Trainee:
 
 
 class Recorder(keras.callbacks.Callback):
-    """Sets the loss factor of every step and watches the scales."""
+    """Watches the scales."""
 
-    def __init__(self, factor, loss_factor, steps, states, advance):
+    def __init__(self, scales, advance):
         super().__init__()
         self.step = 0
         self.skipped = []
         self.loss_scales = {}
-        self._factor, self._loss_factor, self._steps = factor, loss_factor, steps
-        self._states = states
+        self._scales = scales
+        self._before = None
         self._log2_scales = []
         self._advance = advance
 
-    def on_train_batch_begin(self, batch, logs=None):
-        self._factor.assign(self._loss_factor(self.step, self._steps))
-        self._before = self._loss_scale()
-
     def on_train_batch_end(self, batch, logs=None):
+        backend.sync_state(self.model)
         scale = self._loss_scale()
-        optimizer = self.model.optimizer
-        if self._states:
-            skipped = optimizer.last_step_skipped
+        if self._scales:
+            skipped = self.model.optimizer.last_step_skipped
         else:
-            skipped = scale is not None and scale < self._before
+            skipped = scale is not None and scale < (self._before or 2.0**15)
+        self._before = scale
         if skipped:
             self.skipped.append(self.step)
         if scale is not None and self.step % 10 == 0:
             self.loss_scales[self.step] = scale
         if scale is not None and self.step < SETTLING:
-            rs = [float(state.numpy()[0, 0]) for state in self._states]
+            rs = [float(variable.numpy()[0]) for variable in self._scales]
             self._log2_scales.append(np.log2(scale) + np.array([0.0, *rs]))
         self.step += 1
         self._advance()
@@ -249,7 +257,7 @@ class Recorder(keras.callbacks.Callback):
         if not self._log2_scales:
             return None
         scales = np.stack(self._log2_scales)
-        if self._states:
+        if self._scales:
             scales = scales[:, 1:]
         away = np.flatnonzero(np.abs(scales - scales[-1]).max(axis=1) > 2)
         return int(away[-1]) + 2 if away.size else 1

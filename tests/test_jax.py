@@ -18,7 +18,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = [
     "training/test_graphs_exact.py::test_any_scales_give_the_plain_model[residual-eager]",
     "training/test_jax_loops.py::test_as_keras_documents_it[checkpoint]",
-    "training/test_loops.py::test_fit[ragged batches]",
     "training/test_overflow.py::test_a_layer_that_passes_a_fault_on_is_not_to_blame",
     "training/test_self_contained.py::test_second_order_gradients_are_refused[xla]",
 ]

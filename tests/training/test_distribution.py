@@ -91,6 +91,7 @@ def assert_as_near_to_one_device_as_keras(several, plain, one_device):
     assert np.all(np.abs(differences) <= 1)
 
 
+@pytest.mark.long
 def test_four_devices_as_one(tmp_path, one_device):
     several = run(tmp_path / "ours", "--count", devices=4)
     plain = run(tmp_path / "plain", "--count", "--plain", devices=4)

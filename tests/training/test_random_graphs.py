@@ -143,6 +143,7 @@ def graphs(number, sizes):
     return decorate
 
 
+@pytest.mark.long
 @graphs(30, st.integers(1, 9))
 def test_small_graphs(size, seed):
     assert_any_scales_give_the_plain_model(size, seed)
