@@ -29,6 +29,21 @@ def gradients(function, tensors):
     return [tf.zeros_like(x) if g is None else tf.convert_to_tensor(g) for g, x in pairs]
 
 
+def updated(optimizer, variables, optimizer_values, gradients, values):
+    """New values of `variables` and of the optimizer's, from old ones: `stateless_apply`.
+
+    Keras has none on TensorFlow, where the variables take the values.
+    """
+    if ON_JAX:
+        return optimizer.stateless_apply(optimizer_values, gradients, values)
+    both = [*variables, *optimizer.variables]
+    for variable, value in zip(both, [*values, *optimizer_values], strict=True):
+        variable.assign(value)
+    optimizer.apply(gradients, variables)
+    new = [tf.convert_to_tensor(variable) for variable in both]
+    return new[: len(variables)], new[len(variables) :]
+
+
 def float64_enabled():
     """A context in which tensors may be of float64, which JAX has only if told to."""
     return jax.enable_x64(True) if ON_JAX else contextlib.nullcontext()

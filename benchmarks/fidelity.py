@@ -21,6 +21,7 @@ run before into the same directory stay in the tables.
 """
 
 import argparse
+import functools
 import logging
 
 import compute
@@ -86,7 +87,7 @@ class Gradients:
 
 
 def values_of(variables):
-    return [variable.value for variable in variables]
+    return [ops.convert_to_tensor(variable) for variable in variables]
 
 
 class Shadow:
@@ -128,8 +129,12 @@ class Shadow:
         model = self._gradients
         ours = [id(v) for v in [*model.weights, *model.states]]
         order = [ours.index(id(v)) for v in model.model.trainable_variables]
-        after, values = self._optimizer.stateless_apply(
-            values, [gradients[i] for i in order], [before[i] for i in order]
+        after, values = compute.updated(
+            self._optimizer,
+            model.model.trainable_variables,
+            values,
+            [gradients[i] for i in order],
+            [before[i] for i in order],
         )
         after = dict(zip(order, after, strict=True))
         return values, [after[i] for i in range(len(model.weights), len(ours))]
@@ -219,7 +224,7 @@ def run_task(task, strategies, images, seed, moments, advance):
     optimizer.build(reference.weights)
     batches = (task.examples(*batch) for batch in images.batches(task.batch_size, seed))
 
-    update = compute.compiled(optimizer.stateless_apply)
+    update = compute.compiled(functools.partial(compute.updated, optimizer, reference.weights))
     weights, values = values_of(reference.weights), values_of(optimizer.variables)
 
     for _ in range(SETTLING_STEPS):
