@@ -22,6 +22,8 @@ CASES = {
     ("test_the_examples_of_a_guide", "gan"): TAPES,
     ("test_the_examples_of_a_guide", "distribution"): STRATEGIES,
     ("test_the_examples_of_a_guide", "deployment"): "exports a SavedModel",
+    ("test_the_examples_of_a_docstring", "AdaptiveLossScaleOptimizer"): TAPES,
+    ("test_the_examples_of_a_docstring", "neutral_scales"): TAPES,
     ("test_examples_run_and_say_what_was_seen", "gan"): "it uses TensorFlow's tape",
     ("test_examples_run_and_say_what_was_seen", "language"): ATTENTION,
     ("test_other_dtypes_keep_their_precision", "float64"): "JAX has no float64 unless told to",

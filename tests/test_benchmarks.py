@@ -4,6 +4,7 @@ import json
 
 import convergence
 import fidelity
+import import_time
 import keras
 import numpy as np
 import others
@@ -122,3 +123,12 @@ def test_rebuilding(tmp_path):
     rebuilding.main(["--quick", "--builds", "9", "--output", str(tmp_path)])
     keras_own, ours = (rebuilding.growth(each["megabytes"]) for each in results(tmp_path)[::-1])
     assert ours < keras_own
+
+
+@pytest.mark.long
+def test_import_time(tmp_path, capsys):
+    import_time.main(["--quick", "--output", str(tmp_path)])
+    for result in results(tmp_path):
+        assert len(result["runs"]) == 3
+        assert all(0 < run["ours"] < run["keras"] for run in result["runs"])
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
