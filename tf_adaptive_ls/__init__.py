@@ -10,6 +10,7 @@ from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.scale_rules import FixedRule, GaussianRule, QuantileRule, ScaleRule
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
+from tf_adaptive_ls.observe.loss_change import Allocation, loss_change
 from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction
 from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain_nonfinite
@@ -23,6 +24,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AdaptiveLossScaleOptimizer",
+    "Allocation",
     "Calibration",
     "Explanation",
     "FixedRule",
@@ -43,6 +45,7 @@ __all__ = [
     "calibrate",
     "explain_nonfinite",
     "load_run",
+    "loss_change",
     "neutral_scales",
     "scale_table",
     "snapshot_run",

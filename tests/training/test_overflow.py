@@ -29,7 +29,9 @@ class Faulty(layers.Dense):
 
     def call(self, x):
         x = _broken(x, ops.cast(self.input_fault, x.dtype))
-        x = ops.matmul(x, _broken(ops.convert_to_tensor(self.kernel), ops.cast(self.weight_fault, x.dtype)))
+        x = ops.matmul(
+            x, _broken(ops.convert_to_tensor(self.kernel), ops.cast(self.weight_fault, x.dtype))
+        )
         return self.activation(ops.add(x, self.bias))
 
 

@@ -147,27 +147,38 @@ class _WeakFunction:
         return self._function()(*args)
 
 
-def gradients(function, tensors):
-    """Gradients of a function by its arguments, computed operation by operation.
+def value_and_gradients(function, tensors):
+    """The value of a function, and its gradients by its arguments.
 
     Args:
         function: Function of a list of tensors to a scalar tensor.
         tensors: The list.
 
     Returns:
-        A list of gradients; `None`, where the backend can tell, for a tensor that the
-        scalar does not depend on.
+        The value, and a list of gradients; zeros for a tensor that it does not depend on.
     """
     if keras.backend.backend() == "jax":
         import jax
 
-        return jax.grad(function)(tensors)
+        return jax.value_and_grad(function)(tensors)
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
         tape.watch(tensors)
         value = function(tensors)
-    return tape.gradient(value, tensors)
+    found = tape.gradient(value, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return value, [tf.convert_to_tensor(gradient) for gradient in found]  # of embeddings: sparse
+
+
+def compiled(function):
+    """A function of nested structures of tensors, compiled when it is first called."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    import tensorflow as tf
+
+    return tf.function(function, reduce_retracing=True)
 
 
 def bitcast(x, dtype):

@@ -24,6 +24,11 @@ def scaled_layers(model):
     return [(name, layer) for name, layer in named_layers(model) if isinstance(layer, LossScaled)]
 
 
+def owners_of_variables(model):
+    """Names of layers, as in `named_layers`, by `id` of their variables: of the innermost."""
+    return {id(v): name for name, layer in named_layers(model) for v in layer.variables}
+
+
 def scaled_inside(layer):
     """The `LossScaled` layers inside a layer that is not one itself."""
     if isinstance(layer, LossScaled):

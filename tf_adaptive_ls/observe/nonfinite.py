@@ -15,7 +15,7 @@ from keras import ops, tree
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
-from tf_adaptive_ls.observe.named_layers import named_layers
+from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
 from tf_adaptive_ls.training.call_tensors import is_float_tensor, with_mask_of
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
@@ -173,7 +173,7 @@ def _readings_of_data(**data):
 
 
 def _readings_of_weights(model):
-    owners = _owners(model)
+    owners = owners_of_variables(model)
     for variable in model.variables:
         if keras.backend.is_float_dtype(variable.dtype) and not variable.overwrite_with_gradient:
             owner = owners.get(id(variable), "")
@@ -205,12 +205,14 @@ def _readings_of_step(model, x, y, sample_weight):
         return model.optimizer.scale_loss(run(_Watch(probes), values))
 
     values = [ops.convert_to_tensor(v.value) for v in variables]
-    gradients = backend.gradients(scaled_loss, values + [ops.zeros(3) for _ in watch.seen])
+    _, gradients = backend.value_and_gradients(
+        scaled_loss, values + [ops.zeros(3) for _ in watch.seen]
+    )
     yield from _readings_of_gradients(model, watch, variables, gradients)
 
 
 def _readings_of_gradients(model, watch, variables, gradients):
-    owners = _owners(model)
+    owners = owners_of_variables(model)
     # By time of the forward pass, which the backward pass runs through in reverse.
     readings = []
     for variable, gradient in zip(variables, gradients, strict=False):
@@ -297,11 +299,6 @@ def _watched(model):
         for operation in getattr(part, "operations", ()):
             if not isinstance(operation, keras.layers.Layer):
                 yield operation.name, operation
-
-
-def _owners(model):
-    """Names of layers by `id` of their variables."""
-    return {id(v): name for name, layer in named_layers(model) for v in layer.variables}
 
 
 def _reading(phase, layer, tensor, value):

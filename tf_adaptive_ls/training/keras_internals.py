@@ -90,6 +90,24 @@ def not_rematerialised(layer):
             part._remat_mode = mode
 
 
+@contextlib.contextmanager
+def computing_in_float32(model):
+    """Makes all layers of a model that compute in less than float32 compute in that.
+
+    The setter of `dtype_policy` would write to a policy that layers share, a `DTypePolicyMap`,
+    and cannot undo a quantised one.
+    """
+    policies = [(part, part._dtype_policy) for part in parts_of(model)]
+    try:
+        for part, policy in policies:
+            if policy.compute_dtype in ("float16", "bfloat16"):
+                part._dtype_policy = keras.DTypePolicy("float32")
+        yield
+    finally:
+        for part, policy in policies:
+            part._dtype_policy = policy
+
+
 def build_for_call(layer, call_spec):
     """Builds a layer as a call of it would, whatever signature its `build` has.
 

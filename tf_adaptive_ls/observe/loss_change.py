@@ -1,0 +1,405 @@
+"""`loss_change`: what each layer's gradients bought, in units of loss.
+
+Loss Change Allocation (Lan, Liu, Zhou, Yosinski 2019, arXiv 1909.01440) divides the change
+of the loss between two points of a training run among the weights. Along the straight path
+from `before` to `after`, with D = after - before, the weight i is given
+
+    A_i = D_i * integral over s from 0 to 1 of g_i(before + s D)
+
+which is negative if its move has lowered the loss. The gradient is the loss's own, so that
+all A add up to the change of the loss: with the gradients that training in float16 has used,
+whatever is missing was lost to underflow.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.quadrature import RULES
+from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
+from tf_adaptive_ls.observe.text_table import text_table
+from tf_adaptive_ls.training import keras_internals
+from tf_adaptive_ls.training.held_variables import is_scaled_weight
+from tf_adaptive_ls.training.loss_scaled import neutral_scales
+
+DTYPES = ("float32", "as trained")
+
+
+class NonfiniteLossError(ValueError):
+    """The loss, or a gradient of it, is not finite somewhere along the path."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Allocation:
+    """How a change of the loss is divided among the weights of a model.
+
+    All figures are in units of the loss; what is negative has lowered it.
+
+    Attributes:
+        loss_before, loss_after: The loss at both ends of the path, in float32.
+        error: |change of the loss - all that is allocated|.
+        layers: What the trainable weights of each layer were given, by its name as in
+            `scale_table`.
+        standard_errors: That of each of these as an estimate for all data that the batches
+            were drawn from; NaN if there was but one batch.
+        statistics: What all other weights were given: the moving statistics of
+            normalisation, which no gradient has moved.
+        helping: The share of trainable weights whose move has lowered the loss, of those that
+            were given anything; NaN if none was.
+        weights: Arrays of what every single weight was given, by the path of its tensor.
+        intervals: The most intervals that a batch has taken.
+        batches: The number of batches.
+    """
+
+    loss_before: float
+    loss_after: float
+    error: float
+    layers: dict[str, float]
+    standard_errors: dict[str, float]
+    statistics: float
+    helping: float
+    weights: dict[str, np.ndarray]
+    intervals: int
+    batches: int
+
+    @property
+    def tensors(self) -> dict[str, float]:
+        """What every weight tensor was given, by its path."""
+        return {path: float(values.sum()) for path, values in self.weights.items()}
+
+    @property
+    def units(self) -> dict[str, np.ndarray]:
+        """What the units of every layer were given: sums over all axes but the last.
+
+        A dict of arrays by the path of the layer that has the weights. Tensors of one layer
+        and one last axis, such as a kernel and its bias, are added up.
+        """
+        units: dict[str, np.ndarray] = {}
+        for path, values in self.weights.items():
+            owner = path.rpartition("/")[0]
+            by_unit = values.reshape(-1, values.shape[-1] if values.ndim else 1).sum(axis=0)
+            if owner in units and units[owner].shape != by_unit.shape:
+                owner = path
+            units[owner] = units.get(owner, 0.0) + by_unit
+        return units
+
+    def __str__(self):
+        change = self.loss_after - self.loss_before
+        columns = {"layer": "left", "allocated": "right", "standard error": "right"}
+        rows = [
+            (name, f"{value:+.3g}", f"{self.standard_errors[name]:.2g}")
+            for name, value in self.layers.items()
+        ]
+        if self.statistics:
+            rows.append(("(moving statistics)", f"{self.statistics:+.3g}", ""))
+        return (
+            f"Loss {self.loss_before:.6g} to {self.loss_after:.6g}, a change of {change:+.3g}, "
+            f"allocated but for {self.error:.1g} (batches: {self.batches}, intervals: "
+            f"{self.intervals}). {self.helping:.1%} of weights have helped.\n\n"
+            f"{text_table(columns, rows)}"
+        )
+
+
+def loss_change(
+    model: keras.Model,
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+    data: Iterable[Any],
+    *,
+    tolerance: float = 1e-3,
+    max_intervals: int = 32,
+    dtype: Literal["float32", "as trained"] = "float32",
+    rule: Literal["simpson", "trapezoid", "first order"] = "simpson",
+) -> Allocation:
+    """Divides the change of the loss between two points of training among the weights.
+
+    Loss Change Allocation, see Lan et al. 2019 (arXiv 1909.01440). The loss is that of
+    `model.compute_loss` in inference, regularizers included: without dropout, and with the
+    moving statistics of `BatchNormalization`, which are coordinates of the path, too. On a part
+    of the data the allocation is exact for the loss of that part, and an estimate of the rest's.
+
+    Nothing of the model changes, nor of its optimizer: weights, statistics, seeds, metrics, scales.
+
+    Args:
+        model: A built and compiled `keras.Model`.
+        before: Its weights at the one point, as `model.get_weights()` returns them. Loss scales
+            among them do not matter: they are taken as they are now.
+        after: Its weights at the other point.
+        data: Iterable of batches `(x, y)` or `(x, y, sample_weight)`, such as a list, or a
+            `tf.data.Dataset`. They weigh by their number of examples.
+        tolerance: Float > 0. For each batch the path is divided further, into 2, 4, 8 …
+            intervals, until all that is allocated in float32 differs from the change of the loss
+            by no more than this.
+        max_intervals: Int, a power of two, at least 2. No more of them.
+        dtype: "float32", or "as trained": with the gradients by trainable weights in the
+            precision and at the scales that training uses. What is missing then is what was
+            lost to underflow. The loss is still taken in float32.
+        rule: How the integral along the path is taken: by Simpson, as in the paper, or for
+            comparison by the "trapezoid" or to "first order", both in one interval.
+
+    Returns:
+        An `Allocation`, which prints as a table.
+
+    Raises:
+        ValueError: If an argument is not as said; if the loss or a gradient is not finite at
+            some point of the path.
+    """
+    check_settings(tolerance, max_intervals)
+    for name, value, choices in (("dtype", dtype, DTYPES), ("rule", rule, tuple(RULES))):
+        if value not in choices:
+            raise ValueError(f"Expected `{name}` to be one of {choices}. Received: {value!r}.")
+    check_ready(model)
+    path = LossPath(model, tolerance, max_intervals, rule)
+    return path.allocate(before, after, data, as_trained=dtype == DTYPES[1])[-1]
+
+
+class LossPath:
+    """Allocates on paths of one model; what it compiles for one path serves the next.
+
+    Args: as those of `loss_change`.
+    """
+
+    def __init__(self, model, tolerance, max_intervals, rule="simpson"):
+        self._model, self._rule = model, RULES[rule]
+        self._tolerance, self._max_intervals = tolerance, max_intervals
+        self._weights = model.weights
+        self._places = [i for i, v in enumerate(self._weights) if _is_coordinate(v)]
+        self._variables = [self._weights[i] for i in self._places]
+        self._trainable = [i for i, v in enumerate(self._variables) if is_scaled_weight(v)]
+        self._untrained = sorted({*range(len(self._places))} - {*self._trainable})
+        on_path = {id(v) for v in self._variables}
+        self._others = [v for v in model.variables if id(v) not in on_path]
+        self._in_float32 = backend.compiled(self._loss_and_gradients_in_float32)
+        self._as_trained = backend.compiled(self._gradients_as_trained)
+        names = [*(name for name, _ in named_layers(model)), model.name]
+        owners = owners_of_variables(model)
+        owner_of = {i: owners.get(id(self._variables[i]), model.name) for i in self._trainable}
+        self._layers = {
+            name: [i for i, owner in owner_of.items() if owner == name]
+            for name in dict.fromkeys(names)
+            if name in owner_of.values()
+        }
+
+    def allocate(self, before, after, data, as_trained=False):
+        """A list of `Allocation`s: in float32 and, if asked for, as trained."""
+        before, after = self._coordinates("before", before), self._coordinates("after", after)
+        moves = _flat(after) - _flat(before)
+        ends = [[ops.convert_to_tensor(w) for w in weights] for weights in (before, after)]
+        total, examples, losses, by_layer, most_intervals = 0.0, [], [], [], 0
+        for number, batch in enumerate(data):
+            batch = _as_tensors(batch)
+            both, allocated, intervals = self._integral(ends, moves, batch, number, as_trained)
+            examples.append(len(tree.flatten(batch)[0]))
+            losses.append(both)
+            by_layer.append([self._by_layer(each) for each in allocated])
+            total = total + examples[-1] * allocated
+            most_intervals = max(most_intervals, intervals)
+        if not examples:
+            raise ValueError("Expected at least one batch of data. Received: none.")
+        shares = np.array(examples) / sum(examples)
+        loss_before, loss_after = map(float, shares @ losses)
+        found = []
+        rows = zip(total / sum(examples), np.swapaxes(by_layer, 0, 1), strict=True)
+        for allocated, of_layers in rows:
+            divided = self._divided(allocated)
+            allocation = Allocation(
+                loss_before=loss_before,
+                loss_after=loss_after,
+                error=abs(loss_after - loss_before - float(allocated.sum())),
+                layers=self._named(shares @ of_layers),
+                standard_errors=self._named(_standard_errors(of_layers, shares)),
+                statistics=float(sum(divided[i].sum() for i in self._untrained)),
+                helping=_share_of_negative([divided[i] for i in self._trainable]),
+                weights=dict(zip(self._paths(), divided, strict=True)),
+                intervals=most_intervals,
+                batches=len(examples),
+            )
+            found.append(allocation)
+        return found
+
+    def _by_layer(self, allocated):
+        sums = [values.sum() for values in self._divided(allocated)]
+        return [sum(sums[i] for i in tensors) for tensors in self._layers.values()]
+
+    def _named(self, values):
+        return dict(zip(self._layers, values.tolist(), strict=True))
+
+    def _coordinates(self, name, weights):
+        """The values in a list of all weights that lie on the path."""
+        expected = [tuple(v.shape) for v in self._weights]
+        received = [np.shape(w) for w in weights] if isinstance(weights, Sequence) else None
+        if received != expected:
+            raise ValueError(
+                f"Expected `{name}` to be a list of the {len(expected)} weights of model "
+                f"'{self._model.name}', as its `get_weights` returns it. Received: "
+                f"{self._difference(weights, received)}"
+            )
+        return [np.asarray(weights[i], "float32") for i in self._places]
+
+    def _difference(self, weights, shapes):
+        if shapes is None:
+            return f"{weights!r:.100} (of type {type(weights).__name__})."
+        if len(shapes) != len(self._weights):
+            return f"{len(shapes)}."
+        return next(
+            f"one of shape {shape} for '{variable.path}', which has {tuple(variable.shape)}."
+            for variable, shape in zip(self._weights, shapes, strict=True)
+            if shape != tuple(variable.shape)
+        )
+
+    def _paths(self):
+        """The path of every tensor, with a number where two have the same."""
+        seen = collections.Counter()
+        for variable in self._variables:
+            seen[variable.path] += 1
+            count = seen[variable.path]
+            yield variable.path if count == 1 else f"{variable.path}_{count}"
+
+    def _divided(self, flat):
+        """Arrays of the shapes of all tensors of a flat one."""
+        shapes = [tuple(v.shape) for v in self._variables]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        parts = np.split(flat, ends[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _integral(self, ends, moves, batch, number, as_trained):
+        """Losses at both ends, what each weight is given, and the number of intervals.
+
+        What is given is an array of one row, in float32, or of a second, as trained.
+        """
+        losses = {}
+
+        def gradients(place):
+            losses[place], found = self._at(place, ends, batch, as_trained)
+            if math.isfinite(losses[place]) and np.isfinite(found).all():
+                return found
+            raise NonfiniteLossError(
+                "Expected the loss and its gradients to be finite along the path from `before` to "
+                f"`after`. Received: a loss of {losses[place]:.4g}"
+                + (", with gradients that are not," if math.isfinite(losses[place]) else "")
+                + f" {place:.4g} of the way, for batch {number}."
+            )
+
+        for intervals, mean_gradients in self._rule(gradients):
+            if 1.0 not in losses:
+                gradients(1.0)  # for the loss there
+            allocated = mean_gradients * moves
+            missing = abs(allocated[0].sum() - (losses[1.0] - losses[0.0]))
+            if missing <= self._tolerance or intervals >= self._max_intervals:
+                break
+        return (losses[0.0], losses[1.0]), allocated, intervals
+
+    def _at(self, place, ends, batch, as_trained):
+        """The loss, and rows of its gradient by all that is on the path, at a place of it."""
+        place = ops.convert_to_tensor(place, "float32")
+        others = [ops.convert_to_tensor(v.value) for v in self._others]
+        with keras_internals.computing_in_float32(self._model), neutral_scales():
+            loss, gradients = self._in_float32(place, *ends, others, batch)
+        rows = [gradients]
+        if as_trained:
+            scale = ops.cast(self._model.optimizer.scale_loss(ops.ones(())), "float32")
+            rows.append(list(gradients))
+            found = self._as_trained(place, *ends, others, batch, scale)
+            for i, gradient in zip(self._trainable, found, strict=True):
+                rows[1][i] = gradient
+        return float(loss), np.stack([_flat(map(ops.convert_to_numpy, row)) for row in rows])
+
+    def _loss_and_gradients_in_float32(self, place, before, after, others, batch):
+        values = _between(before, after, place)
+        return backend.value_and_gradients(lambda v: self._loss(v, others, batch), values)
+
+    def _gradients_as_trained(self, place, before, after, others, batch, scale):
+        values = _between(before, after, place)
+
+        def scaled_loss(trained):
+            current = dict(enumerate(values)) | dict(zip(self._trainable, trained, strict=True))
+            loss = self._loss([current[i] for i in range(len(values))], others, batch)
+            return loss * ops.cast(scale, loss.dtype)
+
+        _, gradients = backend.value_and_gradients(
+            scaled_loss, [values[i] for i in self._trainable]
+        )
+        return [gradient / scale for gradient in gradients]
+
+    def _loss(self, values, others, batch):
+        x, y, sample_weight = batch
+        variables = [*self._variables, *self._others]
+        # The scope holds back updates of metrics.
+        with keras.StatelessScope(list(zip(variables, [*values, *others], strict=True))):
+            outputs = self._model(x, training=False)
+            return self._model.compute_loss(
+                x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False
+            )
+
+
+def _is_coordinate(variable):
+    """Whether a loss depends on where `variable` is: not so for what scales losses."""
+    return keras.backend.is_float_dtype(variable.dtype) and not variable.overwrite_with_gradient
+
+
+def _between(before, after, place):
+    """Exactly `before` at 0, and `after` at 1."""
+    return [(1 - place) * b + place * a for b, a in zip(before, after, strict=True)]
+
+
+def _flat(arrays):
+    return np.concatenate([array.astype("float64").ravel() for array in arrays])
+
+
+def _as_tensors(batch):
+    batch = keras.utils.unpack_x_y_sample_weight(batch)
+    return tree.map_structure(lambda x: None if x is None else ops.convert_to_tensor(x), batch)
+
+
+def _share_of_negative(arrays):
+    """Of what is not zero; NaN if all is."""
+    negative = sum(int(np.sum(array < 0)) for array in arrays)
+    given = sum(np.count_nonzero(array) for array in arrays)
+    return negative / given if given else math.nan
+
+
+def _standard_errors(values, shares):
+    """Those of means over batches, `values @ shares`, of values `[batches, …]`."""
+    if len(shares) == 1:
+        return np.full(values.shape[1:], math.nan)
+    deviations = (values - shares @ values) * shares[:, None]
+    return np.sqrt(np.sum(deviations**2, axis=0) * len(shares) / (len(shares) - 1))
+
+
+def check_settings(tolerance, max_intervals):
+    """Raises a `ValueError` for settings that cannot be."""
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not tolerance > 0:
+        raise ValueError(
+            "Expected `tolerance` to be a difference of losses, above 0. Received: "
+            f"tolerance={tolerance!r}. The default is 1e-3."
+        )
+    whole = isinstance(max_intervals, int) and not isinstance(max_intervals, bool)
+    if not whole or max_intervals < 2 or max_intervals & (max_intervals - 1):
+        raise ValueError(
+            "Expected `max_intervals` to be a power of two, at least 2. Received: "
+            f"max_intervals={max_intervals!r}. The default is 32."
+        )
+
+
+def check_ready(model):
+    """Raises a `ValueError` for what has no loss yet."""
+    if not isinstance(model, keras.Model):
+        problem = "which is not a model."
+    elif not model.built:
+        problem = "which is not built yet. Call it on a batch of data first."
+    elif not model.compiled or model.optimizer is None:
+        problem = "which is not compiled. Call `model.compile` first."
+    else:
+        return
+    raise ValueError(
+        "Expected a built and compiled model. Received: "
+        f"{model!r} (of type {type(model).__name__}), {problem}"
+    )
