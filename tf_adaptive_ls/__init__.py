@@ -11,6 +11,8 @@ from tf_adaptive_ls.numerics.scale_rules import FixedRule, GaussianRule, Quantil
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
 from tf_adaptive_ls.observe.loss_change import Allocation, loss_change
+from tf_adaptive_ls.observe.loss_change_monitor import LossChangeMonitor
+from tf_adaptive_ls.observe.loss_change_record import LossChanges
 from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction
 from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain_nonfinite
@@ -31,6 +33,8 @@ __all__ = [
     "FloatFormat",
     "GaussianRule",
     "LayerRange",
+    "LossChangeMonitor",
+    "LossChanges",
     "LossScaleMonitor",
     "LossScaled",
     "NarrowReduction",

@@ -179,7 +179,7 @@ PROGRAM = """
     keras.config.set_dtype_policy("mixed_float16")
     inputs = keras.Input((4,))
     model = als.wrap_model(keras.Model(inputs, keras.layers.Dense(2, name="scores")(inputs)))
-    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", jit_compile=JIT)
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse")
     x = np.ones((8, 4), "float32")
 
     class Tell(keras.callbacks.Callback):

@@ -79,9 +79,9 @@ class LossScaleMonitor(keras.callbacks.Callback):
         stuck_after: int | None = 100,
     ):
         super().__init__()
-        _check_steps("every", every)
+        check_steps("every", every)
         if stuck_after is not None:
-            _check_steps("stuck_after", stuck_after)
+            check_steps("stuck_after", stuck_after)
         for name, value in (("path", path), ("tensorboard", tensorboard)):
             if value is not None:
                 check_path(name, value)
@@ -135,7 +135,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         if not self._begun:
             return
         self._look(end=True)
-        self._write("close")
+        self._writers.write("close")
         if self._stuck:
             raise StuckTrainingError(
                 f"{self._complaint()}\nTo find out where, call "
@@ -147,11 +147,10 @@ class LossScaleMonitor(keras.callbacks.Callback):
         snapshot = self._take_snapshot()
         self._unseen, self._last_recorded = 0, snapshot.step
         self._overflows = [layer_snapshot.overflows for layer_snapshot in snapshot.layers]
-        self._writers = []
-        for writer, path in ((RunWriter, self.path), (TensorBoardWriter, self.tensorboard)):
-            if path is not None and backend.is_first_process():
-                with self._only_warning(path):
-                    self._writers.append(writer(path, self._layers, snapshot.step))
+        self._writers = Writers("LossScaleMonitor")
+        if backend.is_first_process():
+            self._writers.open(RunWriter.shared, self.path, self._layers, snapshot.step)
+            self._writers.open(TensorBoardWriter, self.tensorboard, self._layers, snapshot.step)
         self._begun = True
 
     def _take_snapshot(self):
@@ -174,25 +173,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         new = snapshot.step - self._last_recorded
         if new >= self.every or (new > 0 and (end or self._stuck)):
             self._last_recorded = snapshot.step
-            self._write("add", snapshot, self._epoch, self._logs)
-
-    def _write(self, method, *args):
-        for writer in tuple(self._writers):
-            self._writers.remove(writer)
-            with self._only_warning(writer.path):
-                getattr(writer, method)(*args)
-                self._writers.append(writer)
-
-    @contextlib.contextmanager
-    def _only_warning(self, path):
-        try:
-            yield
-        except OSError as error:
-            warnings.warn(
-                f"LossScaleMonitor cannot write to '{path}' and leaves it at that: {error}. "
-                "Training goes on.",
-                stacklevel=2,
-            )
+            self._writers.write("add", snapshot, self._epoch, self._logs)
 
     def _look_into_next_batch(self):
         """Makes `fit` explain the next batch instead of training on it."""
@@ -240,7 +221,45 @@ class LossScaleMonitor(keras.callbacks.Callback):
         return f"{text} Layers blamed in this run: {', '.join(blamed)}." if blamed else text
 
 
-def _check_steps(name, value):
+class Writers:
+    """What a callback writes to: where that fails, it warns and leaves it at that.
+
+    Args:
+        callback: The name of the callback.
+    """
+
+    def __init__(self, callback):
+        self._callback = callback
+        self._writers = []
+
+    def open(self, kind, path, layers, step):
+        """Adds `kind(path, layers, step)`, if there is a path."""
+        if path is not None:
+            with self._only_warning(path):
+                self._writers.append(kind(path, layers, step))
+
+    def write(self, method, *args):
+        """Calls a method of all of them."""
+        for writer in tuple(self._writers):
+            self._writers.remove(writer)
+            with self._only_warning(writer.path):
+                getattr(writer, method)(*args)
+                self._writers.append(writer)
+
+    @contextlib.contextmanager
+    def _only_warning(self, path):
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(
+                f"{self._callback} cannot write to '{path}' and leaves it at that: {error}. "
+                "Training goes on.",
+                stacklevel=2,
+            )
+
+
+def check_steps(name, value):
+    """Raises a `ValueError` if `value` is no number of steps."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
             f"Expected `{name}` to be a whole number of steps, at least 1. "

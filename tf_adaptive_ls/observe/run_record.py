@@ -17,6 +17,7 @@ import math
 import os
 import re
 import warnings
+import weakref
 import zlib
 
 import keras
@@ -26,6 +27,7 @@ from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.scale_state import LayerSnapshot
 from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
 from tf_adaptive_ls.observe.exclusive_file import ExclusiveFile
+from tf_adaptive_ls.observe.loss_change_record import LossChanges, line_of, loss_changes_of
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.scale_table import ScaleTable, scaled_row
 from tf_adaptive_ls.observe.snapshot import Snapshot
@@ -34,6 +36,7 @@ from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 VERSION = 3
 _START = b'{"tf_adaptive_ls":'
 _SNAPSHOT = re.compile(rb'\{"step":(\d+),.*\}')
+_LOSS_CHANGE = re.compile(rb'\{"loss_change":(\d+),.*\}')
 _CRC = b',"crc32":'
 
 
@@ -58,6 +61,7 @@ class Run:
             float16, see `Spectrum`.
         logs: Dict of arrays `[N]`: what else Keras logged. Its metrics are means over
             the epoch so far. NaN where there was no finite value.
+        loss_changes: `LossChanges`, if there was a `LossChangeMonitor`.
     """
 
     layers: list[str]
@@ -73,9 +77,12 @@ class Run:
     subnormal: np.ndarray
     spectra: np.ndarray
     logs: dict[str, np.ndarray]
+    loss_changes: LossChanges | None = None
 
     def table(self) -> ScaleTable:
-        """`scale_table` of the last snapshot, of the scaled layers."""
+        """`scale_table` of the last snapshot, of the scaled layers; empty if there is none."""
+        if not len(self.steps):
+            return ScaleTable([])
         rows = []
         for i, (name, kind) in enumerate(zip(self.layers, self.layer_classes, strict=True)):
             float_format = self.float_formats[i]
@@ -115,7 +122,7 @@ def snapshot_run(model: keras.Model, optimizer: AdaptiveLossScaleOptimizer | Non
     layers = scaled_layers(model)
     snapshot = Snapshot.of([layer for _, layer in layers], optimizer)
     start = json.loads(_start_line(layers, snapshot.step))
-    return _run(start, [json.loads(_snapshot_line(snapshot, 0, {}))])
+    return _run(start, [json.loads(_snapshot_line(snapshot, 0, {}))], [])
 
 
 def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> Run:
@@ -151,7 +158,7 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
         )
     *lines, _ = content.split(b"\n")  # the last is unfinished, or empty
     start = None
-    snapshots: list[tuple[int, bytes]] = []
+    entries: list[tuple[int, bytes]] = []
     num_damaged = 0
     for line in lines:
         if line.startswith(_START):
@@ -161,13 +168,13 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
         elif line.startswith(_START):
             new_start = json.loads(line)
             if start is None or new_start["layers"] != start["layers"]:
-                snapshots = []
-            snapshots = [(step, text) for step, text in snapshots if step <= new_start["step"]]
+                entries = []
+            entries = [(step, text) for step, text in entries if step <= new_start["step"]]
             start = new_start
-        elif start is not None and (match := _SNAPSHOT.fullmatch(line)):
-            snapshots.append((int(match[1]), line))
+        elif match := _SNAPSHOT.fullmatch(line) or _LOSS_CHANGE.fullmatch(line):
+            entries.append((int(match[1]), line))
     damage = f"{num_damaged} of its {len(lines)} lines are damaged"
-    if not snapshots:
+    if start is None or not entries:
         raise ValueError(
             "Expected the record of a run with figures in it. Received: "
             f"{str(path)!r}, which has none"
@@ -176,10 +183,12 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
         )
     if num_damaged:
         warnings.warn(f"Of the record '{path}' {damage} and left out.", stacklevel=2)
+    records = [json.loads(text) for _, text in entries]
+    snapshots = [record for record in records if "step" in record]
     if max_snapshots is not None and len(snapshots) > max_snapshots:
         places = np.linspace(0, len(snapshots) - 1, max_snapshots).round().astype(int)
         snapshots = [snapshots[place] for place in places]
-    return _run(start, [json.loads(text) for _, text in snapshots])
+    return _run(start, snapshots, [record for record in records if "loss_change" in record])
 
 
 def check_path(name, path):
@@ -190,6 +199,8 @@ def check_path(name, path):
 
 class RunWriter:
     """Appends to the record of a run.
+
+    Callbacks of one `fit` share a writer, see `shared`.
 
     Args:
         path: The file; made if there is none, with its directory.
@@ -213,6 +224,7 @@ class RunWriter:
                 f"Received: '{path}', which is something else."
             )
         names = [name for name, _ in layers]
+        self._begun_with, self._num_users = (names, step), 1
         names_before = _last_layers(content)
         if names_before is not None and names_before != names:
             self._file.close()
@@ -224,13 +236,33 @@ class RunWriter:
         self._file.drop_unfinished()
         self._file.add(_start_line(layers, step))
 
+    @classmethod
+    def shared(cls, path, layers, step):
+        """The writer that was begun with the same arguments and is not closed, or a new one."""
+        key, begun_with = os.path.realpath(path), ([name for name, _ in layers], step)
+        writer = _writers.get(key)
+        if writer is not None and writer._num_users and writer._begun_with == begun_with:
+            writer._num_users += 1
+            return writer
+        _writers[key] = writer = cls(path, layers, step)
+        return writer
+
     def add(self, snapshot, epoch, logs):
         """Adds a `Snapshot`, with the epoch and what Keras has logged."""
         self._file.add(_snapshot_line(snapshot, epoch, logs))
 
+    def add_loss_change(self, step, since, epoch, allocation, as_trained):
+        """Adds the `Allocation` of a path from one step to another, and that as trained."""
+        self._file.add(_line(line_of(step, since, epoch, allocation, as_trained)))
+
     def close(self):
-        """Lets others write the file."""
-        self._file.close()
+        """Lets others write the file, once all who share it have said so."""
+        self._num_users -= 1
+        if not self._num_users:
+            self._file.close()
+
+
+_writers: weakref.WeakValueDictionary[str, RunWriter] = weakref.WeakValueDictionary()
 
 
 def _last_layers(content):
@@ -300,13 +332,13 @@ def _number(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _run(start, snapshots):
+def _run(start, snapshots, loss_changes):
     def array(name):
         return np.array([snapshot[name] for snapshot in snapshots], "float64")
 
     def per_layer(name, *shape):
-        values = [np.array(snapshot[name], "float32") for snapshot in snapshots]
-        return np.stack(values).reshape(len(snapshots), len(start["layers"]), *shape)
+        values = np.array([snapshot[name] for snapshot in snapshots], "float32")
+        return values.reshape(len(snapshots), len(start["layers"]), *shape)
 
     names = {name: None for snapshot in snapshots for name in snapshot["logs"]}
     return Run(
@@ -326,4 +358,5 @@ def _run(start, snapshots):
             name: np.array([snapshot["logs"].get(name) for snapshot in snapshots], "float64")
             for name in names
         },
+        loss_changes=loss_changes_of(loss_changes),
     )

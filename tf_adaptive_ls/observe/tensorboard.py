@@ -33,7 +33,6 @@ class TensorBoardWriter:
 
     def add(self, snapshot, epoch, logs):
         """Adds a `Snapshot`; Keras's own callback adds what it has logged."""
-        tf = self._tf
         values = [
             self._scalar("log2_loss_scale", snapshot.log2_loss_scale),
             self._scalar("skipped_steps", snapshot.skipped_steps),
@@ -49,14 +48,31 @@ class TensorBoardWriter:
                     self._scalar(f"subnormal/{name}", layer.spectrum.subnormal_share),
                     self._histogram(f"gradient_binades/{name}", layer),
                 ]
-        summary = tf.compat.v1.Summary(value=values).SerializeToString()
-        with self._as_os_errors(), self._writer.as_default():
-            tf.summary.experimental.write_raw_pb(summary, snapshot.step)
-            self._writer.flush()
+        self._write(snapshot.step, values)
+
+    def add_loss_change(self, step, since, epoch, allocation, as_trained):
+        """Adds what the weights of every layer were given, see `RunWriter.add_loss_change`."""
+        values = [
+            self._scalar("loss_change/error", allocation.error),
+            self._scalar("loss_change/helping", allocation.helping),
+        ]
+        kinds = {"loss_change": allocation, "loss_change_as_trained": as_trained}
+        for kind, found in kinds.items():
+            if found is not None:
+                values += [
+                    self._scalar(f"{kind}/{name}", value) for name, value in found.layers.items()
+                ]
+        self._write(step, values)
 
     def close(self):
         with self._as_os_errors():
             self._writer.close()
+
+    def _write(self, step, values):
+        summary = self._tf.compat.v1.Summary(value=values).SerializeToString()
+        with self._as_os_errors(), self._writer.as_default():
+            self._tf.summary.experimental.write_raw_pb(summary, step)
+            self._writer.flush()
 
     @contextlib.contextmanager
     def _as_os_errors(self):

@@ -1,0 +1,164 @@
+"""`LossChangeMonitor`: what each layer's gradients buy while a model trains."""
+
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.observe.loss_change import (
+    LossPath,
+    NonfiniteLossError,
+    check_ready,
+    check_settings,
+)
+from tf_adaptive_ls.observe.monitor import Logs, Writers, check_steps
+from tf_adaptive_ls.observe.named_layers import scaled_layers
+from tf_adaptive_ls.observe.run_record import RunWriter, check_path
+from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+
+
+class LossChangeMonitor(keras.callbacks.Callback):
+    """Divides the change of the loss among the layers of a model while it trains.
+
+    By default along *chords*, from one record to the next: they add up to the whole change of
+    the loss since `fit` began. What weights did in between is blurred: for the true share of
+    weights that help, take single steps.
+
+    Training is the same with it as without, bit for bit. A record takes three times forward and
+    backward over `data`, more where the path is curved, in float32.
+
+    To the `logs` of Keras it adds `loss_change_error`, that of the last record.
+
+    Args:
+        data: Batches `(x, y)` or `(x, y, sample_weight)` to take the loss of, the same whenever
+            they are iterated over, such as a list, or a `tf.data.Dataset`. A few are enough for
+            what is large; figures have standard errors.
+        path: File to append records to, for `load_run`, `plots` and
+            `python -m tf_adaptive_ls`. It may be that of a `LossScaleMonitor` of the same
+            `fit`. None are kept by default.
+        every: Int >= 1. Steps from one record to the next. There is one more whenever an
+            epoch ends, where checkpoints are made.
+        tensorboard: Directory for TensorBoard: scalars per layer.
+        single_steps: Whether to look at every `every`-th step by itself, not at chords.
+        as_trained: Whether to look at the gradients that training in its precision uses, too:
+            what they fall short by was lost to underflow. It takes twice the time.
+        tolerance, max_intervals: As in `loss_change`.
+
+    Raises:
+        ValueError: If an argument is not as said; from `fit`, if the model has no loss.
+    """
+
+    async_safe = True
+
+    def __init__(
+        self,
+        data: Iterable[Any],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        every: int = 100,
+        tensorboard: str | os.PathLike[str] | None = None,
+        single_steps: bool = False,
+        as_trained: bool = False,
+        tolerance: float = 1e-3,
+        max_intervals: int = 32,
+    ):
+        super().__init__()
+        if not isinstance(data, Iterable) or iter(data) is data:
+            raise ValueError(
+                "Expected `data` to be batches `(x, y)` that can be iterated over again and again, "
+                f"such as a list. Received: data={data!r} (of type {type(data).__name__})."
+            )
+        check_steps("every", every)
+        for name, place in (("path", path), ("tensorboard", tensorboard)):
+            if place is not None:
+                check_path(name, place)
+        for name, value in (("single_steps", single_steps), ("as_trained", as_trained)):
+            if not isinstance(value, bool):
+                raise ValueError(
+                    f"Expected `{name}` to be True or False. Received: {name}={value!r}."
+                )
+        check_settings(tolerance, max_intervals)
+        self.data, self.path, self.every, self.tensorboard = data, path, every, tensorboard
+        self.single_steps, self.as_trained = single_steps, as_trained
+        self.tolerance, self.max_intervals = tolerance, max_intervals
+        self._figures: Logs = {}
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:
+        check_ready(self.model)
+        self._epoch = 0
+        # What another callback may restore is known with the first batch.
+        self._begun = False
+
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        self._epoch = epoch
+        self._batches_done = 0
+
+    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        if not self._begun:
+            self._begin()
+        self._batches += batch - self._batches_done
+        self._batches_done = batch
+        length = 1 if self.single_steps else self.every
+        if self._weights is not None and self._batches >= length:
+            self._look()
+        if self._weights is None and self._batches >= self.every:
+            self._set_out()
+
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        if logs is not None:
+            logs.update(self._figures)
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        if self._begun and self._weights is not None:
+            self._look()
+        if logs is not None:
+            logs.update(self._figures)
+
+    def on_train_end(self, logs: Logs | None = None) -> None:
+        if self._begun:
+            self._writers.write("close")
+
+    def _begin(self):
+        self._path = LossPath(self.model, self.tolerance, self.max_intervals)
+        layers, step = scaled_layers(self.model), self._step()
+        self._writers = Writers("LossChangeMonitor")
+        if backend.is_first_process():
+            self._writers.open(RunWriter.shared, self.path, layers, step)
+            self._writers.open(TensorBoardWriter, self.tensorboard, layers, step)
+        self._set_out()
+        self._begun = True
+
+    def _step(self):
+        optimizer = self.model.optimizer
+        adaptive = isinstance(optimizer, AdaptiveLossScaleOptimizer)
+        return optimizer.steps if adaptive else int(optimizer.iterations)
+
+    def _set_out(self):
+        """Begins a path where the weights are."""
+        backend.sync_state(self.model)
+        self._weights, self._since, self._batches = self.model.get_weights(), self._step(), 0
+
+    def _look(self):
+        """Records the path up to here; chords go on from here."""
+        before, since = self._weights, self._since
+        self._set_out()
+        step = self._since
+        if step > since:
+            try:
+                found = self._path.allocate(before, self._weights, self.data, self.as_trained)
+            except NonfiniteLossError as error:
+                warnings.warn(
+                    f"LossChangeMonitor leaves out steps {since} to {step}: {error}", stacklevel=2
+                )
+            else:
+                allocation, trained = found[0], found[1] if self.as_trained else None
+                self._figures = {"loss_change_error": allocation.error}
+                self._writers.write(
+                    "add_loss_change", step, since, self._epoch, allocation, trained
+                )
+        if self.single_steps:
+            self._weights, self._batches = None, 1

@@ -1,0 +1,91 @@
+"""What a `LossChangeMonitor` adds to the record of a run: a line for every path it took."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossChanges:
+    """How the loss has changed in a run, and what each layer's weights have bought of that.
+
+    Arrays of N paths from one point of training to another, and L layers. All figures are in
+    units of the loss; what is negative has lowered it. See `Allocation`.
+
+    Attributes:
+        layers: List of L strings, as in `scale_table`.
+        since, steps: `[N]`, after how many steps each path began, and ended.
+        loss_before, loss_after: `[N]`.
+        error: `[N]`, |change of the loss - all that is allocated|.
+        statistics: `[N]`, what moving statistics were given.
+        helping: `[N]`, the share of weights whose move has lowered the loss.
+        allocated: `[N, L]`, what the weights of every layer were given.
+        standard_errors: `[N, L]`, NaN where there was but one batch of data.
+        as_trained: `[N, L]`, the same by the gradients that training in its precision has
+            used; NaN where that was not asked for.
+    """
+
+    layers: list[str]
+    since: np.ndarray
+    steps: np.ndarray
+    loss_before: np.ndarray
+    loss_after: np.ndarray
+    error: np.ndarray
+    statistics: np.ndarray
+    helping: np.ndarray
+    allocated: np.ndarray
+    standard_errors: np.ndarray
+    as_trained: np.ndarray
+
+
+def line_of(step, since, epoch, allocation, as_trained):
+    """A dict of what JSON knows. Args: as those of `RunWriter.add_loss_change`."""
+    layers = {
+        name: [
+            _number(value),
+            _number(allocation.standard_errors[name]),
+            None if as_trained is None else _number(as_trained.layers[name]),
+        ]
+        for name, value in allocation.layers.items()
+    }
+    return {
+        "loss_change": step,
+        "since": since,
+        "epoch": epoch,
+        "loss_before": _number(allocation.loss_before),
+        "loss_after": _number(allocation.loss_after),
+        "error": _number(allocation.error),
+        "statistics": _number(allocation.statistics),
+        "helping": _number(allocation.helping),
+        "intervals": allocation.intervals,
+        "layers": layers,
+    }
+
+
+def loss_changes_of(lines):
+    """`LossChanges` of a list of what `line_of` made, `None` of an empty one."""
+    if not lines:
+        return None
+    # Layers that are unfrozen in between join.
+    layers = list(dict.fromkeys(name for line in lines for name in line["layers"]))
+    per_layer = np.array(
+        [[line["layers"].get(name, [0.0, 0.0, 0.0]) for name in layers] for line in lines],
+        "float64",
+    ).reshape(len(lines), len(layers), 3)
+    names = ("since", "loss_before", "loss_after", "error", "statistics", "helping")
+    arrays = {name: np.array([line[name] for line in lines], "float64") for name in names}
+    return LossChanges(
+        layers=layers,
+        steps=np.array([line["loss_change"] for line in lines]),
+        since=arrays.pop("since").astype(int),
+        allocated=per_layer[..., 0],
+        standard_errors=per_layer[..., 1],
+        as_trained=per_layer[..., 2],
+        **arrays,
+    )
+
+
+def _number(value):
+    """Nine digits, of which a sum of many still has six; `null` for what is not finite."""
+    return float(f"{value:.9g}") if math.isfinite(value) else None
