@@ -12,14 +12,17 @@ def main(argv=None):
         prog="python -m tf_adaptive_ls",
         description="Draws what every layer's gradients did in a run, and prints a table.",
     )
-    parser.add_argument("run", type=pathlib.Path, help="the file that LossScaleMonitor wrote")
+    parser.add_argument(
+        "run", type=pathlib.Path, help="the file that LossScaleMonitor or LossChangeMonitor wrote"
+    )
     parser.add_argument(
         "-o",
         "--output",
         type=pathlib.Path,
         default=pathlib.Path(),
         metavar="DIR",
-        help="where to write scales.png, spectra.png and training.png; default: here",
+        help="where to write scales.png, spectra.png, training.png and, if a LossChangeMonitor was "
+        "there, loss_change.png and two more; default: here",
     )
     parser.add_argument("--step", type=int, help="the step that spectra.png shows, not the last")
     parser.add_argument("--dark", action="store_true", help="draw on black")
@@ -33,13 +36,17 @@ def main(argv=None):
     # Here, for its error is about a package and comes after those about arguments.
     from tf_adaptive_ls import plots
 
+    pictures = {}
     try:
         run = load_run(args.run, plots.MAX_SNAPSHOTS)
-        pictures = {
-            "scales": plots.plot_scales(run, dark=args.dark),
-            "spectra": plots.plot_spectra(run, step=args.step, dark=args.dark),
-            "training": plots.plot_training(run, dark=args.dark),
-        }
+        if len(run.steps) or run.loss_changes is None:
+            pictures["scales"] = plots.plot_scales(run, dark=args.dark)
+            pictures["spectra"] = plots.plot_spectra(run, step=args.step, dark=args.dark)
+            pictures["training"] = plots.plot_training(run, dark=args.dark)
+        if run.loss_changes is not None:
+            pictures["loss_change"] = plots.plot_loss_change(run, dark=args.dark)
+            pictures["loss_change_map"] = plots.plot_loss_change_map(run, dark=args.dark)
+            pictures["loss_change_layers"] = plots.plot_loss_change_layers(run, dark=args.dark)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(run.table())

@@ -1,5 +1,6 @@
 """Pictures of runs: they show what the record says, whatever its size, in light and dark."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -16,11 +17,17 @@ from tf_adaptive_ls import plots
 from tf_adaptive_ls.__main__ import main
 from tf_adaptive_ls.observe.html_page import page_of
 
-PLOTS = {
+OF_SCALES = {
     "scales": plots.plot_scales,
     "spectra": plots.plot_spectra,
     "training": plots.plot_training,
 }
+OF_CHANGES = {
+    "loss_change": plots.plot_loss_change,
+    "loss_change_map": plots.plot_loss_change_map,
+    "loss_change_layers": plots.plot_loss_change_layers,
+}
+PLOTS = OF_SCALES | OF_CHANGES
 
 
 def run_of_size(snapshots, layers):
@@ -44,6 +51,30 @@ def run_of_size(snapshots, layers):
         subnormal=np.zeros((snapshots, layers)),
         spectra=spectra,
         logs={"loss": np.geomspace(3, 0.01, snapshots)},
+        loss_changes=loss_changes_of_size(snapshots, layers),
+    )
+
+
+def loss_changes_of_size(paths, layers):
+    """Made up, too: chords of a loss that falls to zero, of which half of layer 0's is lost."""
+    rng = np.random.default_rng(1)
+    losses = np.linspace(3, 0, paths + 1)
+    allocated = rng.normal(size=(paths, layers))
+    allocated += (np.diff(losses) - allocated.sum(axis=1))[:, None] / max(layers, 1)
+    as_trained = allocated.copy()
+    as_trained[:, 0] /= 2
+    return als.LossChanges(
+        layers=[f"block/with_a_rather_long_name/{i}" for i in range(layers)],
+        since=100 * np.arange(paths),
+        steps=100 * np.arange(1, paths + 1),
+        loss_before=losses[:-1],
+        loss_after=losses[1:],
+        error=np.zeros(paths),
+        statistics=np.zeros(paths),
+        helping=rng.uniform(0.45, 0.55, paths),
+        allocated=allocated,
+        standard_errors=np.full((paths, layers), 0.1),
+        as_trained=as_trained,
     )
 
 
@@ -60,7 +91,7 @@ def test_every_size_can_be_drawn(name, size, dark, tmp_path):
 
 
 @pytest.mark.parametrize("count", [5, 50, 200])
-@pytest.mark.parametrize("name", ["scales", "spectra"])
+@pytest.mark.parametrize("name", ["scales", "spectra", "loss_change_map", "loss_change_layers"])
 def test_labels_of_layers_do_not_overlap(name, count):
     figure = PLOTS[name](run_of_size(3, count))
     figure.canvas.draw()
@@ -98,6 +129,36 @@ def test_spectra_stand_at_their_binades_before_and_after():
     assert spans == [-24, -14]
 
 
+def test_what_was_allocated_leads_where_the_loss_went():
+    run = run_of_size(4, 3)
+    top, middle, bottom = plots.plot_loss_change(run).axes
+    true, led_to = (line.get_xydata() for line in top.lines)
+    np.testing.assert_allclose(led_to, true, atol=1e-12)
+    np.testing.assert_array_equal(true[:2], [[0, 3], [100, 2.25]])
+    ends = sorted(line.get_ydata()[-1] for line in middle.lines[:3])
+    np.testing.assert_allclose(ends, sorted(run.loss_changes.allocated.sum(axis=0)))
+    np.testing.assert_array_equal(bottom.lines[1].get_ydata(), run.loss_changes.helping)
+
+
+def test_the_map_shows_changes_per_step_and_ends_at_the_99th_percentile():
+    run = run_of_size(50, 20)
+    run.loss_changes.allocated[7, 7] = 1e6
+    axes, _ = plots.plot_loss_change_map(run).axes
+    (mesh,) = axes.collections
+    np.testing.assert_array_equal(mesh.get_array(), run.loss_changes.allocated.T / 100)
+    assert mesh.get_clim()[1] == -mesh.get_clim()[0] < 1
+
+
+def test_bars_show_sums_errors_and_what_underflow_took():
+    run = run_of_size(4, 3)
+    (axes,) = plots.plot_loss_change_layers(run).axes
+    widths = [bar.get_width() for bar in axes.patches]
+    np.testing.assert_allclose(widths[:3], run.loss_changes.allocated.sum(axis=0))
+    np.testing.assert_allclose(widths[3:], run.loss_changes.as_trained.sum(axis=0))
+    (segments,) = (bars.get_segments() for bars in axes.collections)
+    np.testing.assert_allclose([s[1][0] - s[0][0] for s in segments], 2 * 4 * 0.1)
+
+
 def test_a_file_and_a_live_model_can_be_drawn(mixed_float16, tmp_path):
     inputs = keras.Input((4,))
     model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="scores")(inputs)))
@@ -105,7 +166,7 @@ def test_a_file_and_a_live_model_can_be_drawn(mixed_float16, tmp_path):
     path = tmp_path / "run.jsonl"
     monitor = als.LossScaleMonitor(path, every=2)
     model.fit(floats(32, 4), floats(32, 2), 8, verbose=0, callbacks=[monitor])
-    for plot in PLOTS.values():
+    for plot in OF_SCALES.values():
         assert len(plot(str(path)).axes) == len(plot(path).axes) == len(plot(model).axes)
 
 
@@ -113,8 +174,18 @@ def test_a_file_and_a_live_model_can_be_drawn(mixed_float16, tmp_path):
 def test_what_is_no_run_is_refused(name):
     with pytest.raises(ValueError, match=r"Expected a Run.* Received: 3"):
         PLOTS[name](3)
-    with pytest.raises(ValueError, match=r"with LossScaled layers\. Received: one without"):
-        PLOTS[name](run_of_size(3, 0))
+
+
+def test_what_a_run_has_not_is_not_drawn():
+    for plot in OF_SCALES.values():
+        with pytest.raises(ValueError, match=r"with LossScaled layers\. Received: one without"):
+            plot(run_of_size(3, 0))
+        with pytest.raises(ValueError, match=r"A LossScaleMonitor records them"):
+            plot(dataclasses.replace(run_of_size(1, 3), steps=np.zeros(0, int)))
+    run = dataclasses.replace(run_of_size(3, 2), loss_changes=None)
+    for plot in OF_CHANGES.values():
+        with pytest.raises(ValueError, match=r"with a LossChangeMonitor\. Received: one without"):
+            plot(run)
 
 
 def test_the_command_writes_all_of_them_and_prints_the_table(mixed_float16, tmp_path, capsys):
@@ -123,10 +194,22 @@ def test_the_command_writes_all_of_them_and_prints_the_table(mixed_float16, tmp_
     printed = capsys.readouterr().out
     assert "scores" in printed and "gradient binades" in printed
     written = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert written == {"scales.png", "spectra.png", "training.png", "report.html"}
+    assert written == {*(f"{name}.png" for name in OF_SCALES), "report.html"}
     for path in (tmp_path / "missing.jsonl", tmp_path / "pictures" / "scales.png"):
         with pytest.raises(SystemExit, match=r"No such file|does not begin like one"):
             main([str(path)])
+
+
+def test_the_command_draws_what_there_is(mixed_float16, tmp_path, capsys):
+    x, y = floats(32, 4), floats(32, 2)
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(2, name="scores")(inputs))
+    model.compile("sgd", loss="mse", jit_compile=JIT)
+    path = tmp_path / "run.jsonl"
+    model.fit(x, y, verbose=0, callbacks=[als.LossChangeMonitor([(x, y)], path)])
+    main([str(path), "-o", str(tmp_path), "--html"])
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {*(f"{name}.png" for name in OF_CHANGES), "report.html", "run.jsonl"}
 
 
 def test_the_page_holds_all_and_asks_for_nothing():

@@ -26,11 +26,11 @@ _PAGE = string.Template("""<!doctype html>
 </style>
 <h1>$title</h1>
 <p>$summary</p>
+$pictures
+<h2>Layers</h2>
 <p>A gradient of a layer is in its format at the scale S · 2<sup>r</sup>. <em>Gradient
 binades</em> are the powers of two that gradients really span, without any scale;
 <em>underflow</em> is the estimated share that becomes zero all the same.</p>
-$pictures
-<h2>Layers</h2>
 <input type="search" placeholder="search by layer or class" aria-label="search by layer or class"
   oninput="for (const row of document.querySelectorAll('tbody tr'))
     row.hidden = !row.textContent.toLowerCase().includes(this.value.toLowerCase())">
@@ -47,17 +47,32 @@ _PICTURES = {
     "Gradients of every layer against its format": plots.plot_spectra,
     "Training": plots.plot_training,
 }
+_PICTURES_OF_LOSS_CHANGES = {
+    "What each layer's gradients bought": plots.plot_loss_change,
+    "What each layer's gradients bought, over time": plots.plot_loss_change_map,
+    "What each layer's gradients bought in all": plots.plot_loss_change_layers,
+}
 
 
 def page_of(run, title):
     """The page as a string of HTML. Args: run: A `Run`; title: String."""
-    return _PAGE.substitute(
-        title=html.escape(title),
-        summary=html.escape(
+    summary, pictures = [], {}
+    if len(run.steps):
+        pictures |= _PICTURES
+        summary.append(
             f"{run.steps[-1]} steps, {run.skipped_steps[-1]} of them skipped; "
             f"{len(run.layers)} layers with a scale; S = 2^{run.log2_loss_scale[-1]:g} at the end."
-        ),
-        pictures="\n".join(_picture(name, plot, run) for name, plot in _PICTURES.items()),
+        )
+    if (changes := run.loss_changes) is not None:
+        pictures |= _PICTURES_OF_LOSS_CHANGES
+        summary.append(
+            f"The loss went from {changes.loss_before[0]:.4g} at step {changes.since[0]} to "
+            f"{changes.loss_after[-1]:.4g} at step {changes.steps[-1]}."
+        )
+    return _PAGE.substitute(
+        title=html.escape(title),
+        summary=html.escape(" ".join(summary)),
+        pictures="\n".join(_picture(name, plot, run) for name, plot in pictures.items()),
         header="".join(_cell("th", name, side) for name, side in COLUMNS.items()),
         rows="\n".join(f"<tr>{_row(row)}</tr>" for row in run.table()),
     )

@@ -19,28 +19,46 @@ from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.observe.run_record import Run, load_run, snapshot_run
 
 try:
-    import matplotlib.style
+    import matplotlib
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    from tf_adaptive_ls.observe.drawing import (
+        BLUE,
+        GREEN,
+        ORANGE,
+        RED,
+        edges_of,
+        height_of,
+        label_layers,
+        style,
+    )
+    from tf_adaptive_ls.observe.loss_change_plots import (
+        plot_loss_change,
+        plot_loss_change_layers,
+        plot_loss_change_map,
+    )
 except ImportError as error:
     raise ImportError(
         "Expected matplotlib for plots of runs. Received: no such package. Install it with "
         "`pip install 'tf_adaptive_ls[plots]'`."
     ) from error
 
-__all__ = ["plot_scales", "plot_spectra", "plot_training"]
+__all__ = [
+    "plot_loss_change",
+    "plot_loss_change_layers",
+    "plot_loss_change_map",
+    "plot_scales",
+    "plot_spectra",
+    "plot_training",
+]
 
 # As many snapshots as a picture has columns of pixels, or nearly.
 MAX_SNAPSHOTS = 500
 
-# Of Okabe and Ito (2008), which the colour-blind can tell apart.
-_LOST, _SUBNORMAL, _SKIPPED = "#D55E00", "#E69F00", "#D55E00"
-_LINES = ("#0072B2", "#009E73")
+_LOST, _SUBNORMAL, _SKIPPED = RED, ORANGE, RED
 _COLOURS_OF_SCALES = "viridis"
-
-_INCHES_PER_LAYER = 0.2
-_MOST_LABELS = 50
 
 # What can be drawn: a run, the path of its record, or a model that is being trained.
 Drawable: TypeAlias = Run | str | os.PathLike[str] | keras.Model
@@ -59,12 +77,12 @@ def plot_scales(run: Drawable, *, dark: bool = False) -> Figure:
     """
     with _drawing(run, dark) as run:
         layers = len(run.layers)
-        figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
+        figure = Figure(figsize=(9, height_of(layers) + 1.2), layout="constrained")
         above, axes = figure.subplots(
-            2, 1, sharex=True, height_ratios=[0.6, max(_height(layers), 1)], squeeze=True
+            2, 1, sharex=True, height_ratios=[0.6, max(height_of(layers), 1)], squeeze=True
         )
         _bars_of_skipped(above, run)
-        steps = _edges(run.steps)
+        steps = edges_of(run.steps)
         total = run.log2_loss_scale[:, None] + run.log2_scales
         mesh = axes.pcolormesh(
             steps, np.arange(layers + 1) - 0.5, total.T, cmap=_COLOURS_OF_SCALES, rasterized=True
@@ -77,7 +95,7 @@ def plot_scales(run: Drawable, *, dark: bool = False) -> Figure:
         axes.set_xlabel("step")
         axes.set_xlim(steps[0], steps[-1])
         axes.set_ylim(layers - 0.5, -0.5)
-        _label_layers(axes, run.layers, range(layers))
+        label_layers(axes, run.layers, range(layers))
         figure.colorbar(
             mesh,
             ax=[above, axes],
@@ -112,7 +130,7 @@ def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) 
         counts = run.spectra[snapshot][:, 1 : spectrum.NONFINITE]
         scales = run.log2_sampled_at[snapshot]
         layers = len(run.layers)
-        figure = Figure(figsize=(9, _height(layers) + 1.2), layout="constrained")
+        figure = Figure(figsize=(9, height_of(layers) + 1.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharex=True, sharey=True)
         float_format = collections.Counter(run.float_formats).most_common(1)[0][0]
         binades = np.array(COUNTING_FORMAT.exponents) + 0.5
@@ -131,7 +149,7 @@ def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) 
             name if each == float_format else f"{name} ({each.name})"
             for name, each in zip(run.layers, run.float_formats, strict=True)
         ]
-        _label_layers(left, names, range(layers))
+        label_layers(left, names, range(layers))
         right.tick_params(left=False)
         figure.suptitle(f"step {run.steps[snapshot]}", fontsize="medium")
         return figure
@@ -152,12 +170,12 @@ def plot_training(run: Drawable, *, dark: bool = False) -> Figure:
         above, top, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[0.5, 2, 2])
         _bars_of_skipped(above, run)
         if "loss" in run.logs:
-            top.plot(run.steps, run.logs["loss"], color=_LINES[0])
+            top.plot(run.steps, run.logs["loss"], color=BLUE)
             positive = run.logs["loss"][np.isfinite(run.logs["loss"])]
             if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
                 top.set_yscale("log")
         top.set_ylabel("loss")
-        bottom.step(run.steps, run.log2_loss_scale, where="post", color=_LINES[0], label="S")
+        bottom.step(run.steps, run.log2_loss_scale, where="post", color=BLUE, label="S")
         total = run.log2_loss_scale[:, None] + run.log2_scales
         bottom.fill_between(
             run.steps,
@@ -165,7 +183,7 @@ def plot_training(run: Drawable, *, dark: bool = False) -> Figure:
             total.max(axis=1),
             step="post",
             alpha=0.25,
-            color=_LINES[1],
+            color=GREEN,
             linewidth=0,
             label="S · 2^r of the layers",
         )
@@ -180,8 +198,6 @@ def plot_training(run: Drawable, *, dark: bool = False) -> Figure:
 @contextlib.contextmanager
 def _drawing(run: Drawable, dark: bool) -> Iterator[Run]:
     """Makes a `Run` of what stands for one, to be drawn in light or dark inside."""
-    if not isinstance(dark, (bool, np.bool_)):
-        raise ValueError(f"Expected `dark` to be True or False. Received: dark={dark!r}.")
     if isinstance(run, (str, os.PathLike)):
         run = load_run(run, MAX_SNAPSHOTS)
     elif isinstance(run, keras.Model):
@@ -191,18 +207,23 @@ def _drawing(run: Drawable, dark: bool) -> Iterator[Run]:
             "Expected a Run, the path of its record, or a model. "
             f"Received: {run!r} (of type {type(run).__name__})."
         )
+    if not len(run.steps):
+        raise ValueError(
+            "Expected a run with figures of scales. Received: one without. A LossScaleMonitor "
+            "records them."
+        )
     if not run.layers:
         raise ValueError(
             "Expected a run of a model with LossScaled layers. Received: one without. Wrap "
             "the model with `wrap_model`."
         )
-    with matplotlib.style.context("dark_background" if dark else "default"):
+    with style(dark):
         yield run
 
 
 def _bars_of_skipped(axes, run):
     skipped = _increase(run.skipped_steps)
-    edges = _edges(run.steps)
+    edges = edges_of(run.steps)
     shown = skipped > 0
     # A single step out of thousands has to be seen, too.
     width = np.maximum(np.diff(edges), (edges[-1] - edges[0]) / 300)
@@ -271,26 +292,6 @@ def _limits(counts, binades, shifts, float_format):
         firsts = np.argmax(counts > 0, axis=1)[occupied]
         low = min(low, (binades[firsts] + shifts[occupied]).min() - 2)
     return low, high
-
-
-def _label_layers(axes, names, places):
-    every = -(-len(names) // _MOST_LABELS)
-    size = "small" if len(names) <= 40 else "x-small"
-    axes.set_yticks(places[::every], [_shortened(name) for name in names[::every]], fontsize=size)
-
-
-def _shortened(name, most=32):
-    return name if len(name) <= most else f"…{name[1 - most :]}"
-
-
-def _height(layers):
-    return float(np.clip(_INCHES_PER_LAYER * layers, 1.6, 10.5))
-
-
-def _edges(steps):
-    """Where the columns of `steps` begin and end."""
-    first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)
-    return np.concatenate([[first], steps])
 
 
 def _increase(counts):
