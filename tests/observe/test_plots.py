@@ -62,7 +62,7 @@ def loss_changes_of_size(paths, layers):
     allocated = rng.normal(size=(paths, layers))
     allocated += (np.diff(losses) - allocated.sum(axis=1))[:, None] / max(layers, 1)
     as_trained = allocated.copy()
-    as_trained[:, 0] /= 2
+    as_trained[:, :1] /= 2
     return als.LossChanges(
         layers=[f"block/with_a_rather_long_name/{i}" for i in range(layers)],
         since=100 * np.arange(paths),

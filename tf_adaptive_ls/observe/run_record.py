@@ -238,14 +238,21 @@ class RunWriter:
 
     @classmethod
     def shared(cls, path, layers, step):
-        """The writer that was begun with the same arguments and is not closed, or a new one."""
-        key, begun_with = os.path.realpath(path), ([name for name, _ in layers], step)
+        """The writer that can be joined, or a new one."""
+        key = os.path.realpath(path)
         writer = _writers.get(key)
-        if writer is not None and writer._num_users and writer._begun_with == begun_with:
-            writer._num_users += 1
-            return writer
-        _writers[key] = writer = cls(path, layers, step)
+        if writer is None or not writer.join(layers, step):
+            _writers[key] = writer = cls(path, layers, step)
         return writer
+
+    def join(self, layers, step):
+        """Whether it was begun with the same arguments and is not closed: then one more uses it."""
+        joined = bool(self._num_users) and self._begun_with == (
+            [name for name, _ in layers],
+            step,
+        )
+        self._num_users += joined
+        return joined
 
     def add(self, snapshot, epoch, logs):
         """Adds a `Snapshot`, with the epoch and what Keras has logged."""
