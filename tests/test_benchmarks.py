@@ -6,6 +6,7 @@ import convergence
 import fidelity
 import import_time
 import keras
+import loss_change
 import numpy as np
 import others
 import overhead
@@ -131,4 +132,17 @@ def test_import_time(tmp_path, capsys):
     for result in results(tmp_path):
         assert len(result["runs"]) == 3
         assert all(0 < run["ours"] < run["keras"] for run in result["runs"])
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_loss_change(tmp_path, capsys):
+    loss_change.main(["--quick", "--steps", "24", "--output", str(tmp_path)])
+    (result,) = results(tmp_path)
+    assert list(result["runs"]) == [strategy.name for strategy in loss_change.COMPARED]
+    for (run,) in result["runs"].values():
+        given = sum(run["allocated"]) + sum(run["statistics"])
+        assert abs(run["loss_after"][-1] - run["loss_before"][0] - given) < 12 * 1e-3
+    errors = result["conservation"]["errors"]["10"]
+    assert max(errors["Simpson, 8 intervals"]) < min(errors["first order"])
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out

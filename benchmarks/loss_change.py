@@ -1,0 +1,296 @@
+"""What does each layer's lost gradient cost? Loss Change Allocation under several ways to scale.
+
+Each model is trained from the same weights on the same batches under each way to scale a loss,
+with a `LossChangeMonitor`, which divides the change of the loss on a part of the training data
+among the layers: with float32 gradients, and with those that training used. Reported are
+
+    change      of the loss from the first to the last step
+    allocated   the sum over all layers and statistics, in float32
+    as trained  the same by the gradients that training used
+    lost        what the layers' shares as trained differ from those in float32 by, summed over
+                layers, relative to the sum of their magnitudes; and that of the worst layer
+    idle        layers that were given less than 1e-6 of that sum: what never gets a gradient
+                does not move either, and loses nothing that is seen along its own path
+    helping     share of weights whose move lowered the loss, along chords, and in single steps
+
+then how well the sums are conserved by each rule of integration, along paths of 1, 10 and 100
+steps, and what the callback adds to the time of training.
+"""
+
+import argparse
+import itertools
+import time
+import warnings
+
+import convergence
+import data
+import keras
+import numpy as np
+import report
+from strategies import KERAS, OURS, REFERENCE, STRATEGIES
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls import plots
+
+CASES = ("MLP 17, vanishing", "ResNet-20")
+COMPARED = [REFERENCE, *(s for s in STRATEGIES if s.name in ("no scaling", KERAS, OURS))]
+RULES = {
+    "first order": {"rule": "first order"},
+    "trapezoid": {"rule": "trapezoid"},
+    "Simpson, 2 intervals": {"max_intervals": 2},
+    "Simpson, 8 intervals": {"max_intervals": 8},
+}
+LENGTHS = (1, 10, 100)
+SIZES = (1, 4, 16)  # batches to take the loss of
+# What the figures of a run, and those of the time it takes, are made with.
+EVALUATED = 4
+RECORDS = 12
+
+
+class Trainee:
+    """A model under one strategy, from the weights of a seed."""
+
+    def __init__(self, case, strategy, steps, images, seed):
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(seed)
+        keras.config.set_dtype_policy("float32")
+        weights = case.build().get_weights()
+        keras.config.set_dtype_policy(strategy.policy)
+        plain = case.build()
+        plain.set_weights(weights)
+        self.model = als.wrap_model(plain) if strategy.wrapped else plain
+        self.model.compile(
+            strategy.optimizer(case.optimizer(steps)),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=True,
+            auto_scale_loss=False,
+        )
+        self._batches = (case.examples(*b) for b in images.batches(case.batch_size, seed))
+
+    def fit(self, steps, *callbacks):
+        # Exactly as many as are used: Keras fetches some in advance.
+        taken = list(itertools.islice(self._batches, steps))
+        self.model.fit(
+            (each for each in taken),
+            steps_per_epoch=steps,
+            shuffle=False,
+            verbose=0,
+            callbacks=list(callbacks),
+        )
+
+
+def evaluated(case, images, number):
+    """So many batches of the training data, the same for every seed."""
+    batches = itertools.islice(images.batches(case.batch_size, 12385), number)
+    return [case.examples(*batch) for batch in batches]
+
+
+def run_strategy(case, strategy, steps, images, seed, directory):
+    """Figures of one run."""
+    trainee = Trainee(case, strategy, steps, images, seed)
+    batches = evaluated(case, images, EVALUATED)
+    paths = [directory / f"{kind}.jsonl" for kind in ("chords", "single")]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    every = steps // RECORDS
+    # Where Keras has just raised its scale, gradients overflow: a step that it would skip.
+    monitors = [
+        als.LossChangeMonitor(batches, paths[0], every=every, as_trained=True),
+        als.LossChangeMonitor(batches, paths[1], every=every, single_steps=True),
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainee.fit(steps, *monitors)
+    chords, single = (als.load_run(path).loss_changes for path in paths)
+    figures = {name: getattr(chords, name).tolist() for name in ("since", "steps", "error")}
+    return figures | {
+        "seed": seed,
+        "layers": chords.layers,
+        "loss_before": chords.loss_before.tolist(),
+        "loss_after": chords.loss_after.tolist(),
+        "statistics": chords.statistics.tolist(),
+        "allocated": chords.allocated.sum(axis=0).tolist(),
+        "as_trained": chords.as_trained.sum(axis=0).tolist(),
+        "helping": chords.helping.tolist(),
+        "helping_single": single.helping.tolist(),
+        "left_out": sum("leaves out" in str(each.message) for each in caught),
+    }
+
+
+def conservation(case, images, steps):
+    """Errors relative to the change of the loss, by rule and length; standard errors by size."""
+    trainee = Trainee(case, REFERENCE, steps, images, 0)
+    batches = evaluated(case, images, max(SIZES))
+    errors = {length: {rule: [] for rule in RULES} for length in LENGTHS if length <= steps // 2}
+    deviations = {size: [] for size in SIZES}
+    trainee.fit(steps // 2)
+    for length, by_rule in errors.items():
+        for _ in range(3 if length < 100 else 1):
+            before = trainee.model.get_weights()
+            trainee.fit(length)
+            after = trainee.model.get_weights()
+            for rule, settings in RULES.items():
+                found = als.loss_change(
+                    trainee.model, before, after, batches[:EVALUATED], tolerance=1e-12, **settings
+                )
+                change = abs(found.loss_after - found.loss_before)
+                by_rule[rule].append(found.error / change)
+            if length == 10:
+                for size in SIZES:
+                    found = als.loss_change(
+                        trainee.model, before, after, batches[:size], max_intervals=2
+                    )
+                    ratios = [
+                        found.standard_errors[name] / abs(value)
+                        for name, value in found.layers.items()
+                    ]
+                    deviations[size].append(float(np.median(ratios)))
+    return {"errors": errors, "standard_errors": deviations}
+
+
+def overhead(case, images, rounds, steps=100):
+    """Seconds of 100 steps with and without the callback, in turn."""
+    trainee = Trainee(case, COMPARED[-1], steps, images, 0)
+    batches = evaluated(case, images, EVALUATED)
+    monitor = als.LossChangeMonitor(batches, every=steps)
+    trainee.fit(2, monitor)
+    seconds = {"without": [], "with": []}
+    for _ in range(rounds):
+        for name, callbacks in (("without", []), ("with", [monitor])):
+            start = time.perf_counter()
+            trainee.fit(steps, *callbacks)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rows(result):
+    """A row of the table per strategy: medians over seeds, with the range of what is lost."""
+    for name, runs in result["runs"].items():
+        lost, worst = zip(*map(_lost, runs), strict=True)
+        change = [run["loss_after"][-1] - run["loss_before"][0] for run in runs]
+        allocated = [sum(run["allocated"]) + sum(run["statistics"]) for run in runs]
+        trained = [sum(run["as_trained"]) + sum(run["statistics"]) for run in runs]
+        helping = [
+            [np.nanmean(run[kind]) for run in runs] for kind in ("helping", "helping_single")
+        ]
+        yield (
+            name,
+            *(f"{np.median(values):+.3f}" for values in (change, allocated, trained)),
+            f"{np.median(lost):.1%} ({min(lost):.1%} … {max(lost):.1%})",
+            worst[int(np.argsort(lost)[len(lost) // 2])],
+            f"{np.median([_idle(run) for run in runs]):g} of {len(runs[0]['layers'])}",
+            *(f"{np.median(values):.1%}" for values in helping),
+            str(sum(run["left_out"] for run in runs)),
+        )
+
+
+def _lost(run):
+    """Share of what layers were given that is not there as trained; and the worst layer's."""
+    given, trained = np.array(run["allocated"]), np.array(run["as_trained"])
+    gaps = np.abs(given - trained)
+    worst = int(np.argmax(gaps))
+    share = gaps[worst] / max(abs(given[worst]), 1e-30)
+    return gaps.sum() / np.abs(given).sum(), f"{run['layers'][worst]}: {share:.0%}"
+
+
+def _idle(run):
+    given = np.abs(run["allocated"])
+    return int(np.sum(given < 1e-6 * given.sum()))
+
+
+HEADER = (
+    "",
+    "change",
+    "allocated",
+    "as trained",
+    "lost",
+    "worst layer",
+    "idle layers",
+    "helping, chords",
+    "helping, single steps",
+    "paths left out",
+)
+
+
+def write_report(directory):
+    results = report.load_results(directory, CASES)
+    parts = ["# What each layer's lost gradients cost\n"]
+    for result in results:
+        seeds = len(next(iter(result["runs"].values())))
+        parts.append(
+            f"## {result['name']}\n\n{result['images']}, {result['steps']} steps, {seeds} seeds "
+            f"(medians; range over seeds), loss of {EVALUATED} batches of training data, "
+            f"{RECORDS} chords.\n\n{report.markdown(HEADER, rows(result))}\n"
+        )
+        if "conservation" in result:
+            errors = result["conservation"]["errors"]
+            table = [
+                (f"{length} steps", *(f"{np.median(errors[length][rule]):.1g}" for rule in RULES))
+                for length in errors
+            ]
+            deviations = ", ".join(
+                f"{np.median(values):.0%} of it by {size} batches"
+                for size, values in result["conservation"]["standard_errors"].items()
+                if int(size) > 1
+            )
+            parts.append(
+                "What is not allocated, relative to the change of the loss, in float32 in the "
+                f"middle of training:\n\n{report.markdown(['path', *RULES], table)}\n\n"
+                f"A layer's share of ten steps has a standard error (median layer) of {deviations}."
+                "\n"
+            )
+        if "overhead" in result:
+            seconds = result["overhead"]
+            added = np.array(seconds["with"]) / np.array(seconds["without"]) - 1
+            parts.append(
+                f"`LossChangeMonitor(batches)` with {EVALUATED} batches of the size trained with "
+                f"adds {np.median(added):.1%} to the time of training ({added.min():.1%} … "
+                f"{added.max():.1%}, {len(added)} pairs).\n"
+            )
+    parts.append(report.provenance_text(results) + "\n")
+    report.save_text(directory, "\n".join(parts))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    report.add_arguments(parser, "loss_change")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="MODEL")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="default: those of `convergence`")
+    args = parser.parse_args(argv)
+    names = args.only or (CASES[:1] if args.quick else CASES)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        case = convergence.CASES[name]
+        images = data.digits() if case.images == "digits" else data.cifar10(args.data)
+        steps = args.steps or (60 if args.quick else case.steps)
+        seeds = range(1 if args.quick else args.seeds)
+        result = {"name": name, "images": images.name, "steps": steps, "runs": {}}
+        with report.progress() as progress:
+            task = progress.add_task(name, total=len(COMPARED) * len(seeds) + 2)
+            for strategy in COMPARED:
+                progress.update(task, description=f"{name}: {strategy.name}")
+                runs = result["runs"].setdefault(strategy.name, [])
+                for seed in seeds:
+                    runs.append(run_strategy(case, strategy, steps, images, seed, args.output))
+                    progress.advance(task)
+                if case.images == "digits" and strategy.name in ("no scaling", OURS):
+                    figure = plots.plot_loss_change_layers(args.output / "chords.jsonl")
+                    report.save_plot(args.output, strategy.name.split()[0], figure)
+                report.save_result(args.output, result)
+            progress.update(task, description=f"{name}: conservation")
+            result["conservation"] = conservation(case, images, steps)
+            progress.advance(task)
+            progress.update(task, description=f"{name}: overhead")
+            result["overhead"] = overhead(case, images, 2 if args.quick else 5)
+            progress.advance(task)
+        report.save_result(args.output, result)
+    for kind in ("chords", "single"):
+        (args.output / f"{kind}.jsonl").unlink()
+    write_report(args.output)
+
+
+if __name__ == "__main__":
+    main()
