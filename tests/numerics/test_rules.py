@@ -106,6 +106,16 @@ def test_the_quantile_rule_remembers_the_largest_gradient():
     assert moved == 0 and memory == loud_memory - 0.5
 
 
+def test_the_quantile_rule_remembers_that_a_gradient_was_not_finite():
+    """As one of the binade after the last, whatever is seen of it afterwards."""
+    rule = als.QuantileRule(headroom=5, forget=0.5)
+    _, memory = apply(rule, [1.0, np.inf])
+    assert memory == FLOAT16.max_exponent + 1
+    moved, memory = apply(rule, at(0), memory=memory - 10)  # ten binades down
+    assert moved == -2 < change(rule, at(0))
+    assert memory == FLOAT16.max_exponent + 1 - 10 - 0.5
+
+
 def test_the_gaussian_rule_reaches_its_target_on_normal_gradients():
     x = np.random.default_rng(0).normal(size=100_000) * 2.0**-22
     rule = als.GaussianRule(underflow=1e-2)

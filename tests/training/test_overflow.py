@@ -360,3 +360,45 @@ def test_a_vanished_chain_recovers(mixed_float16):
     assert np.max(np.abs(true[0])) < 1e-9
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, true, strict=True)]
     assert max(errors) < 5e-3
+
+
+class Detour(layers.Layer):
+    """Its gradient is small when it leaves, but larger than it came in between."""
+
+    def call(self, x):
+        @ops.custom_gradient
+        def detour(x):
+            def backward(gradient):
+                large = ops.cast(gradient, "float16") * 2.0**10
+                return ops.cast(large, gradient.dtype) * ops.cast(2.0**-20, gradient.dtype)
+
+            return ops.convert_to_tensor(x), backward
+
+        return detour(x)
+
+
+class DenseAndDetour(layers.Dense):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.detour = Detour(dtype="float16")
+
+    def call(self, x):
+        return self.detour(super().call(x))
+
+
+@pytest.mark.parametrize("where", ["before S", "in a layer"])
+def test_what_overflows_out_of_sight_is_remembered(where, mixed_float16):
+    """Else the scale would be raised after every skipped step, to overflow on the next."""
+    x = inputs = keras.Input((4,))
+    x = layers.Dense(8, "tanh", name="first")(x)
+    if where == "before S":
+        x = Detour()(layers.Dense(2, name="last")(x))
+    else:
+        x = DenseAndDetour(2, name="last")(x)
+    model = als.wrap_model(keras.Model(inputs, layers.Activation("linear", dtype="float32")(x)))
+    model.compile(
+        als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(1e-4)), loss="mse", jit_compile=JIT
+    )
+    model.fit(X, Y, batch_size=32, epochs=150, verbose=0)
+    assert model.optimizer.steps >= 150
+    assert model.optimizer.skipped_steps <= 4

@@ -107,6 +107,9 @@ class QuantileRule(ScaleRule):
     share, the largest gradient keeps `headroom` binades from overflow, and the tail
     goes into the subnormals. On steps without a sample only that `headroom` is kept.
 
+    A gradient that is not finite counts as one of the next binade. What overflows on its way,
+    where nothing looks, and is small when it is seen, is so remembered, too.
+
     Zeros are left out of `q`: a ReLU makes them on purpose. A tensor that is zero
     everywhere has vanished, for all one can tell: the layer then moves up by all the
     room that `headroom` leaves.
@@ -150,7 +153,10 @@ class QuantileRule(ScaleRule):
     def __call__(
         self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
     ) -> tuple[Tensor, Tensor]:
-        now = _top(samples, peaks, float_format)
+        seen = _top(samples, peaks, float_format)
+        # What is not finite was too large by a binade at least.
+        overflowed = peaks[..., spectrum.NONFINITE] > 0
+        now = ops.where(overflowed, float_format.max_exponent + 1.0, seen)
         # The lowest binade stands for anything smaller, too: not worth remembering.
         remembered = ops.where(now > float_format.min_exponent, now, NOTHING_SEEN)
         remembered = ops.maximum(remembered, memory[:, 0] - self.forget)
@@ -162,7 +168,7 @@ class QuantileRule(ScaleRule):
         to_middle = float_format.max_exponent - ops.floor(spare / 2) - top
         change = ops.where(_is_sampled(samples), ops.minimum(to_middle, room), ops.minimum(room, 0))
         change = ops.where(_any_vanished(peaks), room, change)
-        return _if_seen(now, change, float_format), remembered[:, None]
+        return _if_seen(seen, change, float_format), remembered[:, None]
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")

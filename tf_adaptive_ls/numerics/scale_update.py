@@ -76,8 +76,8 @@ def update(layers, loss, evidence, *, rule, float_formats, flow, restart, sample
     log2_scales = _held(log2_scales, move, flow.held_to)
 
     seen = ops.sum(evidence.produced_peaks, axis=-1) > 0
-    kept = ops.logical_and(seen, finite)
-    fresh = ops.logical_and(kept, sampled)
+    kept = ops.logical_and(seen, ops.logical_or(finite, layers_at_fault))
+    fresh = ops.logical_and(ops.logical_and(seen, finite), sampled)
     return (
         LayerStates(
             log2_scales,
@@ -92,7 +92,7 @@ def update(layers, loss, evidence, *, rule, float_formats, flow, restart, sample
         ),
         LossState(
             log2_scale,
-            ops.where(finite, ruled.memory_of_loss, loss.memory),
+            ops.where(ops.logical_or(finite, loss_at_fault), ruled.memory_of_loss, loss.memory),
             next_sample(loss, finite, move, log2_scale - loss.log2_scale, backoff, sample_every),
         ),
     )
