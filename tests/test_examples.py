@@ -91,4 +91,4 @@ def test_the_tour(tmp_path, monkeypatch):
     accuracy = float(printed.split("test accuracy: ")[1].split("%")[0])
     assert accuracy > 40  # chance is 10
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3
+    assert len(pictures) == 5
