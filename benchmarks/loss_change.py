@@ -19,6 +19,8 @@ steps, and what the callback adds to the time of training.
 
 import argparse
 import itertools
+import pathlib
+import tempfile
 import time
 import warnings
 
@@ -33,6 +35,7 @@ import tf_adaptive_ls as als
 from tf_adaptive_ls import plots
 
 CASES = ("MLP 17, vanishing", "ResNet-20")
+PARTS = ("runs", "conservation", "overhead")
 COMPARED = [REFERENCE, *(s for s in STRATEGIES if s.name in ("no scaling", KERAS, OURS))]
 RULES = {
     "first order": {"rule": "first order"},
@@ -90,8 +93,6 @@ def run_strategy(case, strategy, steps, images, seed, directory):
     trainee = Trainee(case, strategy, steps, images, seed)
     batches = evaluated(case, images, EVALUATED)
     paths = [directory / f"{kind}.jsonl" for kind in ("chords", "single")]
-    for path in paths:
-        path.unlink(missing_ok=True)
     every = steps // RECORDS
     # Where Keras has just raised its scale, gradients overflow: a step that it would skip.
     monitors = [
@@ -212,9 +213,18 @@ HEADER = (
 )
 
 
+INTRODUCTION = """# What each layer's lost gradients cost
+
+Loss Change Allocation (Lan et al. 2019): the change of the loss on a part of the training data,
+divided among the layers. *lost* is what they were given less by the gradients that training used
+than by those of float32. What never gets a gradient does not move, and has no share in either: lost
+layers show as *idle*, and in what the loss has changed by.
+"""
+
+
 def write_report(directory):
     results = report.load_results(directory, CASES)
-    parts = ["# What each layer's lost gradients cost\n"]
+    parts = [INTRODUCTION]
     for result in results:
         seeds = len(next(iter(result["runs"].values())))
         parts.append(
@@ -257,39 +267,52 @@ def main(argv=None):
     )
     report.add_arguments(parser, "loss_change")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="MODEL")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="what to measure; the rest stays as in DIR; default: all",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="default: those of `convergence`")
     args = parser.parse_args(argv)
-    names = args.only or (CASES[:1] if args.quick else CASES)
     args.output.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        case = convergence.CASES[name]
-        images = data.digits() if case.images == "digits" else data.cifar10(args.data)
-        steps = args.steps or (60 if args.quick else case.steps)
-        seeds = range(1 if args.quick else args.seeds)
-        result = {"name": name, "images": images.name, "steps": steps, "runs": {}}
-        with report.progress() as progress:
-            task = progress.add_task(name, total=len(COMPARED) * len(seeds) + 2)
-            for strategy in COMPARED:
-                progress.update(task, description=f"{name}: {strategy.name}")
-                runs = result["runs"].setdefault(strategy.name, [])
-                for seed in seeds:
-                    runs.append(run_strategy(case, strategy, steps, images, seed, args.output))
-                    progress.advance(task)
-                if case.images == "digits" and strategy.name in ("no scaling", OURS):
-                    figure = plots.plot_loss_change_layers(args.output / "chords.jsonl")
-                    report.save_plot(args.output, strategy.name.split()[0], figure)
-                report.save_result(args.output, result)
-            progress.update(task, description=f"{name}: conservation")
-            result["conservation"] = conservation(case, images, steps)
-            progress.advance(task)
-            progress.update(task, description=f"{name}: overhead")
-            result["overhead"] = overhead(case, images, 2 if args.quick else 5)
-            progress.advance(task)
-        report.save_result(args.output, result)
-    for kind in ("chords", "single"):
-        (args.output / f"{kind}.jsonl").unlink()
+    for name in args.only or (CASES[:1] if args.quick else CASES):
+        run_case(convergence.CASES[name], args)
     write_report(args.output)
+
+
+def run_case(case, args):
+    """Adds the parts asked for to the figures of one case."""
+    images = data.digits() if case.images == "digits" else data.cifar10(args.data)
+    steps = args.steps or (60 if args.quick else case.steps)
+    seeds = range(1 if args.quick else args.seeds)
+    before = report.load_results(args.output, [case.name])
+    result = before[0] if before else {"runs": {}}
+    result |= {"name": case.name, "images": images.name, "steps": steps}
+    with report.progress() as progress:
+        task = progress.add_task(case.name, total=None)
+        for strategy in COMPARED if "runs" in args.parts else ():
+            progress.update(task, description=f"{case.name}: {strategy.name}")
+            runs = result["runs"][strategy.name] = []
+            for seed in seeds:
+                with tempfile.TemporaryDirectory() as directory:
+                    records = pathlib.Path(directory)
+                    runs.append(run_strategy(case, strategy, steps, images, seed, records))
+                    figure = plots.plot_loss_change_layers(records / "chords.jsonl")
+            if case.images == "digits" and strategy.name in ("no scaling", OURS):
+                name_of_plot = strategy.name.partition(" (")[0].replace(" ", "_")
+                report.save_plot(args.output, name_of_plot, figure)
+            report.save_result(args.output, result)
+        if "conservation" in args.parts:
+            progress.update(task, description=f"{case.name}: conservation")
+            result["conservation"] = conservation(case, images, steps)
+            report.save_result(args.output, result)
+        if "overhead" in args.parts:
+            progress.update(task, description=f"{case.name}: overhead")
+            result["overhead"] = overhead(case, images, 2 if args.quick else 5)
+            report.save_result(args.output, result)
 
 
 if __name__ == "__main__":
