@@ -251,11 +251,11 @@ def write_report(directory):
             )
         if "overhead" in result:
             seconds = result["overhead"]
-            added = np.array(seconds["with"]) / np.array(seconds["without"]) - 1
+            added = np.array(seconds["with"]) - seconds["without"]
             parts.append(
                 f"`LossChangeMonitor(batches)` with {EVALUATED} batches of the size trained with "
-                f"adds {np.median(added):.1%} to the time of training ({added.min():.1%} … "
-                f"{added.max():.1%}, {len(added)} pairs).\n"
+                f"adds {np.median(added):.2g} s ({added.min():.2g} … {added.max():.2g}, {len(added)} "
+                f"pairs) to {np.median(seconds['without']):.2g} s for 100 steps.\n"
             )
     parts.append(report.provenance_text(results) + "\n")
     report.save_text(directory, "\n".join(parts))
