@@ -254,8 +254,8 @@ def write_report(directory):
             added = np.array(seconds["with"]) - seconds["without"]
             parts.append(
                 f"`LossChangeMonitor(batches)` with {EVALUATED} batches of the size trained with "
-                f"adds {np.median(added):.2g} s ({added.min():.2g} … {added.max():.2g}, {len(added)} "
-                f"pairs) to {np.median(seconds['without']):.2g} s for 100 steps.\n"
+                f"adds {np.median(added):.2g} s ({added.min():.2g} … {added.max():.2g}) to "
+                f"{np.median(seconds['without']):.2g} s for 100 steps ({len(added)} pairs).\n"
             )
     parts.append(report.provenance_text(results) + "\n")
     report.save_text(directory, "\n".join(parts))

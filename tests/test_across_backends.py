@@ -8,7 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backend_worker import fit, state_of
+from backend_worker import allocated_by, fit, state_of
 from backends import ON_JAX
 from keras import layers
 
@@ -51,6 +51,8 @@ def test_there_and_back(policy, tmp_path):
     subprocess.run([sys.executable, WORKER, tmp_path], check=True, env=environment)
     with np.load(tmp_path / "loaded.npz") as loaded:
         assert_same(dict(loaded), saved)
+    with np.load(tmp_path / "allocated.npz") as allocated:
+        assert_same(dict(allocated), allocated_by(model), close=True)
     losses = fit(model, None, 5)
     with np.load(tmp_path / "trained.npz") as trained:
         there = dict(trained)
