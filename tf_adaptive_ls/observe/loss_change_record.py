@@ -15,7 +15,8 @@ class LossChanges:
 
     Attributes:
         layers: List of L strings, as in `scale_table`.
-        since, steps: `[N]`, after how many steps each path began, and ended.
+        since, steps: `[N]`, after how many steps each path began, and ended; under other
+            optimizers than `AdaptiveLossScaleOptimizer`, by their own count.
         loss_before, loss_after: `[N]`.
         error: `[N]`, |change of the loss - all that is allocated|.
         statistics: `[N]`, what moving statistics were given.
