@@ -46,7 +46,8 @@ class LossChangeMonitor(keras.callbacks.Callback):
         single_steps: Whether to look at every `every`-th step by itself, not at chords.
         as_trained: Whether to look at the gradients that training in its precision uses, too:
             what they fall short by was lost to underflow. It takes twice the time.
-        tolerance, max_intervals: As in `loss_change`.
+        tolerance: As in `loss_change`.
+        max_intervals: As in `loss_change`.
 
     Raises:
         ValueError: If an argument is not as said; from `fit`, if the model has no loss.
