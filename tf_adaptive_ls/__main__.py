@@ -49,7 +49,8 @@ def main(argv=None):
             pictures["loss_change_layers"] = plots.plot_loss_change_layers(run, dark=args.dark)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    print(run.table())
+    if len(run.steps):
+        print(run.table())
     args.output.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         path = args.output / f"{name}.png"

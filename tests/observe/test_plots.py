@@ -210,6 +210,7 @@ def test_the_command_draws_what_there_is(mixed_float16, tmp_path, capsys):
     main([str(path), "-o", str(tmp_path), "--html"])
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {*(f"{name}.png" for name in OF_CHANGES), "report.html", "run.jsonl"}
+    assert "<h2>Layers" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_page_holds_all_and_asks_for_nothing():

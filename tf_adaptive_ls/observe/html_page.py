@@ -27,7 +27,10 @@ _PAGE = string.Template("""<!doctype html>
 <h1>$title</h1>
 <p>$summary</p>
 $pictures
-<h2>Layers</h2>
+$layers
+</html>
+""")
+_LAYERS = string.Template("""<h2>Layers</h2>
 <p>A gradient of a layer is in its format at the scale S · 2<sup>r</sup>. <em>Gradient
 binades</em> are the powers of two that gradients really span, without any scale;
 <em>underflow</em> is the estimated share that becomes zero all the same.</p>
@@ -39,9 +42,7 @@ binades</em> are the powers of two that gradients really span, without any scale
 <tbody>
 $rows
 </tbody>
-</table></div>
-</html>
-""")
+</table></div>""")
 _PICTURES = {
     "Scale of every layer over time": plots.plot_scales,
     "Gradients of every layer against its format": plots.plot_spectra,
@@ -56,8 +57,12 @@ _PICTURES_OF_LOSS_CHANGES = {
 
 def page_of(run, title):
     """The page as a string of HTML. Args: run: A `Run`; title: String."""
-    summary, pictures = [], {}
+    summary, pictures, layers = [], {}, ""
     if len(run.steps):
+        layers = _LAYERS.substitute(
+            header="".join(_cell("th", name, side) for name, side in COLUMNS.items()),
+            rows="\n".join(f"<tr>{_row(row)}</tr>" for row in run.table()),
+        )
         pictures |= _PICTURES
         summary.append(
             f"{run.steps[-1]} steps, {run.skipped_steps[-1]} of them skipped; "
@@ -73,8 +78,7 @@ def page_of(run, title):
         title=html.escape(title),
         summary=html.escape(" ".join(summary)),
         pictures="\n".join(_picture(name, plot, run) for name, plot in pictures.items()),
-        header="".join(_cell("th", name, side) for name, side in COLUMNS.items()),
-        rows="\n".join(f"<tr>{_row(row)}</tr>" for row in run.table()),
+        layers=layers,
     )
 
 
