@@ -6,6 +6,7 @@ NumPy or Python; one that is raised here says what was expected, and leaves the 
 
 import functools
 import inspect
+import tempfile
 
 import keras
 import matplotlib.pyplot as plt
@@ -34,6 +35,15 @@ def run():
     return als.snapshot_run(model())
 
 
+@functools.cache
+def run_with_changes():
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/run.jsonl"
+        monitor = als.LossChangeMonitor([(X, Y)], path)
+        trained_model().fit(X, Y, verbose=0, callbacks=[monitor])
+        return als.load_run(path)
+
+
 CALLS = {
     als.LossScaled: lambda: {"layer": layers.Dense(2), "name": "d", "trainable": True},
     als.AdaptiveLossScaleOptimizer: lambda: {
@@ -52,6 +62,26 @@ CALLS = {
         "tensorboard": None,
         "stuck_after": 3,
     },
+    als.LossChangeMonitor: lambda: {
+        "data": [(X, Y)],
+        "path": None,
+        "every": 3,
+        "tensorboard": None,
+        "single_steps": False,
+        "as_trained": True,
+        "tolerance": 0.1,
+        "max_intervals": 2,
+    },
+    als.loss_change: lambda: {
+        "model": model(),
+        "before": model().get_weights(),
+        "after": model().get_weights(),
+        "data": [(X, Y)],
+        "tolerance": 0.1,
+        "max_intervals": 2,
+        "dtype": "as trained",
+        "rule": "trapezoid",
+    },
     als.wrap_model: lambda: {"model": model(), "layer_filter": None},
     als.strip_model: lambda: {"model": model()},
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
@@ -67,14 +97,19 @@ CALLS = {
     plots.plot_scales: lambda: {"run": run(), "dark": True},
     plots.plot_spectra: lambda: {"run": run(), "step": None, "dark": True},
     plots.plot_training: lambda: {"run": run(), "dark": True},
+    plots.plot_loss_change: lambda: {"run": run_with_changes(), "dark": True},
+    plots.plot_loss_change_map: lambda: {"run": run_with_changes(), "dark": True},
+    plots.plot_loss_change_layers: lambda: {"run": run_with_changes(), "dark": True},
 }
 
 # Made by the library, or abstract.
 OTHERS = {
+    als.Allocation,
     als.Calibration,
     als.Explanation,
     als.FixedRule,
     als.LayerRange,
+    als.LossChanges,
     als.NarrowReduction,
     als.Run,
     als.ScaleRow,

@@ -156,6 +156,11 @@ def loss_change(
         if value not in choices:
             raise ValueError(f"Expected `{name}` to be one of {choices}. Received: {value!r}.")
     check_ready(model)
+    if not isinstance(data, Iterable):
+        raise ValueError(
+            "Expected `data` to be an iterable of batches `(x, y)`. "
+            f"Received: data={data!r} (of type {type(data).__name__})."
+        )
     path = LossPath(model, tolerance, max_intervals, rule)
     return path.allocate(before, after, data, as_trained=dtype == DTYPES[1])[-1]
 
@@ -194,9 +199,9 @@ class LossPath:
         ends = [[ops.convert_to_tensor(w) for w in weights] for weights in (before, after)]
         total, examples, losses, by_layer, most_intervals = 0.0, [], [], [], 0
         for number, batch in enumerate(data):
-            batch = _as_tensors(batch)
+            batch, size = _as_tensors(batch)
             both, allocated, intervals = self._integral(ends, moves, batch, number, as_trained)
-            examples.append(len(tree.flatten(batch)[0]))
+            examples.append(size)
             losses.append(both)
             by_layer.append([self._by_layer(each) for each in allocated])
             total = total + examples[-1] * allocated
@@ -354,8 +359,16 @@ def _flat(arrays):
 
 
 def _as_tensors(batch):
-    batch = keras.utils.unpack_x_y_sample_weight(batch)
-    return tree.map_structure(lambda x: None if x is None else ops.convert_to_tensor(x), batch)
+    """A batch as `(x, y, sample_weight)`, and its number of examples."""
+    parts = keras.utils.unpack_x_y_sample_weight(batch)
+    parts = tree.map_structure(lambda x: None if x is None else ops.convert_to_tensor(x), parts)
+    shapes = [ops.shape(leaf) for leaf in tree.flatten(parts[0]) if leaf is not None]
+    if not shapes or not shapes[0] or not shapes[0][0]:
+        raise ValueError(
+            "Expected a batch `(x, y)` or `(x, y, sample_weight)` of one example or more. "
+            f"Received: {batch!r:.200}"
+        )
+    return parts, int(shapes[0][0])
 
 
 def _share_of_negative(arrays):
