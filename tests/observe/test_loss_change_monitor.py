@@ -44,7 +44,9 @@ def loss_of(model, data=DATA):
 
 def test_chords_add_up_to_the_whole_change_of_the_loss(tmp_path):
     model = network()
-    monitor = als.LossChangeMonitor(DATA, tmp_path / "run.jsonl", every=3, tolerance=1e-4)
+    monitor = als.LossChangeMonitor(
+        DATA, tmp_path / "run.jsonl", every=3, tolerance=1e-4, max_intervals=32
+    )
     history = fit(model, monitor, epochs=3)
     found = als.load_run(tmp_path / "run.jsonl").loss_changes
     assert found.layers == ["first", "norm", "last"]
