@@ -65,6 +65,11 @@ class FloatFormat:
         return _exponent(self.smallest_subnormal)
 
     @property
+    def mantissa_bits(self) -> int:
+        """Bits of a normal value behind its first."""
+        return self.min_normal_exponent - self.min_exponent
+
+    @property
     def is_narrow(self) -> bool:
         """Whether it lacks the range of float32, so that gradients need a scale."""
         return self.max_exponent < FloatFormat("float32").max_exponent

@@ -1,0 +1,96 @@
+"""Rounding to a float8 format, as numbers of a wider dtype that the format has.
+
+By integer operations on bits: XLA on a GPU may drop a chain of casts, and casts of
+TensorFlow and JAX neither saturate nor round stochastically.
+"""
+
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.gradient_tap import power_of_two
+
+# Random bits per number. The mean over all that they can be is exactly a number of
+# float16, whose last bit is 2**-15 of the last of any float8 format at least.
+NOISE_BITS = 16
+
+# Bound of log2 of a factor: its inverse is a normal number, too.
+_MAX_LOG2_FACTOR = 100
+
+_FLOAT32 = np.finfo(np.float32)
+_MAGNITUDE = np.int32(np.iinfo(np.int32).max)
+_BIAS = _FLOAT32.maxexp - 1
+
+
+def rounded(x, float_format, *, noise=None, factor=None):
+    """The numbers of a float8 format that are nearest to those of `x`, in the dtype of `x`.
+
+    Halfway it is the even one, as IEEE 754 has it. What is larger than the format's largest
+    becomes that one. Infinities and NaN stay, also where the format has none.
+
+    Args:
+        x: Tensor of float16, bfloat16 or float32.
+        float_format: A `FloatFormat` of 8 bits.
+        noise: Int32 tensor of the shape of `x`, random whole numbers in [0, 2**16). With it
+            `x` is rounded up in magnitude with a probability of how far it is on the
+            way, so that the mean is `x`.
+        factor: Float32 scalar, a power of two: `x * factor` is rounded, and divided by it.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+    """
+    wide = ops.cast(x, "float32")
+    if factor is not None:
+        wide = wide * factor
+    bits = backend.bitcast(wide, "int32")
+    magnitude = ops.bitwise_and(bits, _MAGNITUDE)
+    size = backend.bitcast(magnitude, "float32")
+
+    # Where the format has all its bits: so many of float32's are dropped.
+    dropped = _FLOAT32.nmant - float_format.mantissa_bits
+    if noise is None:
+        last = ops.bitwise_and(ops.right_shift(magnitude, dropped), np.int32(1))
+        up = last + np.int32(2 ** (dropped - 1) - 1)
+    else:
+        up = ops.left_shift(noise, dropped - NOISE_BITS)
+    normal = ops.bitwise_and(magnitude + up, np.int32(-(2**dropped)))
+    # And where it has a fixed point.
+    steps = size * np.float32(2.0**-float_format.min_exponent)
+    if noise is None:
+        steps = ops.round(steps)
+    else:
+        steps = ops.floor(steps + ops.cast(noise, "float32") * np.float32(2.0**-NOISE_BITS))
+    subnormal = steps * np.float32(2.0**float_format.min_exponent)
+
+    result = ops.where(
+        size < np.float32(float_format.smallest_normal),
+        subnormal,
+        ops.minimum(backend.bitcast(normal, "float32"), np.float32(float_format.largest)),
+    )
+    sign = ops.bitwise_and(bits, np.int32(~_MAGNITUDE))
+    result = backend.bitcast(ops.bitwise_or(backend.bitcast(result, "int32"), sign), "float32")
+    if factor is not None:
+        result = backend.divide_by_power_of_two(result, factor)
+    return ops.where(size < np.float32(np.inf), ops.cast(result, x.dtype), x)
+
+
+def fitting_factor(peak, float_format):
+    """The largest power of two times which a magnitude is not beyond a float8 format.
+
+    Args:
+        peak: Float32 scalar, a magnitude.
+        float_format: A `FloatFormat` of 8 bits.
+
+    Returns:
+        Float32 scalar; 1 if `peak` is zero, or not finite.
+    """
+    bits = backend.bitcast(peak, "int32")
+    exponent = ops.right_shift(bits, _FLOAT32.nmant) - _BIAS
+    mantissa = ops.bitwise_and(bits, np.int32(2**_FLOAT32.nmant - 1))
+    largest = np.float32(float_format.largest).view(np.int32) & (2**_FLOAT32.nmant - 1)
+    beyond = ops.cast(mantissa > np.int32(largest), "int32")
+    log2_factor = ops.clip(
+        float_format.max_exponent - beyond - exponent, -_MAX_LOG2_FACTOR, _MAX_LOG2_FACTOR
+    )
+    usable = ops.logical_and(peak > 0, peak < np.float32(np.inf))
+    return power_of_two(ops.where(usable, log2_factor, ops.zeros_like(log2_factor)))
