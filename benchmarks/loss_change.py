@@ -110,8 +110,8 @@ def run_strategy(case, strategy, steps, images, seed, directory):
         "loss_before": chords.loss_before.tolist(),
         "loss_after": chords.loss_after.tolist(),
         "statistics": chords.statistics.tolist(),
-        "allocated": chords.allocated.sum(axis=0).tolist(),
-        "as_trained": chords.as_trained.sum(axis=0).tolist(),
+        "allocated": chords.allocated.tolist(),
+        "as_trained": chords.as_trained.tolist(),
         "helping": chords.helping.tolist(),
         "helping_single": single.helping.tolist(),
         "left_out": sum("leaves out" in str(each.message) for each in caught),
@@ -166,11 +166,11 @@ def overhead(case, images, rounds, steps=100):
 
 def rows(result):
     """A row of the table per strategy: medians over seeds, with the range of what is lost."""
-    for name, runs in result["runs"].items():
+    for name, runs in compared(result).items():
         lost, worst = zip(*map(_lost, runs), strict=True)
-        change = [run["loss_after"][-1] - run["loss_before"][0] for run in runs]
-        allocated = [sum(run["allocated"]) + sum(run["statistics"]) for run in runs]
-        trained = [sum(run["as_trained"]) + sum(run["statistics"]) for run in runs]
+        change = [np.sum(run["loss_after"] - run["loss_before"]) for run in runs]
+        allocated = [np.sum(run["allocated"]) + np.sum(run["statistics"]) for run in runs]
+        trained = [np.sum(run["as_trained"]) + np.sum(run["statistics"]) for run in runs]
         helping = [
             [np.nanmean(run[kind]) for run in runs] for kind in ("helping", "helping_single")
         ]
@@ -179,15 +179,46 @@ def rows(result):
             *(f"{np.median(values):+.3f}" for values in (change, allocated, trained)),
             f"{np.median(lost):.1%} ({min(lost):.1%} … {max(lost):.1%})",
             worst[int(np.argsort(lost)[len(lost) // 2])],
-            f"{np.median([_idle(run) for run in runs]):g} of {len(runs[0]['layers'])}",
+            *(f"{np.median([count(run) for run in runs]):g}" for count in (_idle, _hurting)),
+            _layer(runs, 0),
+            _layer(runs, -1),
             *(f"{np.median(values):.1%}" for values in helping),
             str(sum(run["left_out"] for run in runs)),
         )
 
 
+def compared(result):
+    """The runs by strategy, but of each seed only those paths that all have.
+
+    Before anything is known of the statistics of normalisation the loss may be so large that
+    its gradient, at the scale that training uses, is not finite: that path is left out.
+    """
+    runs = {name: [_Run(run) for run in runs] for name, runs in result["runs"].items()}
+    for of_seed in zip(*runs.values(), strict=True):
+        common = set.intersection(*(set(run["steps"]) for run in of_seed))
+        for run in of_seed:
+            run.keep(common)
+    return runs
+
+
+class _Run(dict):
+    """The figures of one run, as arrays."""
+
+    PATHS = ("since", "steps", "error", "loss_before", "loss_after", "statistics", "helping")
+
+    def __init__(self, figures):
+        super().__init__({k: np.array(v) if isinstance(v, list) else v for k, v in figures.items()})
+
+    def keep(self, steps):
+        """Keeps the paths that end at some steps."""
+        kept = np.isin(self["steps"], list(steps))
+        for name in (*self.PATHS, "allocated", "as_trained"):
+            self[name] = self[name][kept]
+
+
 def _lost(run):
     """Share of what layers were given that is not there as trained; and the worst layer's."""
-    given, trained = np.array(run["allocated"]), np.array(run["as_trained"])
+    given, trained = run["allocated"].sum(axis=0), run["as_trained"].sum(axis=0)
     gaps = np.abs(given - trained)
     worst = int(np.argmax(gaps))
     share = gaps[worst] / max(abs(given[worst]), 1e-30)
@@ -195,8 +226,17 @@ def _lost(run):
 
 
 def _idle(run):
-    given = np.abs(run["allocated"])
+    given = np.abs(run["allocated"].sum(axis=0))
     return int(np.sum(given < 1e-6 * given.sum()))
+
+
+def _hurting(run):
+    given = run["allocated"].sum(axis=0)
+    return int(np.sum(given > 1e-6 * np.abs(given).sum()))
+
+
+def _layer(runs, place):
+    return f"{np.median([run['allocated'][:, place].sum() for run in runs]):+.3f}"
 
 
 HEADER = (
@@ -207,6 +247,9 @@ HEADER = (
     "lost",
     "worst layer",
     "idle layers",
+    "layers that hurt",
+    "first layer",
+    "last layer",
     "helping, chords",
     "helping, single steps",
     "paths left out",
@@ -227,10 +270,12 @@ def write_report(directory):
     parts = [INTRODUCTION]
     for result in results:
         seeds = len(next(iter(result["runs"].values())))
+        first = next(iter(compared(result).values()))[0]
         parts.append(
             f"## {result['name']}\n\n{result['images']}, {result['steps']} steps, {seeds} seeds "
             f"(medians; range over seeds), loss of {EVALUATED} batches of training data, "
-            f"{RECORDS} chords.\n\n{report.markdown(HEADER, rows(result))}\n"
+            f"{len(first['steps'])} chords that all ways have of {RECORDS}, "
+            f"{len(first['layers'])} layers.\n\n{report.markdown(HEADER, rows(result))}\n"
         )
         if "conservation" in result:
             errors = result["conservation"]["errors"]

@@ -123,6 +123,8 @@ ALL_CASES = CASES | QUICK_CASES | GROWTH_CASES
 ONLY_WITH_XLA = ("ResNet-20", "ResNet-50")
 # On a CPU, JAX has no attention in float16.
 WITH_ATTENTION = ("transformer", "BERT-small")
+# And on a GPU its LSTM, cuDNN's, has no float16.
+LSTM = ("LSTM",)
 
 
 class Trainee:
@@ -261,22 +263,25 @@ def main(argv=None):
     cases = args.only or (QUICK_CASES if args.quick else GROWTH_CASES if args.growth else CASES)
     modes = args.modes[:1] if args.quick else args.modes
     runs = [(name, mode) for mode in modes for name in cases]
-    if not args.only and not compute.gpu_names():
-        left_out = {"graph": ONLY_WITH_XLA, "JAX": WITH_ATTENTION}
+    on_gpu = bool(compute.gpu_names())
+    if not args.only:
+        left_out = {"JAX": LSTM} if on_gpu else {"graph": ONLY_WITH_XLA, "JAX": WITH_ATTENTION}
         runs = [(name, mode) for name, mode in runs if name not in left_out.get(mode, ())]
 
     with report.progress() as progress:
         task = progress.add_task("", total=len(runs))
         for name, mode in runs:
             progress.update(task, description=f"{name}, {mode}")
-            result = {"name": f"{name}, {mode}", **in_own_process(times_of, name, mode)}
+            place = f"{mode} on a GPU" if on_gpu else mode
+            result = {"name": f"{name}, {place}", **in_own_process(times_of, name, mode)}
             if args.memory:
                 peaks = [in_own_process(memory_of, name, mode, way) for way in WAYS]
                 result["peak_bytes"] = {way: n for peak in peaks for way, n in peak.items()}
             report.save_result(args.output, result)
             progress.advance(task)
 
-    order = [f"{name}, {mode}" for mode in ("XLA", "graph", "JAX") for name in ALL_CASES]
+    places = ("XLA", "graph", "JAX", "XLA on a GPU", "graph on a GPU", "JAX on a GPU")
+    order = [f"{name}, {place}" for place in places for name in ALL_CASES]
     results = report.load_results(args.output, order)
     text = f"""# What layer-wise scales cost
 
