@@ -188,32 +188,24 @@ def rows(result):
 
 
 def compared(result):
-    """The runs by strategy, but of each seed only those paths that all have.
+    """The runs by strategy, from where all have paths.
 
     Before anything is known of the statistics of normalisation the loss may be so large that
     its gradient, at the scale that training uses, is not finite: that path is left out.
     """
-    runs = {name: [_Run(run) for run in runs] for name, runs in result["runs"].items()}
-    for of_seed in zip(*runs.values(), strict=True):
-        common = set.intersection(*(set(run["steps"]) for run in of_seed))
-        for run in of_seed:
-            run.keep(common)
-    return runs
+    start = max(run["since"][0] for runs in result["runs"].values() for run in runs)
+    return {name: [_from(run, start) for run in runs] for name, runs in result["runs"].items()}
 
 
-class _Run(dict):
-    """The figures of one run, as arrays."""
-
-    PATHS = ("since", "steps", "error", "loss_before", "loss_after", "statistics", "helping")
-
-    def __init__(self, figures):
-        super().__init__({k: np.array(v) if isinstance(v, list) else v for k, v in figures.items()})
-
-    def keep(self, steps):
-        """Keeps the paths that end at some steps."""
-        kept = np.isin(self["steps"], list(steps))
-        for name in (*self.PATHS, "allocated", "as_trained"):
-            self[name] = self[name][kept]
+def _from(run, start):
+    """The figures of a run, as arrays, of the paths from a step on."""
+    run = {
+        name: np.array(value) if isinstance(value, list) else value for name, value in run.items()
+    }
+    # Skipped steps are not counted: those of two runs differ by a few.
+    kept = run["since"] >= 0.9 * start
+    paths = ("since", "steps", "error", "loss_before", "loss_after", "statistics", "helping")
+    return run | {name: run[name][kept] for name in (*paths, "allocated", "as_trained")}
 
 
 def _lost(run):
@@ -274,7 +266,7 @@ def write_report(directory):
         parts.append(
             f"## {result['name']}\n\n{result['images']}, {result['steps']} steps, {seeds} seeds "
             f"(medians; range over seeds), loss of {EVALUATED} batches of training data, "
-            f"{len(first['steps'])} chords that all ways have of {RECORDS}, "
+            f"{len(first['steps'])} chords, from step {first['since'][0]} on, "
             f"{len(first['layers'])} layers.\n\n{report.markdown(HEADER, rows(result))}\n"
         )
         if "conservation" in result:

@@ -45,7 +45,18 @@ def run_with_changes():
 
 
 CALLS = {
-    als.LossScaled: lambda: {"layer": layers.Dense(2), "name": "d", "trainable": True},
+    als.LossScaled: lambda: {
+        "layer": layers.Dense(2),
+        "name": "d",
+        "trainable": True,
+        "float8": als.Float8(),
+    },
+    als.Float8: lambda: {
+        "forward": "float8_e5m2",
+        "backward": "float8_e5m2",
+        "rounding": "stochastic",
+        "layer_filter": None,
+    },
     als.AdaptiveLossScaleOptimizer: lambda: {
         "inner_optimizer": "sgd",
         "initial_scale": 8.0,
@@ -82,7 +93,7 @@ CALLS = {
         "dtype": "as trained",
         "rule": "trapezoid",
     },
-    als.wrap_model: lambda: {"model": model(), "layer_filter": None},
+    als.wrap_model: lambda: {"model": model(), "layer_filter": None, "float8": None},
     als.strip_model: lambda: {"model": model()},
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
     als.calibrate: lambda: {"model": model(), "batches": [(X, Y)]},

@@ -18,6 +18,7 @@ from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction
 from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain_nonfinite
 from tf_adaptive_ls.observe.run_record import Run, load_run, snapshot_run
 from tf_adaptive_ls.observe.scale_table import ScaleRow, ScaleTable, scale_table
+from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.loss_scaled import LossScaled, neutral_scales
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.wrapping import strip_model, wrap_model
@@ -30,6 +31,7 @@ __all__ = [
     "Calibration",
     "Explanation",
     "FixedRule",
+    "Float8",
     "FloatFormat",
     "GaussianRule",
     "LayerRange",

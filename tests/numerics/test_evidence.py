@@ -6,16 +6,18 @@ from backends import MODES, compiled
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import backend, spectrum
-from tf_adaptive_ls.numerics.evidence import Evidence, Ownership, evidence_of
+from tf_adaptive_ls.numerics.evidence import Evidence, Operands, Ownership, evidence_of
 from tf_adaptive_ls.numerics.report import (
     SAMPLE_SIZE,
     SIZE,
+    OperandReport,
     Report,
     report_of_arrivals,
+    report_of_operand,
     report_of_products,
 )
 
-FLOAT16 = als.FloatFormat("float16")
+FLOAT16, E4M3 = als.FloatFormat("float16"), als.FloatFormat("float8_e4m3fn")
 SMALL, LARGE = np.float16([0, -(2.0**-24)]), np.float16([1, -65504, 3])
 
 
@@ -52,6 +54,34 @@ def test_what_is_produced_is_told_by_its_largest_and_smallest_peak():
         report.produced_sample[:6], [0, 2.0**-24, *np.abs(LARGE.astype("float32")), 0]
     )
     assert report.arrived_at_s == report.num_arrived == 0
+
+
+def operands_of(*gradients, number=2, sampled=True):
+    """The `Operands` of one layer, some of whose products have such gradients."""
+    reports = [
+        np.array(report_of_operand(x, E4M3, place, number)) for place, x in enumerate(gradients)
+    ]
+    found = OperandReport.unpacked(sum(reports)[None])
+    return [np.array(each)[0] for each in Operands.of(found, sampled)]
+
+
+def test_of_operands_each_product_has_a_place_of_its_own_in_the_sample():
+    small, large = np.float16([2.0**-20, 1]), np.float16([-448, 3, 3, 0])
+    saturated, sample, peaks = operands_of(small, large)
+    assert saturated == 0
+    assert occupied(sample) == {"zero": 1, -20: 1, 0: 1, 8: 1, 1: 2}
+    assert occupied(peaks) == {8: 1}
+    _, sample, peaks = operands_of(small, large, sampled=False)
+    assert occupied(sample) == {} and occupied(peaks) == {8: 1}
+
+
+def test_operands_saturate_whatever_dtype_they_have():
+    for x in (np.float16([449, 1]), np.float32([1e30, 1])):
+        saturated, sample, _ = operands_of(x)
+        assert saturated == 1 and occupied(sample) == {8 if x[0] < 1e3 else 15: 1, 0: 1}
+    saturated, _, peaks = operands_of(np.float32([np.inf]))
+    assert saturated == 0 and occupied(peaks) == {"nonfinite": 1}
+    assert occupied(operands_of(np.zeros(3, "float16"))[2]) == {}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -95,7 +125,7 @@ def of_two_layers(gradients=(), owner=(), arrived=(), produced=(), r=(0, 0), **o
         np.float32(r),
         **settings | options,
     )
-    return Evidence(*map(np.array, evidence))
+    return Evidence(*map(np.array, evidence[:-1]))
 
 
 def occupied(counts):

@@ -7,10 +7,18 @@ import pytest
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.evidence import Evidence
+from tf_adaptive_ls.numerics.evidence import Evidence, Operands
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.numerics.scale_state import LossState, initial_layer_states
-from tf_adaptive_ls.numerics.scale_update import Flow, at_fault, moves, next_sample, update
+from tf_adaptive_ls.numerics.scale_update import (
+    SATURATION_MARGIN,
+    Flow,
+    at_fault,
+    moves,
+    next_sample,
+    update,
+    with_operands,
+)
 
 FLOAT16 = als.FloatFormat("float16")
 NOTHING = ()
@@ -323,6 +331,89 @@ def test_layers_of_several_formats_move_each_in_its_own_and_s_by_the_least():
     assert lowered.log2_scales.tolist() == [20 - rule.backoff(formats[0]), 20, 20]
 
 
+# What is rounded to float8.
+
+
+def operands_of(*of_layers, saturated=(0.0, 0.0)):
+    counts = spectra(*of_layers)
+    return Operands(np.float32(saturated), counts, counts)
+
+
+def counted(seen, operand_format):
+    """Peaks and samples of the first of two layers that round to a format, as a rule sees them."""
+    formats = [als.FloatFormat(operand_format), None]
+    found = with_operands(seen, formats, [FLOAT16] * 2)
+    exponents = np.array(FLOAT16.exponents)
+    for counts in (found.produced_peaks, found.produced):
+        counts = np.array(counts)
+        np.testing.assert_array_equal(counts[1], seen.produced[1])  # the other layer
+        yield exponents[counts[0, 1:-1] > 0].tolist(), int(counts[0, -1])
+
+
+@pytest.mark.parametrize(
+    "operand_format, to_top, to_bottom", [("float8_e4m3fn", 7, -8), ("float8_e5m2", 0, 0)]
+)
+def test_of_each_format_the_distance_to_its_ends_counts(operand_format, to_top, to_bottom):
+    to_top -= SATURATION_MARGIN
+    seen = evidence(produced=((2.0**3,), (1.0,)))._replace(operands=operands_of((4.0,), NOTHING))
+    peaks, samples = counted(seen, operand_format)
+    assert peaks == (sorted({3, 2 + to_top}), 0)
+    assert samples == (sorted({3, 2 + to_bottom}), 0)
+
+
+def test_what_saturates_is_too_large():
+    seen = evidence(produced=((1.0,), (1.0,)))
+    most = 2.0 ** (8 + SATURATION_MARGIN)
+    (_, nonfinite), _ = counted(
+        seen._replace(operands=operands_of((most,), NOTHING)), "float8_e4m3fn"
+    )
+    assert nonfinite == 0
+    (_, nonfinite), _ = counted(
+        seen._replace(operands=operands_of((2 * most,), NOTHING)), "float8_e4m3fn"
+    )
+    assert nonfinite == 1
+
+
+def test_both_rooms_are_kept():
+    """A layer is lowered for whichever of the two is nearer to its top."""
+    rule = als.QuantileRule(headroom=5)
+
+    def moved(produced, operand):
+        seen = evidence(produced=((produced,), (1.0,)), sampled=False)
+        seen = seen._replace(
+            operands=operands_of((operand,), NOTHING)._replace(sample=spectra((), ()))
+        )
+        states = initial_layer_states(2, 1, any_operands=True)
+        layers, _ = update(
+            states,
+            loss_state(),
+            seen,
+            rule=rule,
+            float_formats=[FLOAT16] * 2,
+            operand_formats=[als.FloatFormat("float8_e4m3fn"), None],
+            flow=flow(range(2)),
+            restart=15,
+            sample_every=10,
+        )
+        return int(np.array(layers.log2_scales)[0])
+
+    assert moved(2.0**10, 2.0 ** (3 + SATURATION_MARGIN)) == 0
+    assert moved(2.0**12, 2.0**3) == -2
+    assert moved(2.0**3, 2.0 ** (6 + SATURATION_MARGIN)) == -3
+
+
+def test_saturations_are_counted_and_samples_kept():
+    states = initial_layer_states(2, 1, any_operands=True)
+    loss = loss_state()
+    seen = evidence()._replace(operands=operands_of((1.0, 2.0), NOTHING, saturated=(1, 0)))
+    for count in (1, 2):
+        states, _ = updated(
+            states, loss, seen, operand_formats=[als.FloatFormat("float8_e4m3fn"), None]
+        )
+        assert states.saturations.tolist() == [count, 0]
+        np.testing.assert_array_equal(states.operand_spectra, seen.operands.sample)
+
+
 # Evidence.
 
 
@@ -337,6 +428,14 @@ def test_evidence_is_one_vector_and_adds_up():
         for _ in range(2)
     )
     summed = Evidence.unpacked(one.packed() + other.packed(), 3)
-    for found, a, b in zip(summed, one, other, strict=True):
+    assert summed.operands is None
+    for found, a, b in zip(summed[:-1], one[:-1], other[:-1], strict=True):
         np.testing.assert_array_equal(found, a + b)
+    operands = Operands(rng.integers(2, size=3), *rng.integers(9, size=(2, 3, 42)))
+    operands = Operands(*(each.astype("float32") for each in operands))
+    both = Evidence.unpacked(one._replace(operands=operands).packed(), 3)
+    for found, expected in zip(both.operands, operands, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for found, expected in zip(both[:-1], one[:-1], strict=True):
+        np.testing.assert_array_equal(found, expected)
     assert not bool(Evidence(1, *one[1:]).finite) and bool(Evidence(0, *one[1:]).finite)

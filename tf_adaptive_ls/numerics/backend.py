@@ -5,6 +5,7 @@ import weakref
 from typing import Any, TypeAlias
 
 import keras
+import numpy as np
 
 if keras.backend.backend() not in ("tensorflow", "jax"):
     raise ImportError(
@@ -193,6 +194,28 @@ def bitcast(x, dtype):
     import tensorflow as tf
 
     return tf.bitcast(x, dtype)
+
+
+def random_bits(seed, shape, number):
+    """Random whole numbers in `[0, 2**number)`, int32, the same for the same seed.
+
+    Keras's own random numbers take no seed that is a tensor.
+
+    Args:
+        seed: Uint32 tensor `[2]`, as a `keras.random.SeedGenerator` gives it.
+        shape: Of the result.
+        number: An int below 32.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        bits = jax.random.bits(jax.random.wrap_key_data(seed), shape, "uint32")
+        return keras.ops.cast(keras.ops.right_shift(bits, np.uint32(32 - number)), "int32")
+    import tensorflow as tf
+
+    return tf.random.stateless_uniform(
+        shape, tf.bitcast(tf.cast(seed, "uint32"), "int32"), 0, 2**number, "int32"
+    )
 
 
 def divide_by_power_of_two(x, divisor):

@@ -18,6 +18,48 @@ from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, dense
 
 
+class Operands(NamedTuple):
+    """What a step tells of gradients that layers round to float8; float32.
+
+    Attributes:
+        saturated: Whether one was finite, but larger than its format holds, `[layers]`.
+        sample: Spectra of a sample of them before, at scale S * 2**r, `[layers, bins]`; all
+            zero if none was asked for.
+        peaks: Spectra of the largest of them, unless it is zero.
+    """
+
+    saturated: Tensor
+    sample: Tensor
+    peaks: Tensor
+
+    @classmethod
+    def of(cls, reports, sampled):
+        """Turns an `OperandReport` of arrays `[layers]` into counts.
+
+        Args:
+            reports: The `OperandReport`.
+            sampled: Whether samples are asked for, a boolean scalar.
+        """
+
+        def counts(values):
+            # What is finite stays so, in a wider format, too.
+            finite = ops.minimum(values, np.float32(COUNTING_FORMAT.largest))
+            values = ops.where(ops.isfinite(values), finite, values)
+            return spectrum.spectrum(values, COUNTING_FORMAT)
+
+        zeros = np.zeros(spectrum.num_bins(COUNTING_FORMAT), "float32")
+        zeros[spectrum.ZERO] = 1.0
+
+        def samples():
+            padding = (SAMPLE_SIZE - reports.number)[:, None] * zeros
+            return ops.maximum(counts(reports.sample) - padding, 0.0)
+
+        nothing = (reports.number.shape[0], len(zeros))
+        drawn = ops.cond(sampled, samples, lambda: ops.zeros(nothing))
+        peaks = counts(reports.largest[:, None]) * (1 - zeros)
+        return cls(ops.cast(reports.saturated > 0, "float32"), drawn, peaks)
+
+
 class Evidence(NamedTuple):
     """What a step tells; all float32, spectra of `COUNTING_FORMAT`.
 
@@ -37,6 +79,7 @@ class Evidence(NamedTuple):
         produced_peaks: Spectra of the largest and the smallest of its peaks; and of the
             largest of what it was computed from. Of zeros there is one at most, for a
             gradient that is zero all over.
+        operands: `Operands`, `None` if no layer rounds gradients to float8.
     """
 
     weights_broken: Tensor
@@ -46,6 +89,7 @@ class Evidence(NamedTuple):
     arrived_peaks: Tensor
     produced: Tensor
     produced_peaks: Tensor
+    operands: Operands | None = None
 
     @property
     def finite(self):
@@ -55,7 +99,10 @@ class Evidence(NamedTuple):
     def packed(self):
         """All of it as one vector: what replicas sum."""
         broken = ops.stack([self.arrived_broken, self.produced_broken], axis=1)
-        of_layers = ops.concatenate([broken, *self[3:]], axis=1)
+        of_layers = [broken, *self[3:7]]
+        if self.operands is not None:
+            of_layers += [self.operands.saturated[:, None], *self.operands[1:]]
+        of_layers = ops.concatenate(of_layers, axis=1)
         return ops.concatenate([self.weights_broken[None], ops.ravel(of_layers)])
 
     @classmethod
@@ -65,12 +112,16 @@ class Evidence(NamedTuple):
         What is zero on some is not lost: a replica without examples sends zeros.
         """
         of_layers = ops.reshape(vector[1:], (num_layers, -1))
-        spectra = ops.reshape(of_layers[:, 2:], (num_layers, 4, -1))
+        bins = spectrum.num_bins(COUNTING_FORMAT)
+        spectra = ops.reshape(of_layers[:, 2 : 2 + 4 * bins], (num_layers, 4, bins))
         *others, produced_peaks = (spectra[:, i] for i in range(4))
         on_others = np.zeros(produced_peaks.shape[-1], "float32")
         on_others[spectrum.ZERO] = num_replicas - 1
         produced_peaks = ops.maximum(produced_peaks - on_others, 0.0)
-        return cls(vector[0], of_layers[:, 0], of_layers[:, 1], *others, produced_peaks)
+        operands, rest = None, of_layers[:, 2 + 4 * bins :]
+        if rest.shape[1]:
+            operands = Operands(rest[:, 0], rest[:, 1 : 1 + bins], rest[:, 1 + bins :])
+        return cls(vector[0], of_layers[:, 0], of_layers[:, 1], *others, produced_peaks, operands)
 
 
 class Ownership(NamedTuple):

@@ -56,6 +56,30 @@ def gradient_tap(tensors, divisors, receivers, report):
     return list(backend.custom_gradient(identity, list(distinct.values()))(*tensors, *receivers))
 
 
+def rounding_tap(tensor, receiver, round_gradient, report):
+    """Identity whose backward pass rounds a gradient, and reports what it was before.
+
+    Args:
+        tensor: Floating-point tensor.
+        receiver: Tensor whose "gradient" is the report.
+        round_gradient: Function of a tensor to one of its shape and dtype.
+        report: Function of the gradient as it came to a tensor of the shape of `receiver`.
+
+    Returns:
+        A tensor equal to `tensor`, see `gradient_tap`.
+    """
+
+    def identity(_, tensor, receiver):
+        def backward(*gradients):
+            (gradient,) = gradients
+            (rounded,) = _refuse_second_order([round_gradient(gradient)])
+            return rounded, report(gradient)
+
+        return ops.convert_to_tensor(tensor), backward
+
+    return backend.custom_gradient(identity)(tensor, receiver)
+
+
 def redirect_gradient(value, tensor):
     """`value`, whose gradient goes to `tensor` instead."""
 

@@ -69,6 +69,61 @@ class Report(NamedTuple):
         return cls(*fields[0], *fields[1])
 
 
+class OperandReport(NamedTuple):
+    """What is told of gradients that are about to be rounded to float8; float32.
+
+    They are the operands of a product: what comes to its output. A vector of its own, since
+    most layers have none. Those of several products in a layer add up, too.
+
+    Attributes:
+        largest: The largest magnitude, `[…]`.
+        saturated: How many products had one that their format does not hold, `[…]`.
+        number: How many elements the next has, `[…]`.
+        sample: Magnitudes, each product's at a place of its own among zeros, `[…, size]`.
+    """
+
+    largest: Tensor
+    saturated: Tensor
+    number: Tensor
+    sample: Tensor
+
+    @classmethod
+    def unpacked(cls, vectors):
+        """The fields of reports `[…, OPERAND_SIZE]`."""
+        figures = (vectors[..., i] for i in range(_OPERAND_FIGURES))
+        return cls(*figures, vectors[..., _OPERAND_FIGURES:])
+
+
+_OPERAND_FIGURES = 3
+OPERAND_SIZE = _OPERAND_FIGURES + SAMPLE_SIZE
+
+
+def report_of_operand(gradient, float_format, place, number):
+    """What is to be told of the gradient of a product's output before it is rounded.
+
+    Args:
+        gradient: Tensor.
+        float_format: The `FloatFormat` that it is rounded to.
+        place: Which of the products of its layer it belongs to, an int.
+        number: How many of them there are.
+
+    Returns:
+        A float32 vector `[OPERAND_SIZE]`, an `OperandReport`.
+    """
+    size = SAMPLE_SIZE // number
+
+    def of_part(gradients):
+        sample = spectrum.sample(gradients[0], size)
+        before = np.zeros(place * size, "float32")
+        after = np.zeros(SAMPLE_SIZE - len(before) - sample.shape[0], "float32")
+        peak = spectrum.peaks(gradients)
+        beyond = ops.logical_and(peak > np.float32(float_format.largest), ops.isfinite(peak))
+        figures = [peak, ops.cast(beyond, "float32"), np.float32([sample.shape[0]])]
+        return _packed([*figures, before, sample, after])
+
+    return _of_all_parts(of_part, [gradient], np.arange(OPERAND_SIZE) < _OPERAND_FIGURES)
+
+
 def report_of_arrivals(gradients, divisors, *, at_s, narrow):
     """What is to be told of the gradients of a layer's outputs.
 
@@ -125,7 +180,10 @@ def dense(gradient):
     return getattr(gradient, "values", gradient)
 
 
-def _of_all_parts(of_part, tensors):
+_IS_FIGURE = np.arange(SIZE) % _HALF < _NUM_FIGURES
+
+
+def _of_all_parts(of_part, tensors, is_figure=_IS_FIGURE):
     """The report of all devices, where one computation spans several.
 
     Each tells the peaks of its part, and of its samples every so many elements: the
@@ -136,8 +194,7 @@ def _of_all_parts(of_part, tensors):
         vector = of_part(tensors)
         if num_parts == 1:
             return vector
-        places = np.arange(SIZE)
-        is_figure = places % _HALF < _NUM_FIGURES
+        places = np.arange(len(is_figure))
         return ops.where(ops.logical_or(is_figure, places % num_parts == part), vector, 0.0)
 
     return backend.max_over_shards(told, tensors)

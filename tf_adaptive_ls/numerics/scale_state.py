@@ -37,6 +37,9 @@ class LayerStates(NamedTuple):
         spectra: Those of the last sample of what each produced, and of its peaks,
             `[layers, 2, bins]`, of `COUNTING_FORMAT`.
         log2_sampled_at: log2 of the scale S * 2**r that these were taken at, `[layers]`.
+        saturations: On how many steps a gradient was larger than the float8 format that a
+            layer rounds it to, `[layers]`; `None` if no layer does.
+        operand_spectra: Those of the last sample of such gradients, `[layers, bins]`.
     """
 
     log2_scales: Tensor
@@ -44,6 +47,8 @@ class LayerStates(NamedTuple):
     overflows: Tensor
     spectra: Tensor
     log2_sampled_at: Tensor
+    saturations: Tensor | None = None
+    operand_spectra: Tensor | None = None
 
 
 class LossState(NamedTuple):
@@ -90,15 +95,21 @@ def initial_scale(shape=(2,), dtype="float32"):
     return ops.convert_to_tensor(np.array([0, 1], dtype))
 
 
-def initial_layer_states(num_layers, memory_size):
+def initial_layer_states(num_layers, memory_size, any_operands=False):
     """`LayerStates` before anything was seen, of NumPy arrays; r is 0."""
     bins = spectrum.num_bins(COUNTING_FORMAT)
-    return LayerStates(
+    states = LayerStates(
         np.zeros(num_layers, "float32"),
         np.full((num_layers, memory_size), NOTHING_SEEN, "float32"),
         np.zeros(num_layers, "float32"),
         np.zeros((num_layers, NUM_SPECTRA, bins), "float32"),
         np.zeros(num_layers, "float32"),
+    )
+    if not any_operands:
+        return states
+    return states._replace(
+        saturations=np.zeros(num_layers, "float32"),
+        operand_spectra=np.zeros((num_layers, bins), "float32"),
     )
 
 
@@ -112,6 +123,10 @@ class LayerSnapshot:
         overflows: On how many steps the layer made finite gradients non-finite.
         spectrum: `Spectrum` of the last sample of its input and weight gradients.
         peaks: `Spectrum` of the largest of each of them on that step, `None` if not known.
+        operands: `Spectrum` of the last sample of gradients that the layer rounds to float8,
+            before that, in the binades of float16. `None` if it rounds none.
+        operand_format: The `FloatFormat` that it rounds them to.
+        saturations: On how many steps one of them was larger than that holds.
     """
 
     log2_scale: int
@@ -119,14 +134,30 @@ class LayerSnapshot:
     overflows: int
     spectrum: Spectrum
     peaks: Spectrum | None
+    operands: Spectrum | None = None
+    operand_format: FloatFormat | None = None
+    saturations: int = 0
 
     @classmethod
-    def of(cls, state: LayerStates, float_format: FloatFormat) -> "LayerSnapshot":
+    def of(
+        cls,
+        state: LayerStates,
+        float_format: FloatFormat,
+        operand_format: FloatFormat | None = None,
+    ) -> "LayerSnapshot":
         """Reads the `LayerStates` of one layer, of NumPy arrays."""
         spectra = spectrum.rebinned(np.array(state.spectra), COUNTING_FORMAT, float_format)
         spectra = [Spectrum(each, float_format) for each in spectra]
-        return cls(
+        snapshot = cls(
             int(state.log2_scales), int(state.log2_sampled_at), int(state.overflows), *spectra
+        )
+        if operand_format is None or state.saturations is None:
+            return snapshot
+        return dataclasses.replace(
+            snapshot,
+            operands=Spectrum(np.array(state.operand_spectra), COUNTING_FORMAT),
+            operand_format=operand_format,
+            saturations=int(state.saturations),
         )
 
     @classmethod
@@ -135,6 +166,18 @@ class LayerSnapshot:
         counts = np.zeros(spectrum.num_bins(float_format), "float32")
         nothing = Spectrum(counts, float_format)
         return cls(log2_scale, 0, 0, nothing, nothing)
+
+    @property
+    def flushed_share(self) -> float:
+        """Share of the gradients that float8 rounds to zero, `nan` if none were seen.
+
+        Those below half its smallest number, if to nearest.
+        """
+        if self.operands is None or self.operand_format is None or not self.operands.nonzero:
+            return float("nan")
+        below = np.array(COUNTING_FORMAT.exponents) < self.operand_format.min_exponent - 1
+        lost = self.operands.counts[1 : spectrum.NONFINITE][below]
+        return float(np.sum(lost) / self.operands.nonzero)
 
     @property
     def binades(self) -> tuple[int, int] | None:

@@ -13,6 +13,10 @@ from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, LossState
 
+# By how many binades what is rounded to float8 may come nearer to the top of its format than
+# the rule lets gradients come to the top of theirs: it saturates, and costs no step.
+SATURATION_MARGIN = 3
+
 
 class Flow(NamedTuple):
     """How gradients flow between layers; NumPy arrays.
@@ -45,7 +49,18 @@ class Moves(NamedTuple):
     memory_of_loss: Tensor
 
 
-def update(layers, loss, evidence, *, rule, float_formats, flow, restart, sample_every):
+def update(
+    layers,
+    loss,
+    evidence,
+    *,
+    rule,
+    float_formats,
+    flow,
+    restart,
+    sample_every,
+    operand_formats=None,
+):
     """The state after a step.
 
     Args:
@@ -57,15 +72,31 @@ def update(layers, loss, evidence, *, rule, float_formats, flow, restart, sample
         flow: The `Flow` of gradients between the layers.
         restart: log2 of the S to go back to when all that arrives at S is zero.
         sample_every: Steps from one sample to the next, an int.
+        operand_formats: The float8 format that each layer rounds gradients to, `None` for
+            none, a list; `None` if no layer does.
 
     Returns:
         The new `LayerStates` and `LossState`.
     """
     finite = evidence.finite
-    backoff = np.float32([rule.backoff(each) for each in float_formats])
+    backoff = np.float32(
+        [
+            rule.backoff(operand or carrier)
+            for carrier, operand in zip(
+                float_formats, operand_formats or [None] * len(float_formats), strict=True
+            )
+        ]
+    )
     sampled = is_sampled(loss)
     layers_at_fault, loss_at_fault = at_fault(evidence, layers, flow)
-    ruled = moves(evidence, layers, loss, rule, float_formats, restart)
+    ruled = moves(
+        with_operands(evidence, operand_formats, float_formats),
+        layers,
+        loss,
+        rule,
+        float_formats,
+        restart,
+    )
 
     move = ops.where(layers_at_fault, -backoff, ops.where(finite, ruled.layers, 0.0))
     move_of_loss = ops.where(loss_at_fault, -max(backoff), ops.where(finite, ruled.loss, 0.0))
@@ -76,26 +107,33 @@ def update(layers, loss, evidence, *, rule, float_formats, flow, restart, sample
     log2_scales = _held(log2_scales, move, flow.held_to)
 
     seen = ops.sum(evidence.produced_peaks, axis=-1) > 0
+    operands = evidence.operands
+    if operands is not None:
+        seen = ops.logical_or(seen, ops.sum(operands.peaks, axis=-1) > 0)
     kept = ops.logical_and(seen, ops.logical_or(finite, layers_at_fault))
     fresh = ops.logical_and(ops.logical_and(seen, finite), sampled)
-    return (
-        LayerStates(
-            log2_scales,
-            ops.where(kept[:, None], ruled.memory, layers.memory),
-            layers.overflows + ops.cast(layers_at_fault, "float32"),
-            ops.where(
-                fresh[:, None, None],
-                ops.stack([evidence.produced, evidence.produced_peaks], axis=1),
-                layers.spectra,
-            ),
-            ops.where(fresh, layers.log2_scales + loss.log2_scale, layers.log2_sampled_at),
+    new_layers = LayerStates(
+        log2_scales,
+        ops.where(kept[:, None], ruled.memory, layers.memory),
+        layers.overflows + ops.cast(layers_at_fault, "float32"),
+        ops.where(
+            fresh[:, None, None],
+            ops.stack([evidence.produced, evidence.produced_peaks], axis=1),
+            layers.spectra,
         ),
-        LossState(
-            log2_scale,
-            ops.where(ops.logical_or(finite, loss_at_fault), ruled.memory_of_loss, loss.memory),
-            next_sample(loss, finite, move, log2_scale - loss.log2_scale, backoff, sample_every),
-        ),
+        ops.where(fresh, layers.log2_scales + loss.log2_scale, layers.log2_sampled_at),
     )
+    if operands is not None:
+        new_layers = new_layers._replace(
+            saturations=layers.saturations + operands.saturated,
+            operand_spectra=ops.where(fresh[:, None], operands.sample, layers.operand_spectra),
+        )
+    new_loss = LossState(
+        log2_scale,
+        ops.where(ops.logical_or(finite, loss_at_fault), ruled.memory_of_loss, loss.memory),
+        next_sample(loss, finite, move, log2_scale - loss.log2_scale, backoff, sample_every),
+    )
+    return new_layers, new_loss
 
 
 def is_sampled(loss):
@@ -125,6 +163,28 @@ def at_fault(evidence, layers, flow):
     made_it = ops.logical_and(made_it, differ)
     skipped = ops.logical_not(evidence.finite)
     return made_it, ops.logical_and(skipped, ops.logical_not(ops.any(made_it)))
+
+
+def with_operands(evidence, operand_formats, float_formats):
+    """`evidence` that counts what is rounded to float8 as if it stayed in the carrier.
+
+    The carrier is the format that a layer computes in. At one scale there is to be room for
+    both: so of each the distance to the end of its own format counts. Peaks are shifted by
+    what lies between the tops of the two formats, less `SATURATION_MARGIN`; samples, from
+    which a rule takes where the tail is, by what lies between their smallest normal values.
+    """
+    if evidence.operands is None:
+        return evidence
+    pairs = list(zip(operand_formats, float_formats, strict=True))
+    produced, peaks = evidence.produced, evidence.produced_peaks
+    for pair in {pair for pair in pairs if pair[0] is not None}:
+        operand, carrier = pair
+        has_it = np.float32([each == pair for each in pairs])[:, None]
+        to_top = carrier.max_exponent - operand.max_exponent - SATURATION_MARGIN
+        to_bottom = carrier.min_normal_exponent - operand.min_normal_exponent
+        produced = produced + spectrum.shifted(evidence.operands.sample, to_bottom) * has_it
+        peaks = peaks + spectrum.shifted(evidence.operands.peaks, to_top) * has_it
+    return evidence._replace(produced=produced, produced_peaks=peaks)
 
 
 def moves(evidence, layers, loss, rule, float_formats, restart):

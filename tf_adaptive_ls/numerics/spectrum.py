@@ -122,6 +122,19 @@ def _rebinning(source, target):
     return matrix
 
 
+def shifted(counts, binades):
+    """Spectra `[…, bins]` of values times `2**binades`, an int.
+
+    What becomes too small counts in the lowest binade, what becomes too large as non-finite.
+    """
+    finite = counts.shape[-1] - 2
+    matrix = np.zeros((finite + 2, finite + 2), "float32")
+    matrix[ZERO, ZERO] = matrix[NONFINITE, NONFINITE] = 1.0
+    for place in range(1, finite + 1):
+        matrix[place, min(max(place + binades, 1), finite + 1)] = 1.0
+    return counts @ matrix
+
+
 def nonzero_total(counts):
     """How many finite, non-zero values `counts[..., bins]` holds, `[...]`."""
     return ops.sum(counts[..., 1:NONFINITE], axis=-1)

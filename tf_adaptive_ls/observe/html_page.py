@@ -83,7 +83,7 @@ def page_of(run, title):
 
 
 def _row(row):
-    pairs = zip(cells_of(row), COLUMNS.values(), strict=True)
+    pairs = zip(cells_of(row), COLUMNS.values(), strict=False)
     return "".join(_cell("td", text, side) for text, side in pairs)
 
 

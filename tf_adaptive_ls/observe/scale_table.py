@@ -11,6 +11,7 @@ from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, na
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.products import products_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,11 @@ class ScaleRow:
         underflow: Estimated share of its gradients still lost to underflow, `None`
             if none were seen.
         note: Why the layer is not scaled; empty if it is.
+        float8: The formats of 8 bits that it computes products from: that of inputs and
+            kernels, and that of gradients. Or why it does not, if other layers do.
+        flushed: Share of its gradients that are zero in that format, `None` if none were
+            seen.
+        saturations: On how many steps one was larger than that holds, `None` likewise.
     """
 
     name: str
@@ -37,6 +43,9 @@ class ScaleRow:
     binades: tuple[int, int] | None
     underflow: float | None
     note: str
+    float8: str = ""
+    flushed: float | None = None
+    saturations: int | None = None
 
 
 class ScaleTable(list[ScaleRow]):
@@ -56,7 +65,9 @@ class ScaleTable(list[ScaleRow]):
         self.narrow_reductions = narrow_reductions
 
     def __str__(self):
-        return text_table(COLUMNS, map(cells_of, self)) + advice(self.narrow_reductions)
+        columns = columns_of(self)
+        cells = (cells_of(row)[: len(columns)] for row in self)
+        return text_table(columns, cells) + advice(self.narrow_reductions)
 
 
 # Names of columns, and the side that their cells are aligned to.
@@ -69,10 +80,17 @@ COLUMNS = {
     "underflow": "right",
     "not scaled because": "left",
 }
+# Those that follow if any layer computes in float8.
+FLOAT8_COLUMNS = {"float8": "left", "flushed": "right", "saturated steps": "right"}
+
+
+def columns_of(rows):
+    """`COLUMNS`, and `FLOAT8_COLUMNS` if any row has something to show there."""
+    return COLUMNS | FLOAT8_COLUMNS if any(row.float8 for row in rows) else COLUMNS
 
 
 def cells_of(row):
-    """What a `ScaleRow` shows in each of `COLUMNS`: strings."""
+    """What a `ScaleRow` shows in each of `COLUMNS` and `FLOAT8_COLUMNS`: strings."""
     return (
         row.name,
         row.layer_class,
@@ -81,6 +99,9 @@ def cells_of(row):
         powers(row.binades),
         "" if row.underflow is None else f"{row.underflow:.2%}",
         row.note,
+        row.float8,
+        "" if row.flushed is None else f"{row.flushed:.2%}",
+        "" if row.saturations is None else str(row.saturations),
     )
 
 
@@ -115,8 +136,41 @@ def scale_table(
             f"{optimizer!r}. Leave it out to see scales relative to the loss scale."
         )
     log2_loss_scale = None if optimizer is None else round(math.log2(optimizer.loss_scale))
-    rows = (_row(name, layer, log2_loss_scale) for name, layer in named_layers(model))
+    named = list(named_layers(model))
+    rows = [_row(name, layer, log2_loss_scale) for name, layer in named]
+    layers = [layer for _, layer in named]
+    if any(isinstance(layer, LossScaled) and layer.float8 for layer in layers):
+        rows = list(map(_with_float8, rows, layers, _why_wide(layers)))
     return ScaleTable(rows, narrow_reductions(model))
+
+
+def _with_float8(row, layer, why_wide):
+    """A `ScaleRow` that tells about float8, too."""
+    if not isinstance(layer, LossScaled) or layer.float8 is None:
+        return dataclasses.replace(row, float8=why_wide)
+    formats = (layer.float8.forward, layer.float8.backward)
+    row = dataclasses.replace(
+        row, float8=", ".join(name.removeprefix("float8_") for name in formats)
+    )
+    shown = layer.snapshot
+    if shown.operands is None or not shown.operands.nonzero:
+        return row
+    return dataclasses.replace(row, flushed=shown.flushed_share, saturations=shown.saturations)
+
+
+def _why_wide(layers):
+    """Why each of the layers of a model does not compute in float8, if it does not."""
+    have_products = [bool(layer.weights and products_in(layer)) for layer in layers]
+    places = [place for place, has in enumerate(have_products) if has]
+    for place, (layer, has) in enumerate(zip(layers, have_products, strict=True)):
+        if not layer.weights:
+            yield ""
+        elif not has:
+            yield "no product"
+        elif place in (places[0], places[-1]):
+            yield "first product" if place == places[0] else "last product"
+        else:
+            yield "not chosen"
 
 
 def _row(name, layer, log2_loss_scale):

@@ -1,9 +1,16 @@
 """The border of a `LossScaled` layer: everything that crosses it is shifted and reported."""
 
-from keras import tree
+import numpy as np
+from keras import ops, tree
 
-from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
-from tf_adaptive_ls.numerics.report import report_of_arrivals, report_of_products
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.gradient_tap import gradient_tap, rounding_tap
+from tf_adaptive_ls.numerics.report import (
+    report_of_arrivals,
+    report_of_operand,
+    report_of_products,
+)
+from tf_adaptive_ls.numerics.rounding import NOISE_BITS, rounded
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import Arguments, is_float_tensor, is_narrow, with_mask_of
 from tf_adaptive_ls.training.scale_plan import AT_S, ScaleGroup
@@ -28,6 +35,10 @@ class Border:
         self._scaled = scaled
         self._route = scale_plan.route_of(scaled)
         self._receivers = scaled.loss_scale.value, scaled.loss_scale_report.value
+        if scaled.float8 is not None:
+            # Here, since the layer runs where its own variables alone are known.
+            self._operand_receiver = scaled.float8_report.value
+            self._seed = _next_seed(scaled.float8_seed)
         self.passes_from = self._route.passes_from if self._route else ()
         # At whose scale the layer works.
         self._own = self._route.outputs[0] if self.passes_from else ScaleGroup((scaled,))
@@ -92,6 +103,28 @@ class Border:
         (tapped,) = gradient_tap([loss], [self._down], self._receivers, report)
         return tapped
 
+    def tap_operand(self, tensor, place, number):
+        """Inside, where the gradient of a product's output is rounded to float8.
+
+        Args:
+            tensor: The output.
+            place: Which of the products of the layer it is of.
+            number: How many it has.
+        """
+        float_format, seed = self._scaled.operand_format, self._seed
+
+        def round_gradient(gradient):
+            noise = None
+            if seed is not None:
+                own_seed = seed + np.array([place, 0], "uint32")
+                noise = backend.random_bits(own_seed, ops.shape(gradient), NOISE_BITS)
+            return rounded(gradient, float_format, noise=noise)
+
+        def report(gradient):
+            return report_of_operand(gradient, float_format, place, number)
+
+        return rounding_tap(tensor, self._operand_receiver, round_gradient, report)
+
     def _divisor_out(self, group):
         """2**r over the factor that the gradients of a group travel at, `None` for one."""
         if group == AT_S:
@@ -103,3 +136,12 @@ class Border:
         if group == AT_S:
             return self._down
         return None if group == self._own else self._down * scale_plan.factors(group)[0]
+
+
+def _next_seed(variable):
+    """The seed in a variable `[2]`, which is another from then on; `None` for `None`."""
+    if variable is None:
+        return None
+    seed = ops.copy(variable.value)
+    variable.assign(seed + np.array([0, 1], "uint32"))
+    return seed

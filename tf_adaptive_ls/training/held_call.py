@@ -1,5 +1,6 @@
 """Runs a layer on given values of its weights: once, or once more in the backward pass."""
 
+import contextlib
 import contextvars
 
 from keras import ops, tree
@@ -17,7 +18,7 @@ def runs_again():
     return _runs_again.get()
 
 
-def call_held(layer, weights, args, kwargs):
+def call_held(layer, weights, args, kwargs, within=contextlib.nullcontext):
     """Calls a layer, and makes the updates of variables that its call asks for.
 
     Args:
@@ -25,6 +26,7 @@ def call_held(layer, weights, args, kwargs):
         weights: Pairs of a variable that gradients are taken by and its value.
         args: A tuple of arguments by position.
         kwargs: A dict of arguments by name.
+        within: Function that makes a context in which the layer is to run.
 
     Returns:
         The outputs, and a list of the losses that the layer has added.
@@ -33,14 +35,14 @@ def call_held(layer, weights, args, kwargs):
     again = keras_internals.is_rematerialised(layer, args, kwargs)
     with keras_internals.not_rematerialised(layer):
         call = _call_twice if again else _call
-        outputs, losses, updates, _ = call(layer, values, args, kwargs)
+        outputs, losses, updates, _ = call(layer, values, args, kwargs, within)
     for variable, value in updates:
         variable.assign(value)
     return outputs, losses
 
 
-def _call(layer, values, args, kwargs):
-    with scale_plan.running(None), HeldVariables(layer, values) as held:
+def _call(layer, values, args, kwargs, within):
+    with scale_plan.running(None), HeldVariables(layer, values) as held, within():
         outputs = layer(*args, **kwargs)
         losses = list(held.losses)
         held.losses.clear()  # Keras 3.12 would look for each by its value, which graphs have not
@@ -48,7 +50,7 @@ def _call(layer, values, args, kwargs):
     return outputs, losses, held.updates, held.found
 
 
-def _call_twice(layer, values, args, kwargs):
+def _call_twice(layer, values, args, kwargs, within):
     """`_call` that keeps nothing for the backward pass, but runs the layer there once more.
 
     So would Keras, but TensorFlow then finds no gradients by what are not variables, and
@@ -72,7 +74,9 @@ def _call_twice(layer, values, args, kwargs):
         token = _runs_again.set(bool(first) or runs_again())
         try:
             with keras_internals.not_rematerialised(layer):
-                outputs, losses, updates, found = _call(layer, new_values, new_args, new_kwargs)
+                outputs, losses, updates, found = _call(
+                    layer, new_values, new_args, new_kwargs, within
+                )
         finally:
             _runs_again.reset(token)
         leaves_out = [*tree.flatten(outputs), *losses]

@@ -21,8 +21,10 @@ from tf_adaptive_ls.numerics.scale_update import Flow
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import keras_internals, scale_plan
 from tf_adaptive_ls.training.border import Border
+from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.held_call import call_held, runs_again
 from tf_adaptive_ls.training.held_variables import scaled_weights_of
+from tf_adaptive_ls.training.products import in_float8, products_in
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
 _clock = itertools.count()
@@ -87,10 +89,12 @@ class LossScaled(keras.layers.Wrapper):
             the wrapper its name.
         name: String, defaults to `layer.name`.
         trainable: Boolean, as for any layer.
+        float8: A `Float8`, with which all matrix products and convolutions of the layer
+            are computed from numbers of 8 bits; its `layer_filter` says nothing here.
 
     Raises:
         ValueError: If `layer` is not a layer, is a `LossScaled` layer, or is inside
-            one already.
+            one already; if `float8` is not a `Float8`, or there is nothing to use it for.
 
     A layer made in a `keras.RematScope` is run once more in the backward pass, with all
     that is inside it, instead of keeping its intermediate results.
@@ -103,9 +107,17 @@ class LossScaled(keras.layers.Wrapper):
     _remat_mode = keras_internals.NEVER_REMATERIALISED
 
     def __init__(
-        self, layer: keras.layers.Layer, *, name: str | None = None, trainable: bool = True
+        self,
+        layer: keras.layers.Layer,
+        *,
+        name: str | None = None,
+        trainable: bool = True,
+        float8: Float8 | None = None,
     ):
         _check_can_be_wrapped(layer)
+        if float8 is not None:
+            _check_float8(float8, layer)
+            float8 = dataclasses.replace(float8, layer_filter=None)
 
         # Keras learns from the signature of `call` which arguments are tensors,
         # masks or flags: it has to be the layer's.
@@ -130,6 +142,14 @@ class LossScaled(keras.layers.Wrapper):
         self.loss_scale_report = self._add_weight_of_scaling(
             "loss_scale_report", (report.SIZE,), "zeros"
         )
+        self.float8 = float8
+        self.float8_report = self.float8_seed = None
+        if float8 is not None:
+            self.float8_report = self._add_weight_of_scaling(
+                "float8_report", (report.OPERAND_SIZE,), "zeros"
+            )
+            if float8.rounding == "stochastic":
+                self.float8_seed = self._add_seed()
         # The one that knows about it.
         self._optimizer: weakref.ref[Any] | None = None
         self.last_call = Call()
@@ -148,6 +168,17 @@ class LossScaled(keras.layers.Wrapper):
         )
         weight.loss_scaled = self
         return weight
+
+    def _add_seed(self):
+        # Keras does not save a `SeedGenerator`, and a resumed run would go on otherwise.
+        first = keras.ops.convert_to_numpy(keras.random.SeedGenerator().state)
+        return self.add_weight(
+            shape=(2,),
+            initializer=lambda shape, dtype: keras.ops.convert_to_tensor(first, dtype),
+            dtype="uint32",
+            trainable=False,
+            name="float8_seed",
+        )
 
     @property
     def log2_scale(self) -> int:
@@ -187,6 +218,11 @@ class LossScaled(keras.layers.Wrapper):
         return narrowest(part.compute_dtype for part in keras_internals.parts_of(self.layer))
 
     @property
+    def operand_format(self) -> FloatFormat | None:
+        """The `FloatFormat` of 8 bits that gradients are rounded to inside it, or `None`."""
+        return None if self.float8 is None else self.float8.backward_format
+
+    @property
     def spectrum(self) -> Spectrum:
         """`Spectrum` of the gradients last sampled, at the scale of that step."""
         return self.snapshot.spectrum
@@ -220,10 +256,19 @@ class LossScaled(keras.layers.Wrapper):
             self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
         weights = scaled_weights_of(self.layer)
         args, kwargs, weights = border.tap_inputs(args, kwargs, weights)
-        outputs, losses = call_held(self.layer, weights, args, kwargs)
+        outputs, losses = call_held(self.layer, weights, args, kwargs, self._computing(border))
         for loss in losses:
             self.add_loss(border.tap_loss(loss))
         return border.tap_outputs(outputs)
+
+    def _computing(self, border):
+        """Function that makes the context in which the layer runs."""
+        if self.float8 is None:
+            return contextlib.nullcontext
+        # Only now it is built, and it may have been quantised since.
+        _check_float8(self.float8, self.layer)
+        parts = _own_products(self.layer)
+        return functools.partial(in_float8, parts, self.float8, border.tap_operand)
 
     # From here on the wrapper is its layer, as far as Keras can see.
 
@@ -269,6 +314,12 @@ class LossScaled(keras.layers.Wrapper):
         return self.layer.compute_mask(inputs, previous_mask)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
+        if self.float8 is not None:
+            raise ValueError(
+                f"Expected layer '{self.name}' to be quantised once. Received: `quantize` for a "
+                "LossScaled layer that computes in float8 already. `strip_model` it before, or "
+                "leave `float8` out."
+            )
         self.layer.quantize(*args, **kwargs)
 
     def load_own_variables(self, store: Any) -> None:
@@ -283,23 +334,26 @@ class LossScaled(keras.layers.Wrapper):
             )
 
     def get_config(self) -> dict[str, Any]:
-        return stamped(
-            {
-                "name": self.name,
-                "trainable": self.trainable,
-                "layer": keras.saving.serialize_keras_object(self.layer),
-            }
-        )
+        config = {
+            "name": self.name,
+            "trainable": self.trainable,
+            "layer": keras.saving.serialize_keras_object(self.layer),
+        }
+        if self.float8 is not None:
+            config["float8"] = keras.saving.serialize_keras_object(self.float8)
+        return stamped(config)
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "LossScaled":
-        config = opened(config, "LossScaled layer", ["layer"], ["name", "trainable"])
-        layer = keras.saving.deserialize_keras_object(
-            config.pop("layer"), custom_objects=custom_objects
-        )
-        return cls(layer, **config)
+        config = opened(config, "LossScaled layer", ["layer"], ["name", "trainable", "float8"])
+        for name in ("layer", "float8"):
+            if name in config:
+                config[name] = keras.saving.deserialize_keras_object(
+                    config[name], custom_objects=custom_objects
+                )
+        return cls(**config)
 
 
 def ownership_of(layers, weights):
@@ -349,6 +403,42 @@ class _Owner:
 
     def __init__(self, wrapper):
         self.wrapper = wrapper
+
+
+def _own_products(layer):
+    """The products in a layer, less those in `LossScaled` layers inside it."""
+    inside = {
+        id(part)
+        for scaled in keras_internals.parts_of(layer)
+        if isinstance(scaled, LossScaled)
+        for part in keras_internals.parts_of(scaled)
+    }
+    return [part for part in products_in(layer) if id(part) not in inside]
+
+
+def _check_float8(float8, layer):
+    if not isinstance(float8, Float8):
+        raise ValueError(
+            f"Expected `float8` to be a Float8. Received: float8={float8!r} (of type "
+            f"{type(float8).__name__}). Use for example Float8()."
+        )
+    if layer.built and not _own_products(layer):
+        raise ValueError(
+            "Expected a layer with a matrix product or a convolution that can be computed in "
+            f"float8: a Dense, EinsumDense or convolution layer, or one with such inside. "
+            f"Received: layer '{layer.name}' (of type {type(layer).__name__}), which has none, or "
+            "only with a `call` of its own. Leave `float8` out."
+        )
+    _check_not_quantized(_own_products(layer))
+
+
+def _check_not_quantized(parts):
+    quantized = [part.name for part in parts if part.quantization_mode is not None]
+    if quantized:
+        raise ValueError(
+            "Expected layers that compute in float8 not to be quantised by Keras, too. Received: "
+            f"{', '.join(quantized)}. Do not call `quantize`, or leave `float8` out."
+        )
 
 
 def _check_can_be_wrapped(layer):

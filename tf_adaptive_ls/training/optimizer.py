@@ -12,7 +12,7 @@ from keras import ops
 
 from tf_adaptive_ls.numerics import backend, report
 from tf_adaptive_ls.numerics.backend import Tensor
-from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
+from tf_adaptive_ls.numerics.evidence import Evidence, Operands, evidence_of
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
@@ -152,7 +152,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if layers:
             _check_strategy()
         float_formats = {layer.float_format for layer in layers}
-        for float_format in float_formats:
+        operand_formats = {layer.operand_format for layer in layers} - {None}
+        for float_format in float_formats | operand_formats:
             self.rule.check(float_format)
         super().build([v for v in var_list if not _is_of_scaling(v)])
         self.dynamic_growth_steps = _NEVER if layers else _KERAS_GROWTH_STEPS
@@ -160,11 +161,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._skipped_steps = self._add_counter("skipped_steps")
         self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
         self._steps_to_sample = self._add_counter("steps_to_sample")
-        first = initial_layer_states(len(layers), self.rule.memory_size)
+        any_operands = bool(operand_formats)
+        first = initial_layer_states(len(layers), self.rule.memory_size, any_operands)
         self._layer_states = {
             name: self._add_state(name, value)
             for name, value in first._asdict().items()
-            if name != "log2_scales"  # a weight of each layer
+            if name != "log2_scales" and value is not None  # the first: a weight of each layer
         }
         self._loss_memory = self._add_state(
             "loss_memory",
@@ -206,7 +208,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             if place is None or not is_known(scale):
                 return LayerSnapshot.of_unknown(layer.log2_scale, layer.float_format)
             state = LayerStates(scale[0], **{k: v[place] for k, v in known.items()})
-            return LayerSnapshot.of(state, layer.float_format)
+            return LayerSnapshot.of(state, layer.float_format, layer.operand_format)
 
         return [snapshot(layer) for layer in layers]
 
@@ -261,7 +263,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _step(self, grads, variables, without_effects):
         """Args: without_effects: that a conditional may have none, and returns new values."""
-        weights, reports = self._split(grads, variables)
+        weights, reports, operand_reports = self._split(grads, variables)
         gradients, variables = _unzipped(weights)
         if not reports:
             finite = self.check_finite(gradients)
@@ -275,7 +277,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._count_step(finite)
             return
         states = self._states()
-        evidence = self._evidence(weights, reports, *states)
+        evidence = self._evidence(weights, reports, operand_reports, *states)
         if without_effects:
             touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
             new_values = ops.cond(
@@ -303,13 +305,17 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._skipped_in_a_row.assign(ops.where(skipped, in_a_row, ops.zeros_like(in_a_row)))
 
     def _split(self, grads, variables):
-        """Pairs `(gradient, variable)` of weights, and the reports by `id` of their layer."""
-        weights, reports = [], {}
+        """Pairs `(gradient, variable)` of weights, and both kinds of reports by `id` of layers."""
+        weights, reports, operand_reports = [], {}, {}
         for gradient, variable in zip(grads, variables, strict=True):
             if not _is_of_scaling(variable):
                 weights.append((gradient, variable))
-            elif not _is_scale(variable) and gradient is not None:
+            elif gradient is None or _is_scale(variable):
+                continue
+            elif variable is variable.loss_scaled.loss_scale_report:
                 reports[id(variable.loss_scaled)] = gradient
+            else:
+                operand_reports[id(variable.loss_scaled)] = gradient
         unknown = reports.keys() - {id(layer) for layer in self._scaled_layers}
         if unknown:
             names = [v.loss_scaled.name for v in variables if id(_layer_of(v)) in unknown]
@@ -318,7 +324,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 f"Received: those of other LossScaled layers too: {sorted(set(names))}. "
                 "Compile the model, or make the optimizer, anew."
             )
-        return weights, reports
+        return weights, reports, operand_reports
 
     def _states(self):
         """`LayerStates` and `LossState` as they are now."""
@@ -333,13 +339,16 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             ),
         )
 
-    def _evidence(self, weights, reports, layer_states, loss_state):
+    def _evidence(self, weights, reports, operand_reports, layer_states, loss_state):
         """The `Evidence` of a step, of all replicas together."""
         weights = [(gradient, v) for gradient, v in weights if gradient is not None]
-        silent = np.zeros(report.SIZE, "float32")  # of a layer that did not run
-        reports = ops.stack([reports.get(id(layer), silent) for layer in self._scaled_layers])
+
+        def stacked(reports, size):
+            silent = np.zeros(size, "float32")  # of a layer that did not run
+            return ops.stack([reports.get(id(layer), silent) for layer in self._scaled_layers])
+
         evidence = evidence_of(
-            report.Report.unpacked(reports),
+            report.Report.unpacked(stacked(reports, report.SIZE)),
             [gradient for gradient, _ in weights],
             ownership_of(self._scaled_layers, [v for _, v in weights]),
             layer_states.log2_scales,
@@ -347,6 +356,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             sampled=is_sampled(loss_state),
             float_formats=[layer.float_format for layer in self._scaled_layers],
         )
+        if layer_states.saturations is not None:
+            operands = report.OperandReport.unpacked(stacked(operand_reports, report.OPERAND_SIZE))
+            operands = Operands.of(operands, is_sampled(loss_state))
+            evidence = evidence._replace(operands=operands)
         total, num_replicas = backend.sum_over_replicas(evidence.packed())
         return Evidence.unpacked(total, len(self._scaled_layers), num_replicas)
 
@@ -357,6 +370,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             evidence,
             rule=self.rule,
             float_formats=[layer.float_format for layer in self._scaled_layers],
+            operand_formats=[layer.operand_format for layer in self._scaled_layers],
             flow=flow_of(self._scaled_layers),
             restart=math.log2(self.initial_scale),
             sample_every=self.sample_every,
@@ -499,7 +513,7 @@ def _warn_if_useless(layers):
             "with `wrap_model`, or its layers with `LossScaled`.",
             stacklevel=3,
         )
-    elif not any(layer.is_narrow for layer in layers):
+    elif not any(layer.is_narrow or layer.float8 for layer in layers):
         warnings.warn(
             "Loss scales do nothing for this model: none of its LossScaled layers "
             "computes in a format with less range than float32. Set the dtype policy before "

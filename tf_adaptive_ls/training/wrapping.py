@@ -2,35 +2,36 @@
 
 import collections
 import functools
-import inspect
 import math
 import warnings
-from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import keras
 
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.training import scale_plan
+from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.keras_internals import (
     NEVER_REMATERIALISED,
     arguments_of_compile,
     graph_of,
+    nodes_of,
     parts_of,
     variables_built_for,
 )
+from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter, with_path
 from tf_adaptive_ls.training.loss_scaled import LossScaled, release, wrapper_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.planning import is_plain_keras_layer, plan_of
+from tf_adaptive_ls.training.products import products_in
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
 Model = TypeVar("Model", bound=keras.Model)
-LayerFilter: TypeAlias = (
-    Callable[[keras.layers.Layer], bool] | Callable[[keras.layers.Layer, str], bool]
-)
 
 
-def wrap_model(model: Model, *, layer_filter: LayerFilter | None = None) -> Model:
+def wrap_model(
+    model: Model, *, layer_filter: LayerFilter | None = None, float8: Float8 | None = None
+) -> Model:
     """Gives every layer with trainable weights a loss scale of its own.
 
     The result is a model of the same class around the same layers: weights and
@@ -51,6 +52,8 @@ def wrap_model(model: Model, *, layer_filter: LayerFilter | None = None) -> Mode
             which it is false are not wrapped; gradients pass them at the optimizer's
             loss scale. `path` is the layer's name, behind those of the models that it is
             nested in, as in `scale_table`: `"encoder/dense_1"`.
+        float8: A `Float8`, to compute matrix products and convolutions from numbers of 8
+            bits. Layers that keep a wrapper keep what that has.
 
     Returns:
         The wrapped model. `model` is left as it was.
@@ -59,13 +62,9 @@ def wrap_model(model: Model, *, layer_filter: LayerFilter | None = None) -> Mode
         ValueError: If `model` is anything else.
     """
     _check_is_graph(model, "wrap_model")
-    if layer_filter is not None and not callable(layer_filter):
-        raise ValueError(
-            "Expected `layer_filter` to be a function that takes a layer and returns "
-            f"whether to wrap it. Received: layer_filter={layer_filter!r}."
-        )
-
-    wants = _with_path(layer_filter)
+    check_layer_filter(layer_filter, "wrap")
+    in_float8 = _layers_for_float8(model, float8)
+    wants = with_path(layer_filter)
 
     def wrapped(operation, path):
         if not isinstance(operation, keras.layers.Layer) or isinstance(operation, LossScaled):
@@ -77,7 +76,7 @@ def wrap_model(model: Model, *, layer_filter: LayerFilter | None = None) -> Mode
         if not wants(operation, path):
             return operation
         if wrapper_of(operation) is None:
-            LossScaled(operation)
+            LossScaled(operation, float8=float8 if id(operation) in in_float8 else None)
             newly_wrapped.append(operation)
         return wrapper_of(operation)
 
@@ -137,6 +136,49 @@ def strip_model(model: keras.Model) -> keras.Model:
     return result
 
 
+def _layers_for_float8(model, float8):
+    """By `id` the layers of a model that are to compute in float8."""
+    if float8 is None:
+        return set()
+    if not isinstance(float8, Float8):
+        raise ValueError(
+            f"Expected `float8` to be a Float8. Received: float8={float8!r} (of type "
+            f"{type(float8).__name__}). Use for example Float8()."
+        )
+    candidates = list(_with_products(model, ""))
+    if float8.layer_filter is None:
+        # Mellempudi et al. 2019: input and output need more precision.
+        candidates = candidates[1:-1]
+    wants = with_path(float8.layer_filter)
+    chosen = {id(layer) for layer, path in candidates if wants(layer, path)}
+    if not chosen:
+        raise ValueError(
+            "Expected a model with layers to compute in float8: Dense, EinsumDense or convolution "
+            f"layers, or such with them inside. Received: model '{model.name}', in which "
+            + (
+                "there are none but the first and the last. Choose those with `layer_filter`."
+                if float8.layer_filter is None
+                else "`layer_filter` chooses none."
+            )
+        )
+    return chosen
+
+
+def _with_products(model, prefix):
+    """Layers with products and their paths, once each, in the order that `model` runs them."""
+    found = {}
+    for node in nodes_of(graph_of(model)):
+        operation = node.operation
+        path = prefix + operation.name
+        if _class_of_graph(operation) is not None:
+            found.update(
+                (id(each), (each, at)) for each, at in _with_products(operation, f"{path}/")
+            )
+        elif isinstance(operation, keras.layers.Layer) and products_in(operation):
+            found.setdefault(id(operation), (operation, path))
+    return found.values()
+
+
 _registered = keras.saving.register_keras_serializable("tf_adaptive_ls", "LossScaledModel")
 
 
@@ -163,6 +205,12 @@ class LossScaledModel:
 
     def make_train_function(self, force=False):
         known = isinstance(self.optimizer, AdaptiveLossScaleOptimizer)
+        if not known and any(getattr(each, "float8", None) for each in parts_of(self)):
+            raise ValueError(
+                "Expected a model with layers that compute in float8 to be compiled with "
+                "AdaptiveLossScaleOptimizer: at no other scales are their gradients in the range "
+                f"of 8 bits. Received: model '{self.name}' with {type(self.optimizer).__name__}."
+            )
         if not known and (self.train_function is None or force):
             warnings.warn(
                 f"Model '{self.name}' has LossScaled layers, but is compiled with "
@@ -179,6 +227,16 @@ class LossScaledModel:
                 "`jit_compile=False`."
             )
         return super().make_train_function(force)
+
+    def quantize(self, *args, **kwargs):
+        in_float8 = [each.name for each in parts_of(self) if getattr(each, "float8", None)]
+        if in_float8:
+            raise ValueError(
+                f"Expected model '{self.name}' to be quantised once. Received: `quantize` for a "
+                f"model with LossScaled layers that compute in float8 already: {in_float8}. "
+                "`strip_model` it before, or leave `float8` out."
+            )
+        super().quantize(*args, **kwargs)
 
     def load_weights(self, filepath, *args, **kwargs):
         """As in Keras, but a file that cannot be read leaves the model as it was."""
@@ -343,18 +401,6 @@ def _roles_of_variables(optimizer, build):
         roles.append((weight, counts[weight]))
         counts[weight] += 1
     return roles
-
-
-def _with_path(layer_filter):
-    """A layer filter as a function of a layer and its path."""
-    if layer_filter is None:
-        return lambda layer, path: True
-    try:
-        parameters = inspect.signature(layer_filter).parameters.values()
-    except ValueError:  # of some callables written in C
-        parameters = ()
-    required = [each for each in parameters if each.default is each.empty]
-    return layer_filter if len(required) == 2 else lambda layer, path: layer_filter(layer)
 
 
 def _check_is_graph(model, function):

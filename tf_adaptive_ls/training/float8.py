@@ -1,0 +1,101 @@
+"""`Float8`: what of a layer is rounded to 8 bits, and how."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter
+
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+@keras.saving.register_keras_serializable("tf_adaptive_ls")
+@dataclasses.dataclass(frozen=True)
+class Float8:
+    """Trains matrix products and convolutions with operands of 8 bits.
+
+    In layers that are chosen, the inputs and the kernel of every product are rounded to
+    `forward`, each shifted by the power of two that brings its largest magnitude to the top
+    of that format; the gradient of the product's output is rounded to `backward` as it is:
+    at the scale of its layer it already lies in the range of the format. Gradients pass the
+    rounding of inputs and kernels as if it were not there. Biases, activations, normalisation,
+    attention weights, and the products' results stay in the dtype that the layer computes in.
+
+    What is too large for a format becomes its largest value; infinities and NaN stay.
+
+    The numbers are those of 8 bits, in tensors of the layer's dtype. Neither speed nor memory
+    is claimed.
+
+    ```python
+    model = als.wrap_model(model, float8=als.Float8())
+    ```
+
+    Args:
+        forward: `"float8_e4m3fn"` (3 bits of mantissa, largest value 448) or
+            `"float8_e5m2"` (2 bits, 57344), for inputs and kernels.
+        backward: The same for gradients.
+        rounding: How gradients are rounded: `"nearest"`, or `"stochastic"`, up or down with
+            probabilities by which the mean is exact. Inputs and kernels always to nearest.
+        layer_filter: Function `layer -> bool` or `(layer, path) -> bool`, as that of
+            `wrap_model`, which layers to choose. By default all that have products but the
+            first and the last of the model. It is not saved: layers know.
+
+    Raises:
+        ValueError: If an argument is not as said.
+
+    Reference: Mellempudi et al., "Mixed Precision Training With 8-bit Floating Point", 2019
+    (arXiv 1905.12334); formats: Micikevicius et al., "FP8 Formats for Deep Learning", 2022
+    (arXiv 2209.05433).
+    """
+
+    forward: str = "float8_e4m3fn"
+    backward: str = "float8_e4m3fn"
+    rounding: str = "nearest"
+    layer_filter: LayerFilter | None = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self):
+        choices = {"forward": FORMATS, "backward": FORMATS, "rounding": ROUNDINGS}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(
+                    f"Expected `{name}` to be one of {', '.join(map(repr, known))}. "
+                    f"Received: {name}={value!r}."
+                )
+        check_layer_filter(self.layer_filter, "compute in float8")
+
+    @classmethod
+    def mellempudi(cls, layer_filter: LayerFilter | None = None) -> "Float8":
+        """As in Mellempudi et al. 2019: e5m2 throughout, gradients rounded stochastically."""
+        return cls("float8_e5m2", "float8_e5m2", "stochastic", layer_filter)
+
+    @classmethod
+    def hybrid(cls, layer_filter: LayerFilter | None = None) -> "Float8":
+        """As in Micikevicius et al. 2022: e4m3 for inputs and kernels, e5m2 for gradients."""
+        return cls("float8_e4m3fn", "float8_e5m2", "nearest", layer_filter)
+
+    @property
+    def forward_format(self) -> FloatFormat:
+        """The `FloatFormat` of inputs and kernels."""
+        return FloatFormat(self.forward)
+
+    @property
+    def backward_format(self) -> FloatFormat:
+        """The `FloatFormat` of gradients."""
+        return FloatFormat(self.backward)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"forward": self.forward, "backward": self.backward, "rounding": self.rounding}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Float8":
+        unknown = sorted(config.keys() - {"forward", "backward", "rounding"})
+        if unknown:
+            raise ValueError(
+                "Expected the config of a Float8 to hold forward, backward and rounding. "
+                f"Received: {config}. It was saved by another version, or is damaged."
+            )
+        return cls(**config)

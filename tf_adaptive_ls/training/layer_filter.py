@@ -1,0 +1,32 @@
+"""Functions by which users choose layers."""
+
+import inspect
+from collections.abc import Callable
+from typing import TypeAlias
+
+import keras
+
+LayerFilter: TypeAlias = (
+    Callable[[keras.layers.Layer], bool] | Callable[[keras.layers.Layer, str], bool]
+)
+
+
+def with_path(layer_filter):
+    """A layer filter as a function of a layer and its path; `None` chooses all."""
+    if layer_filter is None:
+        return lambda layer, path: True
+    try:
+        parameters = inspect.signature(layer_filter).parameters.values()
+    except ValueError:  # of some callables written in C
+        parameters = ()
+    required = [each for each in parameters if each.default is each.empty]
+    return layer_filter if len(required) == 2 else lambda layer, path: layer_filter(layer)
+
+
+def check_layer_filter(layer_filter, what):
+    """Raises a `ValueError` unless it is `None` or a function."""
+    if layer_filter is not None and not callable(layer_filter):
+        raise ValueError(
+            "Expected `layer_filter` to be a function that takes a layer and returns "
+            f"whether to {what} it. Received: layer_filter={layer_filter!r}."
+        )

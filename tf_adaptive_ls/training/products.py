@@ -1,0 +1,162 @@
+"""Matrix products and convolutions of Keras layers, and how they run on operands of 8 bits."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+from keras import layers, ops
+
+from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
+from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
+from tf_adaptive_ls.training import keras_internals
+
+
+class Product(NamedTuple):
+    """A layer as `activation(multiply(operand(inputs), kernel) + bias)`.
+
+    Attributes:
+        layer_class: The class of `keras.layers` whose `call` does that.
+        multiply: Function `(layer, operand, kernel) -> tensor`.
+        kernel: Name of the attribute that holds the kernel.
+        operand: Function `(layer, inputs) -> tensor`, what the kernel is multiplied with.
+    """
+
+    layer_class: type
+    multiply: Callable[[Any, Any, Any], Any]
+    kernel: str = "kernel"
+    operand: Callable[[Any, Any], Any] = lambda layer, inputs: inputs
+
+
+def _matmul(layer, operand, kernel):
+    return ops.matmul(operand, kernel)
+
+
+def _einsum(layer, operand, kernel):
+    return ops.einsum(layer.equation, operand, kernel)
+
+
+def _convolve(layer, operand, kernel):
+    return ops.conv(
+        operand,
+        kernel,
+        strides=list(layer.strides),
+        padding="valid" if layer.padding == "causal" else layer.padding,
+        dilation_rate=layer.dilation_rate,
+        data_format=layer.data_format,
+    )
+
+
+def _padded(layer, inputs):
+    """What a convolution that looks at the past alone puts before it."""
+    if layer.padding != "causal":
+        return inputs
+    before = [layer.dilation_rate[0] * (layer.kernel_size[0] - 1), 0]
+    last = layer.data_format == "channels_last"
+    return ops.pad(inputs, [[0, 0], before, [0, 0]] if last else [[0, 0], [0, 0], before])
+
+
+def _convolve_transposed(layer, operand, kernel):
+    return ops.conv_transpose(
+        operand,
+        kernel,
+        strides=list(layer.strides),
+        padding=layer.padding,
+        output_padding=layer.output_padding,
+        dilation_rate=layer.dilation_rate,
+        data_format=layer.data_format,
+    )
+
+
+def _depthwise(layer, inputs):
+    return ops.depthwise_conv(
+        inputs,
+        layer.depthwise_kernel,
+        strides=layer.strides,
+        padding=layer.padding,
+        dilation_rate=layer.dilation_rate,
+        data_format=layer.data_format,
+    )
+
+
+def _pointwise(layer, operand, kernel):
+    return ops.conv(operand, kernel, strides=1, padding="valid", data_format=layer.data_format)
+
+
+PRODUCTS = (
+    Product(layers.Dense, _matmul),
+    Product(layers.EinsumDense, _einsum),
+    Product(layers.Conv1D, _convolve, operand=_padded),
+    Product(layers.Conv2D, _convolve),
+    Product(layers.Conv3D, _convolve),
+    Product(layers.Conv1DTranspose, _convolve_transposed),
+    Product(layers.Conv2DTranspose, _convolve_transposed),
+    Product(layers.Conv3DTranspose, _convolve_transposed),
+    Product(layers.SeparableConv1D, _pointwise, "pointwise_kernel", _depthwise),
+    Product(layers.SeparableConv2D, _pointwise, "pointwise_kernel", _depthwise),
+)
+
+
+def product_of(layer):
+    """The `Product` that a layer is, or `None`.
+
+    One whose class has a `call` of its own is none: who knows what that does.
+    """
+    for product in PRODUCTS:
+        if isinstance(layer, product.layer_class):
+            return product if type(layer).call is product.layer_class.call else None
+    return None
+
+
+def products_in(layer):
+    """A layer and those inside it, at any depth, that are products."""
+    return [part for part in keras_internals.parts_of(layer) if product_of(part)]
+
+
+@contextlib.contextmanager
+def in_float8(parts, float8, tap):
+    """Makes layers that are products compute in float8.
+
+    Args:
+        parts: List of layers.
+        float8: The `Float8`.
+        tap: Function `(tensor, place, number) -> tensor`: identity whose gradient is
+            rounded, for the product at that place among so many.
+    """
+    try:
+        for place, part in enumerate(parts):
+            own_tap = functools.partial(tap, place=place, number=len(parts))
+            call = functools.partial(_call_in_float8, part, float8.forward_format, own_tap)
+            # As it is: Keras keeps track of attributes of layers.
+            object.__setattr__(part, "call", call)
+        yield
+    finally:
+        for part in parts:
+            part.__dict__.pop("call", None)
+
+
+def _call_in_float8(layer, float_format, tap, inputs, training=None):
+    """What `layer.call(inputs)` computes, from operands of 8 bits."""
+    product = product_of(layer)
+    operand = quantized(product.operand(layer, inputs), float_format)
+    kernel = quantized(getattr(layer, product.kernel), float_format)
+    # Before the bias, whose gradient is not an operand.
+    outputs = tap(product.multiply(layer, operand, kernel))
+    if layer.bias is not None:
+        outputs = ops.add(outputs, _shaped(layer, layer.bias))
+    return outputs if layer.activation is None else layer.activation(outputs)
+
+
+def _shaped(layer, bias):
+    if getattr(layer, "data_format", "channels_last") == "channels_last":
+        return bias
+    return ops.reshape(bias, (1, -1) + (1,) * layer.rank)
+
+
+def quantized(x, float_format):
+    """`x` rounded to float8, relative to its largest magnitude; its gradient is that of `x`."""
+    x = ops.convert_to_tensor(x, dtype=keras.backend.standardize_dtype(x.dtype))
+    (peak,) = ops.unstack(spectrum.peaks([x]), 1)
+    return redirect_gradient(rounded(x, float_format, factor=fitting_factor(peak, float_format)), x)
