@@ -1,0 +1,425 @@
+"""Which scales does training in float8 need? Fidelity of gradients, and training.
+
+Products of all layers but the first and the last are computed from numbers of 8 bits; what is
+between them is float16. Inputs and kernels are e4m3, relative to their largest magnitude, in
+every way; gradients are e5m2 or e4m3, rounded to nearest, at scales that are found in each way
+as `float8_ways` says:
+
+    no scaling, best fixed scale, dynamic scale, rising minimum, LogMax    one scale for all
+    per tensor, history / current   a scale per gradient, by the largest of the last 1,024, or
+                                    by its own; a dynamic scale for all between the products
+    Keras's float8                  `quantize("float8")`, where all products are of Dense layers
+    ours                            one per layer
+
+*Fidelity*: at weights of float32 training, after steps without moving the weights for scales to
+be found, the mean gradient of every weight over some batches is compared with that of float32:
+
+    error      |g8 - g32| / |g32|, the median over weights, relative to the oracle's: the least
+               that any single scale 2^0 … 2^30 gives that weight in that format
+    worst      the same of the worst weight
+    flushed    share of elements that are zero in g8 and not in g32
+    cosine     of the whole gradient
+
+*Training*: mean loss and accuracy on the training batches of the last tenth, steps skipped.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import convergence
+import data
+import keras
+import numpy as np
+import report
+import zoo
+from float8_ways import BEST_FIXED, KERAS_FLOAT8, NO_SCALING, OURS, WIDE, only_dense, ways
+from keras import layers, ops
+
+E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
+ORACLE = tuple(range(0, 31, 3))
+SETTLING_STEPS, COMPARED_BATCHES = 16, 4
+PARTS = ("fidelity", "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, data, and how long it is trained.
+
+    Args:
+        name: Short name for tables.
+        images: "digits" or "CIFAR-10".
+        build: `() -> keras.Model`.
+        examples: `(images, labels) -> (x, y)`.
+        optimizer: `steps -> keras.optimizers.Optimizer`.
+        steps, batch_size: Of training.
+        moments: After how many steps gradients are compared.
+    """
+
+    name: str
+    images: str
+    build: Callable
+    examples: Callable
+    optimizer: Callable
+    steps: int
+    batch_size: int = 64
+    moments: tuple = (0, 100)
+
+
+def depthwise_net():
+    """MobileNet's separable blocks (Howard et al. 2017), small."""
+    inputs = keras.Input((zoo.SIDE, zoo.SIDE, 3))
+    x = layers.Conv2D(16, 3, strides=2, padding="same", use_bias=False)(inputs)
+    for filters, strides in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+        x = layers.DepthwiseConv2D(3, strides=strides, padding="same", use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+        x = layers.Conv2D(filters, 1, use_bias=False)(x)
+    x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(10, dtype="float32")(x))
+
+
+def exploding_mlp():
+    return zoo.plain_mlp(40, 1.2)
+
+
+adam, recipe, vectors = convergence.adam, convergence.paper_recipe, zoo.classify_vector
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "MLP 17, vanishing", "digits", zoo.vanishing_mlp, zoo.classify_vector, adam(), 2000, 32
+        ),
+        Case(
+            "MLP 40, exploding", "digits", exploding_mlp, zoo.classify_vector, adam(1e-4), 1000, 32
+        ),
+        Case("Transformer", "CIFAR-10", zoo.transformer, zoo.classify, adam(), 500),
+        Case("ResNet-20", "CIFAR-10", zoo.resnet, zoo.classify, recipe(64), 500),
+        Case("Depthwise net", "CIFAR-10", depthwise_net, zoo.classify, recipe(64), 500),
+    )
+}
+
+
+class Still(keras.optimizers.Optimizer):
+    """Leaves weights alone, and sums up their gradients."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.sums = [self.add_variable_from_reference(v, name="sum") for v in variables]
+        self.number = self.add_variable((), dtype="float32", initializer="zeros", name="number")
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        self.assign_add(self.sums[index], ops.cast(gradient, "float32"))
+        if index == 0:
+            self.assign_add(self.number, ops.ones(()))
+
+
+def is_weight(variable):
+    return not variable.overwrite_with_gradient and keras.backend.is_float_dtype(variable.dtype)
+
+
+class Trainee:
+    """A model under one way, which can be set to any weights and trained from there."""
+
+    def __init__(self, case, way, inner):
+        keras.backend.clear_session()
+        keras.config.set_dtype_policy(way.policy)
+        self.way = way
+        self.model = way.model(case.build())
+        self.model.compile(
+            way.optimizer(inner),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+            jit_compile=True,
+            auto_scale_loss=False,
+        )
+        self.model.optimizer.build(self.model.trainable_variables)
+        self._others = [
+            v
+            for v in [*self.model.variables, *self.model.optimizer.variables]
+            if not (is_weight(v) and any(v is w for w in self.model.weights))
+        ]
+        self._first = [np.array(v.numpy()) for v in self._others]
+
+    @property
+    def weights(self):
+        return [v.numpy() for v in self.model.weights if is_weight(v)]
+
+    def reset(self, weights, log2_scale=None):
+        """Starts anew from other weights."""
+        for variable, value in zip(self._others, self._first, strict=True):
+            variable.assign(value)
+        for variable, value in zip(filter(is_weight, self.model.weights), weights, strict=True):
+            variable.assign(value)
+        if log2_scale is not None:
+            self.model.optimizer.dynamic_scale.assign(2.0**log2_scale)
+
+    def fit(self, batches, *callbacks):
+        """Logs of training on a list of batches."""
+        history = self.model.fit(
+            (each for each in batches),
+            steps_per_epoch=len(batches),
+            shuffle=False,
+            verbose=0,
+            callbacks=list(callbacks),
+        )
+        return {name: values[0] for name, values in history.history.items()}
+
+    def trained(self, batches):
+        """Figures of training."""
+        last = len(batches) // 10
+        callbacks = [self.way.callback(len(batches))] if self.way.callback else []
+        self.fit(batches[:-last], *callbacks)
+        logs = self.fit(batches[-last:], *callbacks)
+        inner = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        taken = int(inner.iterations.numpy())
+        return {**logs, "skipped": len(batches) - taken}
+
+    def gradients(self, weights, settling, compared, log2_scale=None):
+        """Mean gradients at some weights; `None` if no step was finite."""
+        self.reset(weights, log2_scale)
+        if log2_scale is None:
+            callbacks = [self.way.callback(len(settling))] if self.way.callback else []
+            self.fit(settling, *callbacks)
+        still = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        for variable in [*still.sums, still.number]:
+            variable.assign(np.zeros(variable.shape, "float32"))
+        # Statistics of normalisation have moved meanwhile.
+        for variable, value in zip(filter(is_weight, self.model.weights), weights, strict=True):
+            variable.assign(value)
+        self.fit(compared)
+        number = float(still.number.numpy())
+        pairs = zip(still.sums, self.model.trainable_variables, strict=False)
+        sums = [s.numpy() for s, _ in pairs]
+        return [s / number for s in sums if s is not None] if number else None
+
+
+def errors(gradients, reference):
+    """Relative error of each weight's gradient; infinite for all if there are none."""
+    if gradients is None:
+        return np.full(len(reference), np.inf)
+    with np.errstate(all="ignore"):
+        found = [
+            np.linalg.norm(g.astype("float64") - r) / np.linalg.norm(r)
+            for g, r in zip(gradients, reference, strict=True)
+        ]
+    return np.nan_to_num(np.array(found), nan=np.inf)
+
+
+def fidelity(case, all_ways, images, seed=0):
+    """Figures of every way, by moment."""
+    keras.utils.set_random_seed(seed)
+    batches = _batches(case, images, seed, max(case.moments) + SETTLING_STEPS + COMPARED_BATCHES)
+    training, rest = batches[: max(case.moments)], batches[max(case.moments) :]
+    settling, compared = rest[:SETTLING_STEPS], rest[SETTLING_STEPS:]
+    float32 = Trainee(case, WIDE[0], case.optimizer(case.steps))
+    weights = {}
+    for moment in case.moments:
+        done = max(weights, default=0)
+        if moment > done:
+            float32.fit(training[done:moment])
+        weights[moment] = float32.weights
+    reference = Trainee(case, WIDE[0], Still(0.0))
+    expected = {m: reference.gradients(w, settling, compared) for m, w in weights.items()}
+    figures = {str(moment): {} for moment in case.moments}
+    for backward, way in all_ways:
+        trainee = Trainee(case, way, Still(0.0))
+        for moment, at in weights.items():
+            wanted = expected[moment]
+            kept = [np.linalg.norm(each) > 0 for each in wanted]
+            scales = ORACLE if way.name == BEST_FIXED else way.log2_scales or (None,)
+            found = [trainee.gradients(at, settling, compared, scale) for scale in scales]
+            by_scale = np.array([errors(g, wanted) for g in found])[:, kept]
+            best = int(np.argmin(np.median(by_scale, axis=1)))
+            figures[str(moment)].setdefault(backward, {})[way.name] = {
+                "error": by_scale[best].tolist(),
+                **_whole(found[best], wanted),
+            }
+            if way.name == BEST_FIXED:
+                figures[str(moment)][backward]["oracle"] = {"error": by_scale.min(axis=0).tolist()}
+    return figures
+
+
+def _whole(gradients, reference):
+    if gradients is None:
+        return {"flushed": 1.0, "cosine": 0.0}
+    g, r = (
+        np.concatenate([np.ravel(each).astype("float64") for each in x])
+        for x in (gradients, reference)
+    )
+    flushed = np.sum((g == 0) & (r != 0)) / max(np.sum(r != 0), 1)
+    with np.errstate(all="ignore"):
+        cosine = g @ r / (np.linalg.norm(g) * np.linalg.norm(r))
+    return {"flushed": float(flushed), "cosine": float(np.nan_to_num(cosine))}
+
+
+def _batches(case, images, seed, number):
+    taken = itertools.islice(images.batches(case.batch_size, seed), number)
+    return [case.examples(*batch) for batch in taken]
+
+
+def training(case, all_ways, images, seeds, save):
+    """Figures of every way, by format: a list over seeds, of dicts by log2 of a fixed scale."""
+    figures = {}
+    weights = {}
+    for seed in seeds:
+        keras.utils.set_random_seed(seed)
+        weights[seed] = Trainee(case, WIDE[0], "sgd").weights
+    for backward, way in all_ways:
+        trainee = Trainee(case, way, case.optimizer(case.steps))
+        runs = figures.setdefault(backward, {})[way.name] = []
+        for seed in seeds:
+            batches = _batches(case, images, seed, case.steps)
+            of_seed = {}
+            for scale in way.log2_scales or (None,):
+                trainee.reset(weights[seed], scale)
+                of_seed[str(scale)] = trainee.trained(batches)
+            runs.append(of_seed)
+        save(figures)
+    return figures
+
+
+# Tables.
+
+
+def fidelity_rows(figures):
+    """Rows of the table of fidelity: of each format, every way."""
+    for backward in FORMATS:
+        by_moment = [figures[moment].get(backward, {}) for moment in figures]
+        for name in by_moment[0]:
+            if name == "oracle":
+                continue
+            ratios, found = [], []
+            for ways_of_moment in by_moment:
+                oracle = np.maximum(ways_of_moment["oracle"]["error"], 1e-5)
+                ratios.append(np.maximum(ways_of_moment[name]["error"], 1e-5) / oracle)
+                found.append(ways_of_moment[name])
+            yield (
+                f"{_short(backward)}, {name}",
+                *(f"{np.median(each):.2f} / {each.max():.3g}" for each in ratios),
+                " / ".join(f"{each['flushed']:.1%}" for each in found),
+                " / ".join(f"{each['cosine']:.4f}" for each in found),
+            )
+
+
+def training_rows(figures):
+    """Rows of the table of training: medians over seeds, ranges of losses."""
+    for backward, by_way in figures.items():
+        for name, runs in by_way.items():
+            scale = _best_scale(runs)
+            of_scale = [run[scale] for run in runs]
+            losses = [np.nan_to_num(run["loss"], nan=np.inf) for run in of_scale]
+            title = name if backward == "wide" else f"{_short(backward)}, {name}"
+            if name == BEST_FIXED:
+                title += f", 2^{scale}"
+            yield (
+                title,
+                f"{np.median(losses):.3f} ({min(losses):.3f} … {max(losses):.3f})",
+                f"{np.median([run['accuracy'] for run in of_scale]):.1%}",
+                " / ".join(str(run["skipped"]) for run in of_scale),
+            )
+
+
+def _best_scale(runs):
+    """The scale with the least median loss."""
+
+    def loss(scale):
+        return np.median([np.nan_to_num(run[scale]["loss"], nan=np.inf) for run in runs])
+
+    return min(runs[0], key=loss)
+
+
+def _short(backward):
+    return backward.removeprefix("float8_").removesuffix("fn")
+
+
+INTRODUCTION = """# Which scales float8 needs
+
+Products of all layers but the first and the last from numbers of 8 bits, float16 between them;
+inputs and kernels in e4m3, gradients in the format of the row, rounded to nearest.
+
+*Fidelity*: gradients against float32's at weights of float32 training, after the steps that the
+columns name. Errors relative to those of the best single scale for each weight, looked up
+afterwards: median / worst over weights. *flushed*: elements that are zero and should not be.
+
+*Training*: mean loss (range over seeds) and accuracy on the last tenth of the training batches.
+"""
+
+
+def write_report(directory):
+    results = report.load_results(directory, CASES)
+    parts = [INTRODUCTION]
+    for result in results:
+        parts.append(
+            f"## {result['name']}\n\n{result['images']}, batches of {result['batch_size']}.\n"
+        )
+        if "fidelity" in result:
+            moments = [f"error at {moment}" for moment in result["fidelity"]]
+            header = ("", *moments, "flushed", "cosine")
+            parts.append(report.markdown(header, fidelity_rows(result["fidelity"])) + "\n")
+        if "training" in result:
+            seeds = len(next(iter(next(iter(result["training"].values())).values())))
+            header = (f"{result['steps']} steps, {seeds} seeds", "loss", "accuracy", "skipped")
+            parts.append(report.markdown(header, training_rows(result["training"])) + "\n")
+    parts.append(report.provenance_text(results) + "\n")
+    report.save_text(directory, "\n".join(parts))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    report.add_arguments(parser, "float8")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="MODEL")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="names; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="of training; default: by model")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in args.only or (list(CASES)[:1] if args.quick else CASES):
+        run_case(CASES[name], args)
+    write_report(args.output)
+
+
+def run_case(case, args):
+    """Adds the parts asked for to the figures of one case."""
+    if args.quick:
+        case = dataclasses.replace(case, steps=60, moments=(0, 10))
+    if args.steps:
+        case = dataclasses.replace(case, steps=args.steps)
+    images = data.digits() if case.images == "digits" else data.cifar10(args.data)
+    keras.config.set_dtype_policy("float32")
+    dense = only_dense(case.build())
+    of_formats = [(backward, way) for backward in args.formats for way in ways(backward)]
+    if dense and E5M2 in args.formats:
+        of_formats.append((E5M2, KERAS_FLOAT8))
+    chosen = args.ways or ((NO_SCALING, BEST_FIXED, OURS) if args.quick else None)
+    if chosen:
+        of_formats = [(b, way) for b, way in of_formats if way.name in chosen]
+    before = report.load_results(args.output, [case.name])
+    result = before[0] if before else {}
+    result |= {"name": case.name, "images": images.name, "batch_size": case.batch_size}
+    with report.progress() as progress:
+        progress.add_task(case.name, total=None)
+        if "fidelity" in args.parts:
+            result["fidelity"] = fidelity(case, of_formats, images)
+            report.save_result(args.output, result)
+        if "training" in args.parts:
+            seeds = range(1 if args.quick else args.seeds)
+            result["steps"] = case.steps
+            everything = [*(("wide", way) for way in WIDE), *of_formats]
+
+            def save(figures):
+                report.save_result(args.output, result | {"training": figures})
+
+            result["training"] = training(case, everything, images, seeds, save)
+            report.save_result(args.output, result)
+
+
+if __name__ == "__main__":
+    main()

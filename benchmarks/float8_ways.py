@@ -1,0 +1,195 @@
+"""The ways to scale gradients of 8 bits that `float8` compares."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import keras
+from keras import layers, ops
+
+import tf_adaptive_ls as als
+from tf_adaptive_ls.numerics import backend, spectrum
+from tf_adaptive_ls.numerics.gradient_tap import rounding_tap
+from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
+from tf_adaptive_ls.training.products import in_float8, products_in
+
+NO_SCALING, BEST_FIXED, OURS = "no scaling", "best fixed scale", "ours"
+CURRENT, HISTORY = "per tensor, current", "per tensor, history"
+# log2 of the scales among which the best is looked up afterwards.
+FIXED = (5, 10, 15, 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a model is trained.
+
+    Args:
+        name: Short name for tables.
+        model: `plain model -> model`.
+        optimizer: `inner optimizer -> optimizer`.
+        policy: The dtype policy to build the plain model under.
+        callback: `() -> keras.callbacks.Callback` that moves the scale, or `None`.
+        log2_scales: Scales to try one after the other, instead of any that moves.
+    """
+
+    name: str
+    model: Callable = lambda plain: plain
+    optimizer: Callable = keras.optimizers.LossScaleOptimizer
+    policy: str = "mixed_float16"
+    callback: Callable | None = None
+    log2_scales: tuple = ()
+
+
+def ways(backward, rounding="nearest", headroom=None):
+    """All ways for gradients in one format; inputs and kernels are in e4m3 in all."""
+    float8 = als.Float8(backward=backward, rounding=rounding)
+
+    def wrapped(plain):
+        return als.wrap_model(plain, float8=float8)
+
+    def one_scale(plain):
+        # Without a plan, which only our optimizer wants.
+        model = wrapped(plain)
+        return keras.Model(model.inputs, model.outputs)
+
+    def per_tensor(history):
+        return lambda plain: _replaced(plain, lambda each: PerTensor(each, float8, history))
+
+    def fixed(inner):
+        return als.AdaptiveLossScaleOptimizer(inner, initial_scale=1.0, rule=als.FixedRule())
+
+    rule = als.QuantileRule() if headroom is None else als.QuantileRule(headroom=headroom)
+    return (
+        Way(NO_SCALING, wrapped, fixed, log2_scales=(0,)),
+        Way(BEST_FIXED, wrapped, fixed, log2_scales=FIXED),
+        Way("dynamic scale", one_scale),
+        Way("rising minimum", one_scale, callback=RisingMinimum),
+        Way("LogMax", one_scale, callback=LogMax),
+        Way(HISTORY, per_tensor(1024)),
+        Way(CURRENT, per_tensor(None)),
+        Way(OURS, wrapped, lambda inner: als.AdaptiveLossScaleOptimizer(inner, rule=rule)),
+    )
+
+
+WIDE = (
+    Way("float32", optimizer=lambda inner: inner, policy="float32"),
+    Way("float16, ours", als.wrap_model, als.AdaptiveLossScaleOptimizer),
+)
+
+
+def of_keras(plain):
+    """Keras's own float8, of Dense and EinsumDense layers; the first and the last stay wide."""
+    for layer in _chosen(plain):
+        layer.quantize("float8")
+    return plain
+
+
+# Its scales are NaN for small gradients under mixed_float16.
+KERAS_FLOAT8 = Way("Keras's float8", of_keras, lambda inner: inner, policy="mixed_bfloat16")
+
+
+def only_dense(plain):
+    """Whether Keras's float8 covers all products of a model."""
+    parts = [part for layer in _chosen(plain) for part in products_in(layer)]
+    return all(isinstance(part, (layers.Dense, layers.EinsumDense)) for part in parts)
+
+
+def _chosen(plain):
+    """Layers with products, but the first and the last, in the order of the graph."""
+    return [layer for layer in plain.layers if products_in(layer)][1:-1]
+
+
+def _replaced(plain, replace):
+    chosen = {id(layer) for layer in _chosen(plain)}
+    return keras.models.clone_model(
+        plain, clone_function=lambda each: replace(each) if id(each) in chosen else each
+    )
+
+
+class PerTensor(layers.Wrapper):
+    """A layer whose gradients are rounded to float8 at scales of their own.
+
+    Args:
+        layer: The layer.
+        float8: The `Float8`.
+        history: `None` to scale each gradient by its own largest magnitude, or over how many
+            steps before the largest is taken from (Transformer Engine's delayed scaling).
+    """
+
+    def __init__(self, layer, float8, history):
+        super().__init__(layer, name=layer.name, dtype=layer.dtype_policy)
+        self._float8, self._history = float8, history
+        self._products = products_in(layer)
+        self._seen = [self._add_history() for _ in self._products]
+
+    def _add_history(self):
+        # As Keras's own float8 keeps it.
+        return self.add_weight(
+            shape=(self._history or 1,),
+            initializer="zeros",
+            dtype="float32",
+            autocast=False,
+            overwrite_with_gradient=True,
+        )
+
+    def call(self, *args, **kwargs):
+        with in_float8(self._products, self._float8, self._tap):
+            return self.layer(*args, **kwargs)
+
+    def _tap(self, tensor, place, number):
+        seen, float_format = self._seen[place].value, self._float8.backward_format
+
+        def round_gradient(gradient):
+            peak = ops.max(seen) if self._history else spectrum.peaks([gradient])[0]
+            return rounded(gradient, float_format, factor=fitting_factor(peak, float_format))
+
+        def report(gradient):
+            peak = spectrum.peaks([gradient])
+            peak = ops.where(ops.isfinite(peak), peak, 0.0)
+            return ops.concatenate([seen[1:], peak])
+
+        return rounding_tap(tensor, seen, round_gradient, report)
+
+
+class RisingMinimum(keras.callbacks.Callback):
+    """Mellempudi et al. 2019, section 3.1: a dynamic scale that does not fall below a minimum.
+
+    The minimum is 1 at first, 8K after 40/340 of training and 32K after 150/340: their GNMT.
+    """
+
+    def __init__(self, steps=None):
+        super().__init__()
+        self.steps, self.step = steps, 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        backend.sync_state(self.model)
+        self.step += 1
+        done = self.step / self.steps
+        minimum = 2.0**15 if done > 150 / 340 else 2.0**13 if done > 40 / 340 else 1.0
+        scale = self.model.optimizer.dynamic_scale
+        scale.assign(max(float(scale.numpy()), minimum))
+
+
+class LogMax(keras.callbacks.Callback):
+    """OpenSeq2Seq's LogMax for one scale, told the largest gradient that is rounded."""
+
+    def __init__(self, steps=None):
+        super().__init__()
+        self.mean = self.square = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        backend.sync_state(self.model)
+        scale = self.model.optimizer.dynamic_scale
+        scaled = [each for each in self.model.layers if getattr(each, "float8", None)]
+        largest = max(float(each.float8_report.numpy()[0]) for each in scaled)
+        top = scaled[0].operand_format.max_exponent + 1
+        log2_scale = math.log2(float(scale.numpy()))
+        if 0 < largest < math.inf:
+            x = math.log2(largest) - log2_scale
+            if self.mean is None:
+                self.mean, self.square = x, x * x
+            self.mean += 0.01 * (x - self.mean)
+            self.square += 0.001 * (x * x - self.square)
+            deviation = math.sqrt(max(self.square - self.mean**2, 0.0))
+            log2_scale = math.floor(top - (self.mean + 3.09 * deviation))
+        scale.assign(2.0 ** min(max(log2_scale, -30), 60))
