@@ -109,11 +109,13 @@ class Still(keras.optimizers.Optimizer):
         super().build(variables)
         self.sums = [self.add_variable_from_reference(v, name="sum") for v in variables]
         self.number = self.add_variable((), dtype="float32", initializer="zeros", name="number")
+        # Those that are overwritten with their gradients never come to `update_step`.
+        self.places = [place for place, v in enumerate(variables) if is_weight(v)]
 
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
         self.assign_add(self.sums[index], ops.cast(gradient, "float32"))
-        if index == 0:
+        if index == self.places[0]:
             self.assign_add(self.number, ops.ones(()))
 
 
@@ -192,9 +194,7 @@ class Trainee:
             variable.assign(value)
         self.fit(compared)
         number = float(still.number.numpy())
-        pairs = zip(still.sums, self.model.trainable_variables, strict=False)
-        sums = [s.numpy() for s, _ in pairs]
-        return [s / number for s in sums if s is not None] if number else None
+        return [still.sums[i].numpy() / number for i in still.places] if number else None
 
 
 def errors(gradients, reference):

@@ -9,7 +9,6 @@ from keras import layers, ops
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import backend, spectrum
-from tf_adaptive_ls.numerics.gradient_tap import rounding_tap
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
 from tf_adaptive_ls.training.products import in_float8, products_in
 
@@ -137,18 +136,20 @@ class PerTensor(layers.Wrapper):
             return self.layer(*args, **kwargs)
 
     def _tap(self, tensor, place, number):
-        seen, float_format = self._seen[place].value, self._float8.backward_format
+        float_format = self._float8.backward_format
 
-        def round_gradient(gradient):
-            peak = ops.max(seen) if self._history else spectrum.peaks([gradient])[0]
-            return rounded(gradient, float_format, factor=fitting_factor(peak, float_format))
+        def identity(_, tensor, seen):
+            def backward(*gradients):
+                (gradient,) = gradients
+                now = spectrum.peaks([gradient])
+                peak = ops.max(seen) if self._history else now[0]
+                factor = fitting_factor(peak, float_format)
+                now = ops.where(ops.isfinite(now), now, 0.0)
+                return rounded(gradient, float_format, factor=factor), ops.append(seen[1:], now)
 
-        def report(gradient):
-            peak = spectrum.peaks([gradient])
-            peak = ops.where(ops.isfinite(peak), peak, 0.0)
-            return ops.concatenate([seen[1:], peak])
+            return ops.convert_to_tensor(tensor), backward
 
-        return rounding_tap(tensor, seen, round_gradient, report)
+        return backend.custom_gradient(identity)(tensor, self._seen[place].value)
 
 
 class RisingMinimum(keras.callbacks.Callback):
