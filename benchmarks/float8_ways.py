@@ -78,8 +78,8 @@ WIDE = (
 
 def of_keras(plain):
     """Keras's own float8, of Dense and EinsumDense layers; the first and the last stay wide."""
-    for layer in _chosen(plain):
-        layer.quantize("float8")
+    for part in _products(plain):
+        part.quantize("float8")
     return plain
 
 
@@ -89,8 +89,11 @@ KERAS_FLOAT8 = Way("Keras's float8", of_keras, lambda inner: inner, policy="mixe
 
 def only_dense(plain):
     """Whether Keras's float8 covers all products of a model."""
-    parts = [part for layer in _chosen(plain) for part in products_in(layer)]
-    return all(isinstance(part, (layers.Dense, layers.EinsumDense)) for part in parts)
+    return all(isinstance(part, (layers.Dense, layers.EinsumDense)) for part in _products(plain))
+
+
+def _products(plain):
+    return [part for layer in _chosen(plain) for part in products_in(layer)]
 
 
 def _chosen(plain):

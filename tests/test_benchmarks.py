@@ -4,6 +4,7 @@ import json
 
 import convergence
 import fidelity
+import float8
 import import_time
 import keras
 import loss_change
@@ -141,8 +142,25 @@ def test_loss_change(tmp_path, capsys):
     (result,) = results(tmp_path)
     assert list(result["runs"]) == [strategy.name for strategy in loss_change.COMPARED]
     for (run,) in result["runs"].values():
-        given = sum(run["allocated"]) + sum(run["statistics"])
+        given = np.sum(run["allocated"]) + np.sum(run["statistics"])
         assert abs(run["loss_after"][-1] - run["loss_before"][0] - given) < 12 * 1e-3
     errors = result["conservation"]["errors"]["10"]
     assert max(errors["Simpson, 8 intervals"]) < min(errors["first order"])
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_float8(tmp_path, capsys):
+    ways = [float8.NO_SCALING, float8.BEST_FIXED, "LogMax", "per tensor, history", float8.OURS]
+    options = ["--ways", *ways, "--formats", float8.E4M3, "--output", str(tmp_path)]
+    float8.main(["--quick", *options])
+    (result,) = results(tmp_path)
+    for of_moment in result["fidelity"].values():
+        found = of_moment[float8.E4M3]
+        assert list(found) == [*ways[:2], "oracle", *ways[2:]]
+        assert found[float8.OURS]["flushed"] < 0.01 < found[float8.NO_SCALING]["flushed"]
+        worst = np.array(found[float8.OURS]["error"]) / found["oracle"]["error"]
+        assert np.median(worst) < 1.1
+    assert list(result["training"]) == ["wide", float8.E4M3]
+    assert result["training"][float8.E4M3][float8.OURS][0]["None"]["skipped"] <= 1
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out

@@ -36,7 +36,7 @@ def around():
     """What examples that are no programs of their own take as given."""
 
     def build_model():
-        return keras.Sequential([keras.Input((4,)), keras.layers.Dense(8), keras.layers.Dense(2)])
+        return keras.Sequential([keras.Input((4,)), *map(keras.layers.Dense, (8, 8, 2))])
 
     keras.config.set_dtype_policy("mixed_float16")
     model = als.wrap_model(build_model())

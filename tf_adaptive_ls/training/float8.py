@@ -30,7 +30,7 @@ class Float8:
     is claimed.
 
     ```python
-    model = als.wrap_model(model, float8=als.Float8())
+    model = als.wrap_model(build_model(), float8=als.Float8())
     ```
 
     Args:
