@@ -11,6 +11,8 @@ among the layers: with float32 gradients, and with those that training used. Rep
                 layers, relative to the sum of their magnitudes; and that of the worst layer
     idle        layers that were given less than 1e-6 of that sum: what never gets a gradient
                 does not move either, and loses nothing that is seen along its own path
+    hurt        layers whose moves raised the loss altogether
+    first layer, last layer    what these were given
     helping     share of weights whose move lowered the loss, along chords, and in single steps
 
 then how well the sums are conserved by each rule of integration, along paths of 1, 10 and 100
