@@ -156,6 +156,34 @@ def test_the_gradient_of_a_product_is_rounded_where_the_layer_works(settings, mo
             assert np.any(of_x != cast(upstream, float8.backward, factor))
 
 
+def test_random_bits_are_others_on_every_step_and_in_every_product():
+    class Two(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = (
+                layers.EinsumDense("ab,b->ab", (64,), kernel_initializer="ones") for _ in range(2)
+            )
+
+        def call(self, x):
+            return self.one(x[:8]), self.other(x[8:])
+
+    both = Two()
+    both(np.ones((16, 64), "float32"))
+    scaled = als.LossScaled(both, float8=als.Float8.mellempudi())
+    upstream = random((8, 64))
+
+    def function(x):
+        return sum(ops.sum(y * upstream) for y in scaled(x))
+
+    def gradient():
+        (of_x,) = value_and_gradients(function, (), (np.ones((16, 64), "float32"),))[1]
+        return np.array(of_x)
+
+    first, second = gradient(), gradient()
+    assert np.mean(first != second) > 0.1
+    assert np.mean(first[:8] != first[8:]) > 0.1
+
+
 def test_biases_and_activations_see_what_is_not_rounded():
     layer = layers.Dense(3, "relu", bias_initializer="ones")
     scaled = als.LossScaled(layer, float8=als.Float8())
