@@ -85,7 +85,7 @@ CHANGES = {
     ),
     "a layer without a layer": (
         lambda config: layer_config(config).pop("layer"),
-        "LossScaled layer to hold layer, perhaps name, trainable, float8. Received: name, trainable",
+        "LossScaled layer to hold layer, perhaps name, trainable, float8. Received: name",
     ),
     "an optimizer with something else": (
         lambda config: optimizer_config(config).update(dynamic_growth_steps=7),
