@@ -41,6 +41,7 @@ E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
 ORACLE = tuple(range(0, 31, 3))
 SETTLING_STEPS, COMPARED_BATCHES = 16, 4
 PARTS = ("fidelity", "training")
+ORDER = [way.name for way in (*WIDE, *ways(E4M3), KERAS_FLOAT8)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Case:
         optimizer: `steps -> keras.optimizers.Optimizer`.
         steps, batch_size: Of training.
         moments: After how many steps gradients are compared.
+        loss: `(targets, outputs) -> scalar`.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Case:
     steps: int
     batch_size: int = 64
     moments: tuple = (0, 100)
+    loss: Callable = zoo.cross_entropy
 
 
 def depthwise_net():
@@ -85,7 +88,7 @@ def exploding_mlp():
     return zoo.plain_mlp(40, 1.2)
 
 
-adam, recipe, vectors = convergence.adam, convergence.paper_recipe, zoo.classify_vector
+adam, recipe = convergence.adam, convergence.paper_recipe
 CASES = {
     case.name: case
     for case in (
@@ -95,9 +98,30 @@ CASES = {
         Case(
             "MLP 40, exploding", "digits", exploding_mlp, zoo.classify_vector, adam(1e-4), 1000, 32
         ),
-        Case("Transformer", "CIFAR-10", zoo.transformer, zoo.classify, adam(), 500),
+        Case("10 sigmoid layers", "digits", zoo.sigmoid_mlp, zoo.classify_vector, adam(), 2000, 32),
+        Case(
+            "VGG, not normalised",
+            "CIFAR-10",
+            lambda: zoo.vgg((16, 16, 1)),
+            convergence.small_images(16),
+            adam(),
+            1000,
+            32,
+        ),
         Case("ResNet-20", "CIFAR-10", zoo.resnet, zoo.classify, recipe(64), 500),
         Case("Depthwise net", "CIFAR-10", depthwise_net, zoo.classify, recipe(64), 500),
+        Case("Transformer", "CIFAR-10", zoo.transformer, zoo.classify, adam(), 400),
+        Case("U-Net", "CIFAR-10", zoo.unet, zoo.colourize, adam(), 500, 16, loss=zoo.mean_square),
+        Case("SSD", "CIFAR-10", zoo.ssd, zoo.detect, adam(), 500, 32, loss=zoo.detection),
+        Case(
+            "Autoencoder",
+            "CIFAR-10",
+            zoo.autoencoder,
+            zoo.reconstruct,
+            adam(),
+            500,
+            loss=zoo.mean_square,
+        ),
     )
 }
 
@@ -131,10 +155,11 @@ class Trainee:
         keras.config.set_dtype_policy(way.policy)
         self.way = way
         self.model = way.model(case.build())
+        # One function of all outputs, which `compile` does not take.
+        self.model.compute_loss = lambda x, y, y_pred, *args, **kwargs: case.loss(y, y_pred)
         self.model.compile(
             way.optimizer(inner),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
+            metrics=["accuracy"] if case.loss is zoo.cross_entropy else None,
             jit_compile=True,
             auto_scale_loss=False,
         )
@@ -261,16 +286,15 @@ def _batches(case, images, seed, number):
     return [case.examples(*batch) for batch in taken]
 
 
-def training(case, all_ways, images, seeds, save):
-    """Figures of every way, by format: a list over seeds, of dicts by log2 of a fixed scale."""
-    figures = {}
+def training(case, all_ways, images, seeds):
+    """Figures, way after way, by format: a list over seeds, of dicts by log2 of a fixed scale."""
     weights = {}
     for seed in seeds:
         keras.utils.set_random_seed(seed)
         weights[seed] = Trainee(case, WIDE[0], "sgd").weights
     for backward, way in all_ways:
         trainee = Trainee(case, way, case.optimizer(case.steps))
-        runs = figures.setdefault(backward, {})[way.name] = []
+        runs = []
         for seed in seeds:
             batches = _batches(case, images, seed, case.steps)
             of_seed = {}
@@ -278,8 +302,7 @@ def training(case, all_ways, images, seeds, save):
                 trainee.reset(weights[seed], scale)
                 of_seed[str(scale)] = trainee.trained(batches)
             runs.append(of_seed)
-        save(figures)
-    return figures
+        yield {backward: {way.name: runs}}
 
 
 # Tables.
@@ -289,9 +312,7 @@ def fidelity_rows(figures):
     """Rows of the table of fidelity: of each format, every way."""
     for backward in FORMATS:
         by_moment = [figures[moment].get(backward, {}) for moment in figures]
-        for name in by_moment[0]:
-            if name == "oracle":
-                continue
+        for name in (name for name in ORDER if name in by_moment[0]):
             ratios, found = [], []
             for ways_of_moment in by_moment:
                 oracle = np.maximum(ways_of_moment["oracle"]["error"], 1e-5)
@@ -307,8 +328,10 @@ def fidelity_rows(figures):
 
 def training_rows(figures):
     """Rows of the table of training: medians over seeds, ranges of losses."""
-    for backward, by_way in figures.items():
-        for name, runs in by_way.items():
+    for backward in ("wide", *FORMATS):
+        by_way = figures.get(backward, {})
+        for name in (name for name in ORDER if name in by_way):
+            runs = by_way[name]
             scale = _best_scale(runs)
             of_scale = [run[scale] for run in runs]
             losses = [np.nan_to_num(run["loss"], nan=np.inf) for run in of_scale]
@@ -318,9 +341,14 @@ def training_rows(figures):
             yield (
                 title,
                 f"{np.median(losses):.3f} ({min(losses):.3f} … {max(losses):.3f})",
-                f"{np.median([run['accuracy'] for run in of_scale]):.1%}",
+                _accuracy(of_scale),
                 " / ".join(str(run["skipped"]) for run in of_scale),
             )
+
+
+def _accuracy(runs):
+    found = [run["accuracy"] for run in runs if "accuracy" in run]
+    return f"{np.median(found):.1%}" if found else ""
 
 
 def _best_scale(runs):
@@ -402,24 +430,57 @@ def run_case(case, args):
     chosen = args.ways or ((NO_SCALING, BEST_FIXED, OURS) if args.quick else None)
     if chosen:
         of_formats = [(b, way) for b, way in of_formats if way.name in chosen]
-    before = report.load_results(args.output, [case.name])
-    result = before[0] if before else {}
-    result |= {"name": case.name, "images": images.name, "batch_size": case.batch_size}
+    results = Results(case, images, args)
     with report.progress() as progress:
         progress.add_task(case.name, total=None)
         if "fidelity" in args.parts:
-            result["fidelity"] = fidelity(case, of_formats, images)
-            report.save_result(args.output, result)
+            results.add("fidelity", fidelity(case, of_formats, images))
         if "training" in args.parts:
-            seeds = range(1 if args.quick else args.seeds)
-            result["steps"] = case.steps
-            everything = [*(("wide", way) for way in WIDE), *of_formats]
+            wide = [way for way in WIDE if not args.ways or way.name in args.ways]
+            everything = [*(("wide", way) for way in wide), *of_formats]
+            for found in training(case, everything, images, range(results.seeds)):
+                results.add("training", found)
 
-            def save(figures):
-                report.save_result(args.output, result | {"training": figures})
 
-            result["training"] = training(case, everything, images, seeds, save)
-            report.save_result(args.output, result)
+class Results:
+    """Figures of one case, with those of earlier runs that they can be compared with."""
+
+    def __init__(self, case, images, args):
+        self.seeds = 1 if args.quick else args.seeds
+        self._directory = args.output
+        found = report.load_results(args.output, [case.name])
+        before = found[0] if found else {}
+        setting = {
+            "name": case.name,
+            "images": images.name,
+            "batch_size": case.batch_size,
+            "steps": case.steps,
+            "seeds": self.seeds,
+        }
+        if "training" in args.parts and "training" in before:
+            differing = [name for name in setting if before.get(name) != setting[name]]
+            if differing:
+                raise SystemExit(
+                    f"Figures of {case.name} in {args.output} are of another "
+                    f"{' and '.join(differing)}. Choose another --output, or the same."
+                )
+        self._figures = before | (setting if "training" in args.parts or not before else {})
+        self._figures["earlier"] = before.get("earlier", []) + (
+            [before["provenance"]] if before else []
+        )
+
+    def add(self, part, figures):
+        """Adds figures, in place of those of the same way."""
+        _merge(self._figures.setdefault(part, {}), figures)
+        report.save_result(self._directory, self._figures)
+
+
+def _merge(into, figures):
+    for key, value in figures.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict) and "error" not in value:
+            _merge(into[key], value)
+        else:
+            into[key] = value
 
 
 if __name__ == "__main__":

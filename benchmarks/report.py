@@ -111,8 +111,7 @@ def markdown(header, rows):
 def provenance_text(results):
     """One line for each way that results came about."""
     lines = {}
-    for result in results:
-        p = result["provenance"]
+    for p in (p for result in results for p in (*result.get("earlier", ()), result["provenance"])):
         versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
         hardware = p["hardware"]
         device = ", ".join(hardware["gpus"]) or f"no GPU, {hardware['cores']} cores"

@@ -143,8 +143,8 @@ def detection(targets, outputs):
         classes = keras.losses.sparse_categorical_crossentropy(label, scores, from_logits=True)
         distance = ops.abs(box - place)
         smooth = ops.where(distance < 1, 0.5 * ops.square(distance), distance - 0.5)
-        total += ops.sum(classes) + ops.sum(found * ops.sum(smooth, axis=-1))
-    return total / ops.shape(targets[0])[0]
+        total += ops.mean(ops.sum(classes + found * ops.sum(smooth, axis=-1), axis=(1, 2)))
+    return total
 
 
 # Models.
