@@ -121,6 +121,7 @@ OTHERS = {
     als.FixedRule,
     als.LayerRange,
     als.LossChanges,
+    als.Float8Record,
     als.NarrowReduction,
     als.Run,
     als.ScaleRow,

@@ -10,6 +10,7 @@ from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.scale_rules import FixedRule, GaussianRule, QuantileRule, ScaleRule
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
+from tf_adaptive_ls.observe.float8_record import Float8Record
 from tf_adaptive_ls.observe.loss_change import Allocation, loss_change
 from tf_adaptive_ls.observe.loss_change_monitor import LossChangeMonitor
 from tf_adaptive_ls.observe.loss_change_record import LossChanges
@@ -32,6 +33,7 @@ __all__ = [
     "Explanation",
     "FixedRule",
     "Float8",
+    "Float8Record",
     "FloatFormat",
     "GaussianRule",
     "LayerRange",

@@ -19,6 +19,7 @@ from keras import layers, ops
 from steps import scaled_layers
 
 import tf_adaptive_ls as als
+from tf_adaptive_ls.observe.html_page import page_of
 from tf_adaptive_ls.observe.monitor import RunWriter
 from tf_adaptive_ls.observe.snapshot import Snapshot
 
@@ -26,10 +27,11 @@ GRAPH = {"jit_compile": JIT}
 X, Y = floats(64, 4), floats(64, 2)
 
 
-def network(loss="mse", **mode):
+def network(loss="mse", float8=None, **mode):
     inputs = keras.Input((4,))
     x = layers.Dense(8, "relu", name="hidden")(inputs)
-    model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="scores")(x)))
+    plain = keras.Model(inputs, layers.Dense(2, name="scores")(x))
+    model = als.wrap_model(plain, float8=float8)
     model.compile(als.AdaptiveLossScaleOptimizer("adam", 2.0**10), loss=loss, **(mode or GRAPH))
     return model
 
@@ -106,6 +108,42 @@ def test_records_hold_every_figure_of_every_layer(mixed_float16, tmp_path):
     assert als.load_run(path, max_snapshots=2).steps.tolist() == [3, 16]
     table = [row for row in als.scale_table(model) if row.log2_scale is not None]
     assert run.table() == table
+
+
+def test_records_tell_about_float8(mixed_float16, tmp_path):
+    path = tmp_path / "run.jsonl"
+    float8 = als.Float8.hybrid(layer_filter=lambda layer: layer.name == "scores")
+    model = network(float8=float8)
+    history = fit(model, als.LossScaleMonitor(path, every=4, tensorboard=tmp_path / "board"))
+    run, (_, layer) = als.load_run(path), scaled_layers(model)
+    assert [each and each.name for each in run.float8.forward] == [None, "float8_e4m3fn"]
+    assert [each and each.name for each in run.float8.backward] == [None, "float8_e5m2"]
+    shown = layer.snapshot
+    np.testing.assert_array_equal(run.float8.spectra[-1, 1], shown.operands.counts)
+    assert run.float8.spectra[-1, 1].sum() > 0 and not run.float8.spectra[:, 0].any()
+    assert np.isnan(run.float8.flushed[-1, 0])
+    np.testing.assert_allclose(run.float8.flushed[-1, 1], shown.flushed_share, 1e-5)
+    assert history.history["float8_flushed"][-1] == shown.flushed_share
+    assert run.float8.saturations[-1].tolist() == [0, shown.saturations]
+    first, second = run.table()
+    assert second in als.scale_table(model) and first.float8 == ""
+    assert "saturated steps" in page_of(run, "run")
+    tags = {
+        value.tag
+        for file in (tmp_path / "board").iterdir()
+        for event in tf.compat.v1.train.summary_iterator(str(file))
+        for value in event.summary.value
+    }
+    assert {"float8_saturations/scores", "float8_flushed/scores"} <= tags
+    assert "float8_flushed/hidden" not in tags
+
+
+def test_of_float8_nothing_is_told_before_training(mixed_float16):
+    model = network(float8=als.Float8(layer_filter=lambda layer: True))
+    run = als.snapshot_run(model)
+    assert np.isnan(run.float8.flushed).all() and not run.float8.spectra.any()
+    assert [row.float8 for row in run.table()] == ["e4m3fn, e4m3fn"] * 2
+    assert [row.flushed for row in run.table()] == [None] * 2
 
 
 def test_a_live_model_makes_a_run_of_one_moment(mixed_float16):

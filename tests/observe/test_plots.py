@@ -129,6 +129,24 @@ def test_spectra_stand_at_their_binades_before_and_after():
     assert spans == [-24, -14]
 
 
+def test_what_is_rounded_to_float8_stands_beside_it():
+    run = run_of_size(3, 2)
+    e5m2 = als.FloatFormat("float8_e5m2")
+    spectra = np.zeros((3, 2, 42))
+    spectra[:, 1, 5:8] = 1
+    nothing = np.zeros((3, 2))
+    float8 = als.Float8Record([None, e5m2], [None, e5m2], nothing.astype(int), nothing, spectra)
+    figure = plots.plot_spectra(dataclasses.replace(run, float8=float8))
+    *_, right = figure.axes
+    (ridges,) = right.collections
+    (path,) = ridges.get_paths()
+    x, y = path.vertices.T
+    # Of the second layer alone. Bins 5 to 7 are binades -20 to -18.
+    assert (x.min(), x.max(), y.max()) == (-21 + 0.5, -18 + 1.5, 1)
+    assert [patch.get_x() + patch.get_width() for patch in right.patches[:2]] == [-16, -14]
+    assert right.get_title() == "rounded to float8_e5m2"
+
+
 def test_what_was_allocated_leads_where_the_loss_went():
     run = run_of_size(4, 3)
     top, middle, bottom = plots.plot_loss_change(run).axes

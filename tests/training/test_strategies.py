@@ -58,10 +58,10 @@ def sgd(**kwargs):
     return keras.optimizers.SGD(0.1, momentum=0.9, **kwargs)
 
 
-def ours(strategy, build=network, inner=sgd, loss="mse", **mode):
+def ours(strategy, build=network, inner=sgd, loss="mse", float8=None, **mode):
     with strategy.scope():
         keras.utils.set_random_seed(3)
-        model = als.wrap_model(build())
+        model = als.wrap_model(build(), float8=float8)
         optimizer = als.AdaptiveLossScaleOptimizer(inner(), 2.0**10)
         model.compile(optimizer, loss=loss, **(GRAPH | mode))
     return model
@@ -119,6 +119,22 @@ def test_all_replicas_have_the_same_of_everything(mixed_float16, strategy):
         assert_replicas_agree(model)
     assert model.optimizer.steps == 16 and model.optimizer.skipped_steps == 0
     assert any(layer.log2_scale for layer in scaled_layers(model))
+
+
+def test_float8_on_several_devices(mixed_float16, two):
+    model = ours(two, float8=als.Float8(rounding="stochastic"))
+    fit(model)
+    assert_replicas_agree(model)
+    deep = model.get_layer("deep")
+    assert deep.snapshot.operands.counts.sum() == 16 * 8
+    before = deep.snapshot.saturations
+    # On the second replica alone the gradient of one step is too large for the format.
+    deep.log2_scale += 5
+    y = np.where(np.arange(16) < 8, 0, 1)[:, None] * Y[:16] * 2.0**2
+    fit(model, X[:16], y, epochs=1)
+    assert deep.snapshot.saturations == before + 1
+    assert model.optimizer.skipped_steps == 0
+    assert_replicas_agree(model)
 
 
 @pytest.mark.parametrize("build", [network, normalised])

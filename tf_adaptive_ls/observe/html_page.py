@@ -6,7 +6,7 @@ import io
 import string
 
 from tf_adaptive_ls.observe import plots
-from tf_adaptive_ls.observe.scale_table import COLUMNS, cells_of
+from tf_adaptive_ls.observe.scale_table import cells_of, columns_of
 
 _PAGE = string.Template("""<!doctype html>
 <html lang="en">
@@ -59,9 +59,11 @@ def page_of(run, title):
     """The page as a string of HTML. Args: run: A `Run`; title: String."""
     summary, pictures, layers = [], {}, ""
     if len(run.steps):
+        table = run.table()
+        columns = columns_of(table)
         layers = _LAYERS.substitute(
-            header="".join(_cell("th", name, side) for name, side in COLUMNS.items()),
-            rows="\n".join(f"<tr>{_row(row)}</tr>" for row in run.table()),
+            header="".join(_cell("th", name, side) for name, side in columns.items()),
+            rows="\n".join(f"<tr>{_row(row, columns)}</tr>" for row in table),
         )
         pictures |= _PICTURES
         summary.append(
@@ -82,8 +84,8 @@ def page_of(run, title):
     )
 
 
-def _row(row):
-    pairs = zip(cells_of(row), COLUMNS.values(), strict=False)
+def _row(row, columns):
+    pairs = zip(cells_of(row), columns.values(), strict=False)
     return "".join(_cell("td", text, side) for text, side in pairs)
 
 

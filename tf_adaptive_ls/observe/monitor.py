@@ -42,6 +42,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         loss_scale      S
         skipped_steps   how many steps were skipped so far
         underflow       share of its gradients that the worst layer loses to underflow
+        float8_flushed  the same of those that it rounds to float8, if any layer does
 
     so that the progress bar and `History` show them, and every callback that comes
     after it in the list, such as `CSVLogger`. It reads figures off the device every so
@@ -161,6 +162,8 @@ class LossScaleMonitor(keras.callbacks.Callback):
             "skipped_steps": snapshot.skipped_steps,
             "underflow": snapshot.worst_underflow,
         }
+        if snapshot.worst_flushed is not None:
+            self._figures["float8_flushed"] = snapshot.worst_flushed
         return snapshot
 
     def _look(self, end=False):

@@ -113,8 +113,9 @@ def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) 
 
     A ridge is a layer, the first on top: how many of its gradients lie in each binade.
     On the left the gradients themselves, as the format would have to hold them without
-    any scale; on the right as they are at the layer's scale. The zones are those of the
-    format that most layers have; the others' is told beside their names.
+    any scale; beside that as they are at the layer's scale. If layers compute in float8,
+    those that they round to it stand on the right, before they are rounded. The zones are
+    those of the format that most layers have; the others' is told beside their names.
 
     Args:
         run: A `Run`, the path of its record, or a model.
@@ -127,19 +128,27 @@ def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) 
         snapshot = len(run.steps) - 1
         if step is not None:
             snapshot = max(int(np.searchsorted(run.steps, step, side="right")) - 1, 0)
-        counts = run.spectra[snapshot][:, 1 : spectrum.NONFINITE]
+        finite = slice(1, spectrum.NONFINITE)
+        counts = run.spectra[snapshot][:, finite]
         scales = run.log2_sampled_at[snapshot]
         layers = len(run.layers)
-        figure = Figure(figsize=(9, height_of(layers) + 1.2), layout="constrained")
-        left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-        float_format = collections.Counter(run.float_formats).most_common(1)[0][0]
         binades = np.array(COUNTING_FORMAT.exponents) + 0.5
-        for axes, shifts, title in (
-            (left, -scales, "gradients themselves"),
-            (right, 0 * scales, "at each layer's scale"),
-        ):
-            _shade_zones(axes, float_format)
-            _draw_ridges(axes, counts, binades, shifts)
+        float_format = _most_common(run.float_formats)
+        panels = [
+            ("gradients themselves", counts, -scales, float_format),
+            ("at each layer's scale", counts, 0 * scales, float_format),
+        ]
+        if run.float8 is not None:
+            rounded = run.float8.spectra[snapshot][:, finite]
+            narrow = _most_common(filter(None, run.float8.backward))
+            panels.append((f"rounded to {narrow.name}", rounded, 0 * scales, narrow))
+        width = 4.5 * len(panels)
+        figure = Figure(figsize=(width, height_of(layers) + 1.2), layout="constrained")
+        left, *others = figure.subplots(1, len(panels), sharex=True, sharey=True)
+        for axes, panel in zip((left, *others), panels, strict=True):
+            title, rows, shifts, format_of_panel = panel
+            _shade_zones(axes, format_of_panel)
+            _draw_ridges(axes, rows, binades, shifts)
             axes.set_title(title, fontsize="medium", pad=16)
             axes.set_xlabel("log2 of magnitude")
         left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -150,7 +159,8 @@ def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) 
             for name, each in zip(run.layers, run.float_formats, strict=True)
         ]
         label_layers(left, names, range(layers))
-        right.tick_params(left=False)
+        for axes in others:
+            axes.tick_params(left=False)
         figure.suptitle(f"step {run.steps[snapshot]}", fontsize="medium")
         return figure
 
@@ -221,6 +231,10 @@ def _drawing(run: Drawable, dark: bool) -> Iterator[Run]:
         yield run
 
 
+def _most_common(float_formats):
+    return collections.Counter(float_formats).most_common(1)[0][0]
+
+
 def _bars_of_skipped(axes, run):
     skipped = _increase(run.skipped_steps)
     edges = edges_of(run.steps)
@@ -264,9 +278,11 @@ def _shade_zones(axes, float_format):
     lowest, normal = float_format.min_exponent, float_format.min_normal_exponent
     highest = float_format.max_exponent + 1
     far = 400
+    middle = (lowest + normal) / 2
     zones = (
-        (-far, lowest, _LOST, "///", "lost", lowest, "right"),
-        (lowest, normal, _SUBNORMAL, "", "subnormal", (lowest + normal) / 2, "center"),
+        # Beside the next name, which may be wider than its zone.
+        (-far, lowest, _LOST, "///", "lost", min(lowest, middle - 6), "right"),
+        (lowest, normal, _SUBNORMAL, "", "subnormal", middle, "center"),
         (highest, far, _LOST, "///", "overflow", highest, "left"),
     )
     for start, end, colour, hatch, name, place, align in zones:

@@ -27,9 +27,16 @@ from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.scale_state import LayerSnapshot
 from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
 from tf_adaptive_ls.observe.exclusive_file import ExclusiveFile
+from tf_adaptive_ls.observe.float8_record import (
+    Float8Record,
+    float8_of,
+    formats_of,
+    last_of_layer,
+)
+from tf_adaptive_ls.observe.float8_record import line_of as float8_line_of
 from tf_adaptive_ls.observe.loss_change_record import LossChanges, line_of, loss_changes_of
 from tf_adaptive_ls.observe.named_layers import scaled_layers
-from tf_adaptive_ls.observe.scale_table import ScaleTable, scaled_row
+from tf_adaptive_ls.observe.scale_table import ScaleTable, float8_row, scaled_row
 from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
@@ -62,6 +69,7 @@ class Run:
         logs: Dict of arrays `[N]`: what else Keras logged. Its metrics are means over
             the epoch so far. NaN where there was no finite value.
         loss_changes: `LossChanges`, if there was a `LossChangeMonitor`.
+        float8: `Float8Record`, if layers compute in float8.
     """
 
     layers: list[str]
@@ -78,6 +86,7 @@ class Run:
     spectra: np.ndarray
     logs: dict[str, np.ndarray]
     loss_changes: LossChanges | None = None
+    float8: Float8Record | None = None
 
     def table(self) -> ScaleTable:
         """`scale_table` of the last snapshot, of the scaled layers; empty if there is none."""
@@ -94,8 +103,13 @@ class Run:
                 int(self.overflows[-1, i]),
                 spectrum,
                 peaks=None,
+                **last_of_layer(self.float8, i),
             )
-            rows.append(scaled_row(name, kind, layer_snapshot, int(self.log2_loss_scale[-1])))
+            row = scaled_row(name, kind, layer_snapshot, int(self.log2_loss_scale[-1]))
+            if self.float8 is not None:
+                formats = (self.float8.forward[i], self.float8.backward[i])
+                row = float8_row(row, formats, layer_snapshot)
+            rows.append(row)
         return ScaleTable(rows)
 
 
@@ -307,6 +321,7 @@ def _start_line(layers, step):
         "float_formats": [layer.float_format.name for _, layer in layers],
         "layers": [name for name, _ in layers],
         "classes": [type(layer.layer).__name__ for _, layer in layers],
+        **formats_of([layer for _, layer in layers]),
     }
     return _line(start)
 
@@ -325,6 +340,7 @@ def _snapshot_line(snapshot, epoch, logs):
         "underflow": [_number(r.spectrum.underflow_share) for r in layer_snapshots],
         "subnormal": [_number(r.spectrum.subnormal_share) for r in layer_snapshots],
         "spectra": [_counts(r.spectrum).astype(int).tolist() for r in layer_snapshots],
+        **float8_line_of(layer_snapshots),
     }
     return _line(line)
 
@@ -366,4 +382,5 @@ def _run(start, snapshots, loss_changes):
             for name in names
         },
         loss_changes=loss_changes_of(loss_changes),
+        float8=float8_of(start, snapshots),
     )

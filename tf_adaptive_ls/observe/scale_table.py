@@ -145,14 +145,23 @@ def scale_table(
 
 
 def _with_float8(row, layer, why_wide):
-    """A `ScaleRow` that tells about float8, too."""
     if not isinstance(layer, LossScaled) or layer.float8 is None:
         return dataclasses.replace(row, float8=why_wide)
-    formats = (layer.float8.forward, layer.float8.backward)
-    row = dataclasses.replace(
-        row, float8=", ".join(name.removeprefix("float8_") for name in formats)
-    )
-    shown = layer.snapshot
+    formats = (layer.float8.forward_format, layer.float8.backward_format)
+    return float8_row(row, formats, layer.snapshot)
+
+
+def float8_row(row, formats, shown):
+    """A `ScaleRow` that tells about float8, too.
+
+    Args:
+        row: One that does not.
+        formats: The `FloatFormat` of inputs and kernels, and that of gradients; each `None` if
+            the layer does not compute in float8.
+        shown: The layer's `LayerSnapshot`.
+    """
+    names = [each.name.removeprefix("float8_") for each in formats if each]
+    row = dataclasses.replace(row, float8=", ".join(names))
     if shown.operands is None or not shown.operands.nonzero:
         return row
     return dataclasses.replace(row, flushed=shown.flushed_share, saturations=shown.saturations)

@@ -48,6 +48,11 @@ class TensorBoardWriter:
                     self._scalar(f"subnormal/{name}", layer.spectrum.subnormal_share),
                     self._histogram(f"gradient_binades/{name}", layer),
                 ]
+            if layer.operands is not None and layer.operands.nonzero:
+                values += [
+                    self._scalar(f"float8_saturations/{name}", layer.saturations),
+                    self._scalar(f"float8_flushed/{name}", layer.flushed_share),
+                ]
         self._write(snapshot.step, values)
 
     def add_loss_change(self, step, since, epoch, allocation, as_trained):

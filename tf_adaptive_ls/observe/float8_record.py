@@ -1,0 +1,88 @@
+"""What the record of a run holds of gradients that layers round to float8."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
+from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Float8Record:
+    """What became of the gradients that layers have rounded to float8.
+
+    Arrays of N snapshots and L layers, those of the `Run`.
+
+    Attributes:
+        forward, backward: Lists of L, the `FloatFormat` of 8 bits that each layer rounds inputs
+            and kernels to, and gradients; `None` for layers that do not.
+        saturations: `[N, L]`, on how many steps a gradient was larger than its format holds.
+        flushed: `[N, L]`, share of gradients that were rounded to zero; NaN for none seen.
+        spectra: `[N, L, bins]`, the last sample of gradients before they were rounded, at the
+            scale `Run.log2_sampled_at`; counted in the binades of float16, see `Spectrum`.
+    """
+
+    forward: list[FloatFormat | None]
+    backward: list[FloatFormat | None]
+    saturations: np.ndarray
+    flushed: np.ndarray
+    spectra: np.ndarray
+
+
+def last_of_layer(record, place):
+    """What a `Float8Record` knows of one layer, as its last `LayerSnapshot` has it, a dict."""
+    if record is None or record.backward[place] is None:
+        return {}
+    return {
+        "operands": Spectrum(record.spectra[-1, place], COUNTING_FORMAT),
+        "operand_format": record.backward[place],
+        "saturations": int(record.saturations[-1, place]),
+    }
+
+
+def formats_of(layers):
+    """What the first line of a record tells of `LossScaled` layers, a dict; of most, nothing."""
+    formats = [layer.float8 and [layer.float8.forward, layer.float8.backward] for layer in layers]
+    return {"float8": formats} if any(formats) else {}
+
+
+def line_of(layer_snapshots):
+    """What a line of it tells of `LayerSnapshot`s, a dict likewise."""
+    rounding = [each if each.operands else None for each in layer_snapshots]
+    if not any(rounding):
+        return {}
+    return {
+        "saturations": [each and each.saturations for each in rounding],
+        "flushed": [each and _number(each.flushed_share) for each in rounding],
+        "operand_spectra": [
+            each and each.operands.counts.astype(int).tolist() for each in rounding
+        ],
+    }
+
+
+def float8_of(start, lines):
+    """`Float8Record` of what `formats_of` and `line_of` made; `None` without any float8."""
+    if "float8" not in start:
+        return None
+    shape = (len(lines), len(start["float8"]))
+    saturations, flushed = np.zeros(shape, int), np.full(shape, np.nan, "float32")
+    spectra = np.zeros((*shape, num_bins(COUNTING_FORMAT)), "float32")
+    for at, line in enumerate(lines):
+        # Not there while nothing has been rounded yet.
+        for place, counts in enumerate(line.get("operand_spectra", ())):
+            if counts is not None:
+                saturations[at, place] = line["saturations"][place]
+                share = line["flushed"][place]
+                flushed[at, place] = np.nan if share is None else share
+                spectra[at, place] = counts
+    pairs = [formats or (None, None) for formats in start["float8"]]
+    forward, backward = (
+        [name and FloatFormat(name) for name in names] for names in zip(*pairs, strict=True)
+    )
+    return Float8Record(forward, backward, saturations, flushed, spectra)
+
+
+def _number(value):
+    return float(f"{value:.6g}") if math.isfinite(value) else None
