@@ -138,7 +138,7 @@ class PerTensor(layers.Wrapper):
         with in_float8(self._products, self._float8, self._tap):
             return self.layer(*args, **kwargs)
 
-    def _tap(self, tensor, place, number):
+    def _tap(self, tensor, place, number, cast):
         float_format = self._float8.backward_format
 
         def identity(_, tensor, seen):

@@ -1,10 +1,12 @@
 """Benchmarks run, in a small version, and what they measure is as claimed."""
 
 import json
+import re
 
 import convergence
 import fidelity
 import float8
+import float8_speed
 import import_time
 import keras
 import loss_change
@@ -15,6 +17,7 @@ import pytest
 import rebuilding
 import replicas
 import report
+from backends import ON_JAX
 from strategies import OURS, REFERENCE, STRATEGIES
 
 
@@ -150,14 +153,33 @@ def test_loss_change(tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not ON_JAX, reason="on JAX only")
+def test_float8_speed(tmp_path, capsys):
+    float8_speed.main(["--quick", "--output", str(tmp_path)])
+    table = capsys.readouterr().out
+    emulated, native = (
+        re.search(rf"float16, float8 {kind} .*\| ([\d.]+) *\|$", table, re.MULTILINE)[1]
+        for kind in ("emulated", "native")
+    )
+    assert emulated == native
+
+
+@pytest.mark.long
 def test_float8(tmp_path, capsys):
-    ways = [float8.NO_SCALING, float8.BEST_FIXED, "LogMax", "per tensor, history", float8.OURS]
+    ways = [
+        "float32",
+        float8.NO_SCALING,
+        float8.BEST_FIXED,
+        "LogMax",
+        "per tensor, history",
+        float8.OURS,
+    ]
     options = ["--ways", *ways, "--formats", float8.E4M3, "--output", str(tmp_path)]
     float8.main(["--quick", *options])
     (result,) = results(tmp_path)
     for of_moment in result["fidelity"].values():
         found = of_moment[float8.E4M3]
-        assert list(found) == [*ways[:2], "oracle", *ways[2:]]
+        assert list(found) == [*ways[1:3], "oracle", *ways[3:]]
         assert found[float8.OURS]["flushed"] < 0.01 < found[float8.NO_SCALING]["flushed"]
         worst = np.array(found[float8.OURS]["error"]) / found["oracle"]["error"]
         assert np.median(worst) < 1.1

@@ -28,7 +28,8 @@ def assert_same(found, expected):
     found, expected = np.array(found), np.array(expected)
     assert found.dtype == expected.dtype
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(np.signbit(found), np.signbit(expected))
+    number = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(found)[number], np.signbit(expected)[number])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -36,6 +37,35 @@ def assert_same(found, expected):
 def test_every_float16_is_rounded_as_ml_dtypes_casts(name, mode):
     run = compiled(lambda x: rounded(x, als.FloatFormat(name)), mode=mode)
     assert_same(run(keras.ops.convert_to_tensor(EVERY_FLOAT16)), by_ml_dtypes(EVERY_FLOAT16, name))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_cast_on_the_way_changes_no_number(name, mode):
+    float_format = als.FloatFormat(name)
+
+    def both(x, peak):
+        factor = fitting_factor(peak, float_format, "float16")
+        wide_factor = fitting_factor(peak, float_format)
+        return (
+            (rounded(x, float_format), rounded(x, float_format, cast=True)),
+            (
+                rounded(x, float_format, factor=wide_factor),
+                rounded(x, float_format, factor=factor, cast=True),
+            ),
+        )
+
+    run = compiled(both, mode=mode)
+    finite = np.isfinite(EVERY_FLOAT16)
+    for log2_peak in range(-24, 16):
+        peak = np.float32(1.9 * 2.0**log2_peak)
+        x = np.where(np.abs(EVERY_FLOAT16) <= peak, EVERY_FLOAT16, np.float16(0))
+        bare, relative = run(keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(peak))
+        assert_same(relative[1], np.array(relative[0]))
+    bare, _ = run(keras.ops.convert_to_tensor(EVERY_FLOAT16), keras.ops.convert_to_tensor(peak))
+    without, within = map(np.array, bare)
+    assert_same(within[finite], without[finite])
+    assert not np.isfinite(within[~finite]).any()
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import re
+import types
 
 import keras
 import ml_dtypes
@@ -11,7 +13,8 @@ from backends import COMPILED, JIT, MODES, ON_JAX, compiled, value_and_gradients
 from keras import layers, ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.training.products import products_in
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.training.products import casts, products_in
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 ROUNDINGS = {
@@ -154,6 +157,79 @@ def test_the_gradient_of_a_product_is_rounded_where_the_layer_works(settings, mo
             step = np.maximum(np.abs(upstream) / 4, 2.0**-16 / factor)
             assert np.all(np.abs(of_x - upstream)[inside] <= step[inside])
             assert np.any(of_x != cast(upstream, float8.backward, factor))
+
+
+@pytest.fixture
+def on_a_device_of_8_bits(monkeypatch):
+    monkeypatch.setattr(backend, "has_products_of_8_bits", lambda: True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("settings", ROUNDINGS)
+def test_casts_for_products_of_8_bits_change_no_number(settings, policy, mode, request):
+    keras.config.set_dtype_policy(policy)
+    make, shape = PRODUCTS["EinsumDense"]
+    scaled = als.LossScaled(make(), float8=ROUNDINGS[settings])
+    scaled(np.ones(shape, "float32"))
+    scaled.log2_scale = 3
+    x, upstream = random(shape), random((*shape[:-1], 5))
+    state = [np.array(v) for v in scaled.variables]
+    expected = gradients_of(scaled, x, upstream, mode)
+    request.getfixturevalue("on_a_device_of_8_bits")
+    for variable, value in zip(scaled.variables, state, strict=True):
+        variable.assign(value)
+    found = gradients_of(scaled, x, upstream, mode)
+    np.testing.assert_array_equal(found[0], expected[0])
+    for actual, wanted in zip(found[1], expected[1], strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+
+
+def test_which_products_are_cast(on_a_device_of_8_bits):
+    dense, convolution = layers.Dense(3), layers.Conv2D(3, 1)
+    assert casts(dense, als.Float8()) and casts(dense, als.Float8.hybrid())
+    assert not casts(dense, als.Float8.mellempudi()) and not casts(convolution, als.Float8())
+
+
+@pytest.mark.skipif(not ON_JAX, reason="on JAX only")
+def test_products_see_what_was_cast(on_a_device_of_8_bits):
+    """Both operands of all three products: XLA takes those for products of 8 bits."""
+    import jax
+
+    keras.config.set_dtype_policy("mixed_float16")
+    scaled = als.LossScaled(layers.Dense(5, use_bias=False), float8=als.Float8.hybrid())
+    scaled(np.ones((4, 6), "float32"))
+
+    def run(x, kernel, upstream):
+        with keras.StatelessScope([(scaled.layer.kernel, kernel)]):
+            return ops.sum(scaled(x) * upstream)
+
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((4, 6), (6, 5), (4, 5))]
+    program = jax.jit(jax.grad(run, (0, 1))).lower(*shapes).compile().as_text()
+    assert {"f8e4m3fn[4,6]", "f8e4m3fn[6,5]", "f8e5m2[4,5]"} <= set(
+        re.findall(r"f8\w+\[[\d,]+\]", program)
+    )
+
+
+@pytest.mark.skipif(not ON_JAX, reason="on JAX only")
+@pytest.mark.parametrize(
+    "flags, capability, expected",
+    [
+        ("--xla_gpu_enable_triton_gemm=false", "9.0", True),
+        ("--xla_gpu_enable_triton_gemm=false", "8.9", True),
+        ("--xla_gpu_enable_triton_gemm=false", "12.0", True),
+        ("--xla_gpu_enable_triton_gemm=false", "8.0", False),
+        ("--xla_gpu_enable_triton_gemm=false", "gfx942", False),
+        ("", "9.0", False),
+    ],
+)
+def test_which_devices_have_products_of_8_bits(flags, capability, expected, monkeypatch):
+    import jax
+
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert backend.has_products_of_8_bits.__wrapped__() is expected
 
 
 def test_random_bits_are_others_on_every_step_and_in_every_product():

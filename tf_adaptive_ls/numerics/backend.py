@@ -1,6 +1,9 @@
 """What Keras has no neutral name for: all that depends on the backend is here."""
 
+import contextlib
 import functools
+import os
+import re
 import weakref
 from typing import Any, TypeAlias
 
@@ -240,6 +243,35 @@ def _on_gpu():
     import tensorflow as tf
 
     return bool(tf.config.list_logical_devices("GPU"))
+
+
+@functools.cache
+def has_products_of_8_bits():
+    """Whether XLA makes products of 8 bits of those of tensors that were cast.
+
+    On JAX, with all devices of the Ada or Hopper kind or later, and only if Triton's products
+    are turned off, which XLA would try instead, for half a minute each (benchmarks/NOTES.md).
+    """
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    if "--xla_gpu_enable_triton_gemm=false" not in os.environ.get("XLA_FLAGS", ""):
+        return False
+    capabilities = [str(getattr(d, "compute_capability", "")) for d in jax.local_devices()]
+    return all(re.fullmatch(r"8\.9|9\.\d|\d\d\.\d", each) for each in capabilities)
+
+
+def sums_of_all_bits():
+    """A context in which sums of products of 8 bits are not shortened, on JAX.
+
+    Otherwise Hopper adds with 14 bits.
+    """
+    if keras.backend.backend() != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.default_matmul_precision("highest")
 
 
 def sync_state(model):

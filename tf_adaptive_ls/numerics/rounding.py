@@ -8,13 +8,14 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 
 # Random bits per number. The mean over all that they can be is exactly a number of
 # float16, whose last bit is 2**-15 of the last of any float8 format at least.
 NOISE_BITS = 16
 
-# Bound of log2 of a factor: its inverse is a normal number, too.
+# Bound of log2 of a factor: its inverse is a normal number of float32, too.
 _MAX_LOG2_FACTOR = 100
 
 _FLOAT32 = np.finfo(np.float32)
@@ -22,7 +23,7 @@ _MAGNITUDE = np.int32(np.iinfo(np.int32).max)
 _BIAS = _FLOAT32.maxexp - 1
 
 
-def rounded(x, float_format, *, noise=None, factor=None):
+def rounded(x, float_format, *, noise=None, factor=None, cast=False):
     """The numbers of a float8 format that are nearest to those of `x`, in the dtype of `x`.
 
     Halfway it is the even one, as IEEE 754 has it. What is larger than the format's largest
@@ -35,6 +36,9 @@ def rounded(x, float_format, *, noise=None, factor=None):
             `x` is rounded up in magnitude with a probability of how far it is on the
             way, so that the mean is `x`.
         factor: Float32 scalar, a power of two: `x * factor` is rounded, and divided by it.
+        cast: Whether to cast the result to the format on the way, which changes no number:
+            XLA takes a product of two such tensors for one of 8 bits, if the device has that.
+            Where the format has no infinity, it becomes NaN.
 
     Returns:
         Tensor of the shape and dtype of `x`.
@@ -69,17 +73,25 @@ def rounded(x, float_format, *, noise=None, factor=None):
     )
     sign = ops.bitwise_and(bits, np.int32(~_MAGNITUDE))
     result = backend.bitcast(ops.bitwise_or(backend.bitcast(result, "int32"), sign), "float32")
+    result = ops.where(size < np.float32(np.inf), result, wide)
+    if cast:
+        # What XLA looks for: the cast back, and nothing but a product with a number after it.
+        narrow = ops.cast(ops.cast(result, x.dtype), float_format.name)
+        result = ops.cast(narrow, x.dtype)
+        return result if factor is None else result * ops.cast(1 / factor, x.dtype)
     if factor is not None:
         result = backend.divide_by_power_of_two(result, factor)
-    return ops.where(size < np.float32(np.inf), ops.cast(result, x.dtype), x)
+    return ops.cast(result, x.dtype)
 
 
-def fitting_factor(peak, float_format):
+def fitting_factor(peak, float_format, dtype="float32"):
     """The largest power of two times which a magnitude is not beyond a float8 format.
 
     Args:
         peak: Float32 scalar, a magnitude.
         float_format: A `FloatFormat` of 8 bits.
+        dtype: Name of a dtype that is to hold the factor's inverse. All numbers of float16
+            are normal ones in a float8 format times the largest factor that is left.
 
     Returns:
         Float32 scalar; 1 if `peak` is zero, or not finite.
@@ -89,8 +101,7 @@ def fitting_factor(peak, float_format):
     mantissa = ops.bitwise_and(bits, np.int32(2**_FLOAT32.nmant - 1))
     largest = np.float32(float_format.largest).view(np.int32) & (2**_FLOAT32.nmant - 1)
     beyond = ops.cast(mantissa > np.int32(largest), "int32")
-    log2_factor = ops.clip(
-        float_format.max_exponent - beyond - exponent, -_MAX_LOG2_FACTOR, _MAX_LOG2_FACTOR
-    )
+    most = min(_MAX_LOG2_FACTOR, -FloatFormat(dtype).min_exponent)
+    log2_factor = ops.clip(float_format.max_exponent - beyond - exponent, -_MAX_LOG2_FACTOR, most)
     usable = ops.logical_and(peak > 0, peak < np.float32(np.inf))
     return power_of_two(ops.where(usable, log2_factor, ops.zeros_like(log2_factor)))

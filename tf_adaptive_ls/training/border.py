@@ -103,13 +103,14 @@ class Border:
         (tapped,) = gradient_tap([loss], [self._down], self._receivers, report)
         return tapped
 
-    def tap_operand(self, tensor, place, number):
+    def tap_operand(self, tensor, place, number, cast):
         """Inside, where the gradient of a product's output is rounded to float8.
 
         Args:
             tensor: The output.
             place: Which of the products of the layer it is of.
             number: How many it has.
+            cast: As that of `rounded`.
         """
         float_format, seed = self._scaled.operand_format, self._seed
 
@@ -118,7 +119,7 @@ class Border:
             if seed is not None:
                 own_seed = seed + np.array([place, 0], "uint32")
                 noise = backend.random_bits(own_seed, ops.shape(gradient), NOISE_BITS)
-            return rounded(gradient, float_format, noise=noise)
+            return rounded(gradient, float_format, noise=noise, cast=cast)
 
         def report(gradient):
             return report_of_operand(gradient, float_format, place, number)

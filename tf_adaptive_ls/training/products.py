@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import keras
 from keras import layers, ops
 
-from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics import backend, spectrum
 from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
 from tf_adaptive_ls.training import keras_internals
+from tf_adaptive_ls.training.float8 import E4M3
 
 
 class Product(NamedTuple):
@@ -22,12 +23,14 @@ class Product(NamedTuple):
         multiply: Function `(layer, operand, kernel) -> tensor`.
         kernel: Name of the attribute that holds the kernel.
         operand: Function `(layer, inputs) -> tensor`, what the kernel is multiplied with.
+        is_matrix: Whether that is a product of matrices, for which devices may have 8 bits.
     """
 
     layer_class: type
     multiply: Callable[[Any, Any, Any], Any]
     kernel: str = "kernel"
     operand: Callable[[Any, Any], Any] = lambda layer, inputs: inputs
+    is_matrix: bool = False
 
 
 def _matmul(layer, operand, kernel):
@@ -86,8 +89,8 @@ def _pointwise(layer, operand, kernel):
 
 
 PRODUCTS = (
-    Product(layers.Dense, _matmul),
-    Product(layers.EinsumDense, _einsum),
+    Product(layers.Dense, _matmul, is_matrix=True),
+    Product(layers.EinsumDense, _einsum, is_matrix=True),
     Product(layers.Conv1D, _convolve, operand=_padded),
     Product(layers.Conv2D, _convolve),
     Product(layers.Conv3D, _convolve),
@@ -122,13 +125,14 @@ def in_float8(parts, float8, tap):
     Args:
         parts: List of layers.
         float8: The `Float8`.
-        tap: Function `(tensor, place, number) -> tensor`: identity whose gradient is
-            rounded, for the product at that place among so many.
+        tap: Function `(tensor, place, number, cast) -> tensor`: identity whose gradient is
+            rounded, for the product at that place among so many, see `rounded` for `cast`.
     """
     try:
         for place, part in enumerate(parts):
-            own_tap = functools.partial(tap, place=place, number=len(parts))
-            call = functools.partial(_call_in_float8, part, float8.forward_format, own_tap)
+            cast = casts(part, float8)
+            own_tap = functools.partial(tap, place=place, number=len(parts), cast=cast)
+            call = functools.partial(_call_in_float8, part, float8.forward_format, own_tap, cast)
             # As it is: Keras keeps track of attributes of layers.
             object.__setattr__(part, "call", call)
         yield
@@ -137,13 +141,22 @@ def in_float8(parts, float8, tap):
             part.__dict__.pop("call", None)
 
 
-def _call_in_float8(layer, float_format, tap, inputs, training=None):
+def casts(layer, float8):
+    """Whether operands are cast, for the device to multiply 8 bits."""
+    # No device multiplies e5m2 with e5m2.
+    mixed = E4M3 in (float8.forward, float8.backward)
+    return product_of(layer).is_matrix and mixed and backend.has_products_of_8_bits()
+
+
+def _call_in_float8(layer, float_format, tap, cast, inputs, training=None):
     """What `layer.call(inputs)` computes, from operands of 8 bits."""
     product = product_of(layer)
-    operand = quantized(product.operand(layer, inputs), float_format)
-    kernel = quantized(getattr(layer, product.kernel), float_format)
+    operand = quantized(product.operand(layer, inputs), float_format, cast)
+    kernel = quantized(getattr(layer, product.kernel), float_format, cast)
+    with backend.sums_of_all_bits() if cast else contextlib.nullcontext():
+        outputs = product.multiply(layer, operand, kernel)
     # Before the bias, whose gradient is not an operand.
-    outputs = tap(product.multiply(layer, operand, kernel))
+    outputs = tap(outputs)
     if layer.bias is not None:
         outputs = ops.add(outputs, _shaped(layer, layer.bias))
     return outputs if layer.activation is None else layer.activation(outputs)
@@ -155,8 +168,10 @@ def _shaped(layer, bias):
     return ops.reshape(bias, (1, -1) + (1,) * layer.rank)
 
 
-def quantized(x, float_format):
+def quantized(x, float_format, cast=False):
     """`x` rounded to float8, relative to its largest magnitude; its gradient is that of `x`."""
-    x = ops.convert_to_tensor(x, dtype=keras.backend.standardize_dtype(x.dtype))
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    x = ops.convert_to_tensor(x, dtype=dtype)
     (peak,) = ops.unstack(spectrum.peaks([x]), 1)
-    return redirect_gradient(rounded(x, float_format, factor=fitting_factor(peak, float_format)), x)
+    factor = fitting_factor(peak, float_format, dtype)
+    return redirect_gradient(rounded(x, float_format, factor=factor, cast=cast), x)
