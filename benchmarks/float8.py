@@ -21,6 +21,9 @@ be found, the mean gradient of every weight over some batches is compared with t
     cosine     of the whole gradient
 
 *Training*: mean loss and accuracy on the training batches of the last tenth, steps skipped.
+
+*Variations*, if asked for: training with other settings of ours, with the share of gradients on
+whose step one was too large for its format, and what is flushed at the end in the worst layer.
 """
 
 import argparse
@@ -34,13 +37,24 @@ import keras
 import numpy as np
 import report
 import zoo
-from float8_ways import BEST_FIXED, KERAS_FLOAT8, NO_SCALING, OURS, WIDE, only_dense, ways
+from float8_ways import (
+    BEST_FIXED,
+    KERAS_FLOAT8,
+    NO_SCALING,
+    OURS,
+    WIDE,
+    only_dense,
+    variations,
+    ways,
+)
 from keras import layers, ops
+
+import tf_adaptive_ls as als
 
 E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
 ORACLE = tuple(range(0, 31, 3))
 SETTLING_STEPS, COMPARED_BATCHES = 16, 4
-PARTS = ("fidelity", "training")
+PARTS = ("fidelity", "training", "variations")
 ORDER = [way.name for way in (*WIDE, *ways(E4M3), KERAS_FLOAT8)]
 
 
@@ -203,7 +217,18 @@ class Trainee:
         logs = self.fit(batches[-last:], *callbacks)
         inner = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         taken = int(inner.iterations.numpy())
-        return {**logs, "skipped": len(batches) - taken}
+        return {**logs, "skipped": len(batches) - taken, **self._rounding(len(batches))}
+
+    def _rounding(self, steps):
+        """What became of gradients that our layers have rounded."""
+        layers_of_ours = [x for x in self.model.layers if isinstance(x, als.LossScaled)]
+        shown = [layer.snapshot for layer in layers_of_ours if layer.float8]
+        if not shown or shown[0].operands is None:
+            return {}
+        return {
+            "saturated": sum(each.saturations for each in shown) / len(shown) / steps,
+            "flushed": float(np.nanmax([each.flushed_share for each in shown])),
+        }
 
     def gradients(self, weights, settling, compared, log2_scale=None):
         """Mean gradients at some weights; `None` if no step was finite."""
@@ -346,6 +371,21 @@ def training_rows(figures):
             )
 
 
+def variations_rows(figures):
+    """Rows of the table of variations, of each format: medians over seeds, ranges of losses."""
+    for backward, by_way in figures.items():
+        for name, runs in by_way.items():
+            of_seeds = [run["None"] for run in runs]
+            losses = [run["loss"] for run in of_seeds]
+            yield (
+                f"{_short(backward)}, {name}",
+                f"{np.median(losses):.3f} ({min(losses):.3f} … {max(losses):.3f})",
+                f"{np.mean([run['saturated'] for run in of_seeds]):.3%}",
+                f"{np.mean([run['flushed'] for run in of_seeds]):.1%}",
+                " / ".join(str(run["skipped"]) for run in of_seeds),
+            )
+
+
 def _accuracy(runs):
     found = [run["accuracy"] for run in runs if "accuracy" in run]
     return f"{np.median(found):.1%}" if found else ""
@@ -375,6 +415,9 @@ afterwards: median / worst over weights. *flushed*: elements that are zero and s
 in a transformer are biases of attention keys, whose true gradient is zero.)
 
 *Training*: mean loss (range over seeds) and accuracy on the last tenth of the training batches.
+
+*Other settings of ours*: `saturated` is the share of gradients one of whose numbers was too large
+for the format, over all layers and steps; `flushed` what the worst layer lost at the end.
 """
 
 
@@ -393,6 +436,9 @@ def write_report(directory):
             seeds = len(next(iter(next(iter(result["training"].values())).values())))
             header = (f"{result['steps']} steps, {seeds} seeds", "loss", "accuracy", "skipped")
             parts.append(report.markdown(header, training_rows(result["training"])) + "\n")
+        if "variations" in result:
+            header = ("other settings of ours", "loss", "saturated", "flushed", "skipped")
+            parts.append(report.markdown(header, variations_rows(result["variations"])) + "\n")
     parts.append(report.provenance_text(results) + "\n")
     report.save_text(directory, "\n".join(parts))
 
@@ -403,7 +449,7 @@ def main(argv=None):
     )
     report.add_arguments(parser, "float8")
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="MODEL")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="names; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
@@ -440,6 +486,10 @@ def run_case(case, args):
             everything = [*(("wide", way) for way in wide), *of_formats]
             for found in training(case, everything, images, range(results.seeds)):
                 results.add("training", found)
+        if "variations" in args.parts:
+            others = [(b, way) for b in args.formats for way in variations(b)]
+            for found in training(case, others, images, range(results.seeds)):
+                results.add("variations", found)
 
 
 class Results:

@@ -8,7 +8,7 @@ import keras
 from keras import layers, ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import backend, spectrum
+from tf_adaptive_ls.numerics import backend, scale_update, spectrum
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
 from tf_adaptive_ls.training.products import in_float8, products_in
 
@@ -39,9 +39,9 @@ class Way:
     log2_scales: tuple = ()
 
 
-def ways(backward, rounding="nearest", headroom=None):
+def ways(backward):
     """All ways for gradients in one format; inputs and kernels are in e4m3 in all."""
-    float8 = als.Float8(backward=backward, rounding=rounding)
+    float8 = als.Float8(backward=backward)
 
     def wrapped(plain):
         return als.wrap_model(plain, float8=float8)
@@ -57,7 +57,6 @@ def ways(backward, rounding="nearest", headroom=None):
     def fixed(inner):
         return als.AdaptiveLossScaleOptimizer(inner, initial_scale=1.0, rule=als.FixedRule())
 
-    rule = als.QuantileRule() if headroom is None else als.QuantileRule(headroom=headroom)
     return (
         Way(NO_SCALING, wrapped, fixed, log2_scales=(0,)),
         Way(BEST_FIXED, wrapped, fixed, log2_scales=FIXED),
@@ -66,7 +65,26 @@ def ways(backward, rounding="nearest", headroom=None):
         Way("LogMax", one_scale, callback=LogMax),
         Way(HISTORY, per_tensor(1024)),
         Way(CURRENT, per_tensor(None)),
-        Way(OURS, wrapped, lambda inner: als.AdaptiveLossScaleOptimizer(inner, rule=rule)),
+        Way(OURS, wrapped, als.AdaptiveLossScaleOptimizer),
+    )
+
+
+def variations(backward):
+    """Ours with other settings, the default among them."""
+    float8 = als.Float8(backward=backward)
+
+    def way(name, margin=scale_update.SATURATION_MARGIN, **settings):
+        def optimizer(inner):
+            # Not for users: until the next of these.
+            scale_update.SATURATION_MARGIN = margin
+            return als.AdaptiveLossScaleOptimizer(inner, **settings)
+
+        return Way(name, lambda plain: als.wrap_model(plain, float8=float8), optimizer)
+
+    return (
+        way("default: margin 3, a sample every 10"),
+        *(way(f"margin {margin}", margin) for margin in (0, 1, 5)),
+        *(way(f"a sample every {n}", sample_every=n) for n in (1, 100)),
     )
 
 
