@@ -71,9 +71,10 @@ def ways(backward):
 
 def variations(backward):
     """Ours with other settings, the default among them."""
-    float8 = als.Float8(backward=backward)
 
-    def way(name, margin=scale_update.SATURATION_MARGIN, **settings):
+    def way(name, margin=scale_update.SATURATION_MARGIN, rounding="nearest", **settings):
+        float8 = als.Float8(backward=backward, rounding=rounding)
+
         def optimizer(inner):
             # Not for users: until the next of these.
             scale_update.SATURATION_MARGIN = margin
@@ -85,6 +86,7 @@ def variations(backward):
         way("default: margin 3, a sample every 10"),
         *(way(f"margin {margin}", margin) for margin in (0, 1, 5)),
         *(way(f"a sample every {n}", sample_every=n) for n in (1, 100)),
+        way("stochastic rounding", rounding="stochastic"),
     )
 
 

@@ -2,7 +2,7 @@
 
 Trains 17 layers without normalisation, of which each divides the gradient by five at
 first, on handwritten digits. Writes the record of the run and, in light and dark, what
-`python -m tf_adaptive_ls` draws of it.
+`python -m tf_adaptive_ls` draws of it; and the same of a short run in float8.
 """
 
 import argparse
@@ -38,27 +38,35 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     record = args.output / "run.jsonl"
     record.unlink(missing_ok=True)
+    run_in_float8 = train(als.Float8(), EARLY)
+    train(None, args.steps, als.LossScaleMonitor(record, every=10))
+    for suffix, dark in (("", False), ("_dark", True)):
+        report.save_plot(args.output, f"scales{suffix}", plots.plot_scales(record, dark=dark))
+        spectra = plots.plot_spectra(record, step=EARLY, dark=dark)
+        report.save_plot(args.output, f"spectra{suffix}", spectra)
+        in_float8 = plots.plot_spectra(run_in_float8, dark=dark)
+        report.save_plot(args.output, f"float8{suffix}", in_float8)
+    print(f"Written to {args.output}.")
 
+
+def train(float8, steps, *callbacks):
+    """The `Run` of what is seen after some steps."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("mixed_float16")
-    model = als.wrap_model(zoo.vanishing_mlp())
+    model = als.wrap_model(zoo.vanishing_mlp(), float8=float8)
     model.compile(
-        als.AdaptiveLossScaleOptimizer(convergence.adam()(args.steps)),
+        als.AdaptiveLossScaleOptimizer(convergence.adam()(steps)),
         loss=zoo.cross_entropy,
         jit_compile=True,
     )
     batches = (zoo.classify_vector(*batch) for batch in data.digits().batches(BATCH_SIZE, seed=0))
     model.fit(
         batches,
-        steps_per_epoch=args.steps,
+        steps_per_epoch=steps,
         shuffle=False,
-        callbacks=[als.LossScaleMonitor(record, every=10)],
+        callbacks=callbacks,
     )
-    for suffix, dark in (("", False), ("_dark", True)):
-        report.save_plot(args.output, f"scales{suffix}", plots.plot_scales(record, dark=dark))
-        spectra = plots.plot_spectra(record, step=EARLY, dark=dark)
-        report.save_plot(args.output, f"spectra{suffix}", spectra)
-    print(f"Written to {args.output}.")
+    return als.snapshot_run(model)
 
 
 if __name__ == "__main__":
