@@ -376,7 +376,7 @@ def variations_rows(figures):
     for backward, by_way in figures.items():
         for name, runs in by_way.items():
             of_seeds = [run["None"] for run in runs]
-            losses = [run["loss"] for run in of_seeds]
+            losses = [np.nan_to_num(run["loss"], nan=np.inf) for run in of_seeds]
             yield (
                 f"{_short(backward)}, {name}",
                 f"{np.median(losses):.3f} ({min(losses):.3f} … {max(losses):.3f})",

@@ -239,6 +239,21 @@ def test_what_is_remembered_is_of_gradients_without_any_scale():
     np.testing.assert_array_equal(again.memory, layers.memory)
 
 
+def test_of_steps_skipped_in_a_row_the_first_is_remembered():
+    infinite, rule = [(np.inf,), (1.0,)], als.QuantileRule()
+    broken = {"weights_broken": np.float32(1)}
+    in_layer = evidence(infinite, produced_broken=flags("x."), **broken)
+    at_loss = evidence(infinite, infinite, arrived_broken=flags("xx"), **broken)
+    for seen, memory in (
+        (in_layer, lambda layers, loss: layers.memory[0]),
+        (at_loss, lambda layers, loss: loss.memory[0]),
+    ):
+        first = updated(layer_states(0, -9), loss_state(), seen, rule)
+        assert memory(*first) == 16 - 15
+        assert memory(*updated(*first, seen, rule, after_skip=True)) == memory(*first)
+        assert memory(*updated(*first, seen, rule)) > memory(*first)
+
+
 def test_a_layer_that_did_not_run_keeps_what_is_known_of_it():
     known = np.full((2, 2, 42), 5, "float32")
     states = layer_states(0, 0, spectra=known, memory=np.float32([[3], [3]]))

@@ -63,6 +63,7 @@ def update(
     restart,
     sample_every,
     operand_formats=None,
+    after_skip=False,
 ):
     """The state after a step.
 
@@ -77,6 +78,7 @@ def update(
         sample_every: Steps from one sample to the next, an int.
         operand_formats: The float8 format that each layer rounds gradients to, `None` for
             none, a list; `None` if no layer does.
+        after_skip: Whether the step before was skipped, a boolean scalar.
 
     Returns:
         The new `LayerStates` and `LossState`.
@@ -109,11 +111,14 @@ def update(
     log2_scales = _bounded(layers.log2_scales + move - taken_back)
     log2_scales = _held(log2_scales, move, flow.held_to)
 
+    # Of steps skipped in a row the first is remembered. What then overflows at ever smaller
+    # scales is no matter of scales, or will be seen again.
+    news = ops.logical_or(finite, ops.logical_not(after_skip))
     seen = ops.sum(evidence.produced_peaks, axis=-1) > 0
     operands = evidence.operands
     if operands is not None:
         seen = ops.logical_or(seen, ops.sum(operands.peaks, axis=-1) > 0)
-    kept = ops.logical_and(seen, ops.logical_or(finite, layers_at_fault))
+    kept = ops.logical_and(ops.logical_and(seen, news), ops.logical_or(finite, layers_at_fault))
     fresh = ops.logical_and(ops.logical_and(seen, finite), sampled)
     new_layers = LayerStates(
         log2_scales,
@@ -133,7 +138,11 @@ def update(
         )
     new_loss = LossState(
         log2_scale,
-        ops.where(ops.logical_or(finite, loss_at_fault), ruled.memory_of_loss, loss.memory),
+        ops.where(
+            ops.logical_and(news, ops.logical_or(finite, loss_at_fault)),
+            ruled.memory_of_loss,
+            loss.memory,
+        ),
         next_sample(loss, finite, move, log2_scale - loss.log2_scale, backoff, sample_every),
     )
     return new_layers, new_loss

@@ -55,7 +55,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         sample the next step if it is the `sample_every`-th, if this one was skipped,
             or if a scale moved further than a sample can be trusted
 
-    The rule is told the largest gradient of every step, and on some a sample of all.
+    The rule is told the largest gradient of every step, and on some a sample of all. Of steps
+    skipped in a row it remembers the first: scales are soon back when what no scale could
+    help has passed.
     A change of S by the rule is taken back from every r, so that it moves no layer.
     Scales stay whole powers of two, S and every 2**r within 2**-60 … 2**60.
 
@@ -288,8 +290,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             _assign(touched, new_values)
         else:
             backend.run_if(evidence.finite, self._apply_inner, gradients, variables)
+        after_skip = ops.greater(self._skipped_in_a_row.value, 0)
         self._count_step(evidence.finite)
-        self._update_scales(evidence, *states)
+        self._update_scales(evidence, *states, after_skip)
 
     def _apply_inner(self, gradients, variables):
         scale = self.dynamic_scale
@@ -363,7 +366,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         total, num_replicas = backend.sum_over_replicas(evidence.packed())
         return Evidence.unpacked(total, len(self._scaled_layers), num_replicas)
 
-    def _update_scales(self, evidence, layer_states, loss_state):
+    def _update_scales(self, evidence, layer_states, loss_state, after_skip):
         layer_states, loss_state = update(
             layer_states,
             loss_state,
@@ -374,6 +377,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             flow=flow_of(self._scaled_layers),
             restart=math.log2(self.initial_scale),
             sample_every=self.sample_every,
+            after_skip=after_skip,
         )
         scales = packed_scale(layer_states.log2_scales)
         scales = ops.unstack(scales, len(self._scaled_layers))
