@@ -274,6 +274,11 @@ def sums_of_all_bits():
     return jax.default_matmul_precision("highest")
 
 
+def lasting_value(variable):
+    """The value of a variable, which no later assignment changes."""
+    return variable.value if keras.backend.backend() == "jax" else variable.numpy()
+
+
 def sync_state(model):
     """Brings the variables of a model up to date in the middle of `fit`.
 

@@ -242,12 +242,14 @@ class LossScaledModel:
         """As in Keras, but a file that cannot be read leaves the model as it was."""
         optimizer = getattr(self, "optimizer", None)
         variables = [*self.variables, *(optimizer.variables if optimizer else ())]
-        before = [(variable, variable.numpy()) for variable in variables]
+        before = [(variable, backend.lasting_value(variable)) for variable in variables]
         try:
             super().load_weights(filepath, *args, **kwargs)
         except Exception:
             for variable, value in before:
-                variable.assign(value)
+                # Processes of JAX assign together: not where but one of them has failed.
+                if variable.value is not value:
+                    variable.assign(value)
             raise
 
     def get_config(self):
