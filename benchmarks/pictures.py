@@ -38,7 +38,7 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     record = args.output / "run.jsonl"
     record.unlink(missing_ok=True)
-    run_in_float8 = train(als.Float8(), EARLY)
+    run_in_float8 = train(als.Float8(backward="float8_e4m3fn"), EARLY)
     train(None, args.steps, als.LossScaleMonitor(record, every=10))
     for suffix, dark in (("", False), ("_dark", True)):
         report.save_plot(args.output, f"scales{suffix}", plots.plot_scales(record, dark=dark))

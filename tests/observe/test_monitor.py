@@ -142,7 +142,7 @@ def test_of_float8_nothing_is_told_before_training(mixed_float16):
     model = network(float8=als.Float8(layer_filter=lambda layer: True))
     run = als.snapshot_run(model)
     assert np.isnan(run.float8.flushed).all() and not run.float8.spectra.any()
-    assert [row.float8 for row in run.table()] == ["e4m3fn, e4m3fn"] * 2
+    assert [row.float8 for row in run.table()] == ["e4m3fn, e5m2"] * 2
     assert [row.flushed for row in run.table()] == [None] * 2
 
 

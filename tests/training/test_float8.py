@@ -18,7 +18,7 @@ from tf_adaptive_ls.training.products import casts, products_in
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 ROUNDINGS = {
-    "e4m3": als.Float8(),
+    "e4m3": als.Float8(E4M3, E4M3),
     "e5m2": als.Float8(E5M2, E5M2),
     "hybrid": als.Float8.hybrid(),
     "mellempudi": als.Float8.mellempudi(),
@@ -100,7 +100,7 @@ def test_operands_are_rounded_and_nothing_else(name):
     plain.kernel.assign(cast_relative(np.array(layer.kernel), E4M3))
     rounded_x = cast_relative(x, E4M3)
     upstream = random(np.array(plain(x)).shape, 2)
-    scaled = als.LossScaled(layer, float8=als.Float8())
+    scaled = als.LossScaled(layer, float8=ROUNDINGS["e4m3"])
     scaled.log2_scale = 4
 
     outputs, (of_kernel, of_bias, of_x) = gradients_of(scaled, x, upstream)
@@ -274,7 +274,7 @@ def test_biases_and_activations_see_what_is_not_rounded():
 
 def test_infinities_and_nan_are_not_hidden():
     layer = layers.Dense(1, kernel_initializer="ones")
-    scaled = als.LossScaled(layer, float8=als.Float8())
+    scaled = als.LossScaled(layer, float8=ROUNDINGS["e4m3"])
     for value in (np.inf, np.nan):
         x = np.float32([[value, 1.0]])
         assert not np.isfinite(np.array(scaled(x))).any()
@@ -290,7 +290,7 @@ def test_neutral_scales_leave_nothing_rounded():
     x = random((4, 6))
     layer = layers.Dense(5)
     expected = np.array(layer(x))
-    scaled = als.LossScaled(layer, float8=als.Float8())
+    scaled = als.LossScaled(layer, float8=ROUNDINGS["e4m3"])
     assert np.any(np.array(scaled(x)) != expected)
     with als.neutral_scales():
         np.testing.assert_array_equal(np.array(scaled(x)), expected)
@@ -397,7 +397,7 @@ def test_models_learn_at_scales_that_their_format_needs(policy):
 def test_first_what_is_too_large_saturates_and_is_counted():
     keras.utils.set_random_seed(3)
     model = compile_(
-        als.wrap_model(convolutional(), float8=als.Float8()),
+        als.wrap_model(convolutional(), float8=ROUNDINGS["e4m3"]),
         initial_scale=2.0**40,
         rule=als.FixedRule(),
     )
@@ -480,6 +480,10 @@ def test_the_table_shows_formats_and_why_layers_stay_wide():
 
 
 # Bad input.
+
+
+def test_the_default_is_hybrid():
+    assert als.Float8() == als.Float8.hybrid() == als.Float8(E4M3, E5M2, "nearest")
 
 
 @pytest.mark.parametrize(

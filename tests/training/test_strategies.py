@@ -122,7 +122,7 @@ def test_all_replicas_have_the_same_of_everything(mixed_float16, strategy):
 
 
 def test_float8_on_several_devices(mixed_float16, two):
-    model = ours(two, float8=als.Float8(rounding="stochastic"))
+    model = ours(two, float8=als.Float8(backward="float8_e4m3fn", rounding="stochastic"))
     fit(model)
     assert_replicas_agree(model)
     deep = model.get_layer("deep")
