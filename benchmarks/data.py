@@ -43,7 +43,10 @@ def digits():
 
 
 def cifar10(path=None):
-    """CIFAR-10 from an .npz of `x_train`, `y_train`, `x_test`, `y_test`, or by download."""
+    """CIFAR-10 from an .npz of `x_train`, `y_train`, `x_test`, `y_test`, or by download.
+
+    Its name tells if these are not all images.
+    """
     if path is None:
         (x_train, y_train), (x_test, y_test) = keras.datasets.cifar10.load_data()
     else:
@@ -51,8 +54,9 @@ def cifar10(path=None):
             x_train, y_train, x_test, y_test = (
                 arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")
             )
+    part = "" if len(x_train) == 50_000 else f", {len(x_train):,} images"
     return Images(
-        "CIFAR-10",
+        f"CIFAR-10{part}",
         x_train.astype("float32") / 255,
         y_train.reshape(-1).astype("int32"),
         x_test.astype("float32") / 255,

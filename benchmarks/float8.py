@@ -24,6 +24,9 @@ be found, the mean gradient of every weight over some batches is compared with t
 
 *Variations*, if asked for: training with other settings of ours, with the share of gradients on
 whose step one was too large for its format, and what is flushed at the end in the worst layer.
+
+*Everywhere*, if asked for: training with e5m2 forwards, too, and in the first and the last layer
+as well, the setting of Cambier et al. 2020 (S2FP8), in which raw gradients are known to fail.
 """
 
 import argparse
@@ -43,6 +46,7 @@ from float8_ways import (
     NO_SCALING,
     OURS,
     WIDE,
+    everywhere,
     only_dense,
     variations,
     ways,
@@ -54,8 +58,9 @@ import tf_adaptive_ls as als
 E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
 ORACLE = tuple(range(0, 31, 3))
 SETTLING_STEPS, COMPARED_BATCHES = 16, 4
-PARTS = ("fidelity", "training", "variations")
-ORDER = [way.name for way in (*WIDE, *ways(E4M3), KERAS_FLOAT8)]
+TRAINED = ("training", "variations", "everywhere")
+PARTS = ("fidelity", *TRAINED)
+ORDER = list(dict.fromkeys(way.name for way in (*WIDE, *ways(E4M3), KERAS_FLOAT8, *everywhere())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +370,7 @@ def training_rows(figures):
                 title += f", 2^{scale}"
             yield (
                 title,
-                f"{np.median(losses):.3f} ({min(losses):.3f} … {max(losses):.3f})",
+                f"{np.median(losses):#.3g} ({min(losses):#.3g} … {max(losses):#.3g})",
                 _accuracy(of_scale),
                 " / ".join(str(run["skipped"]) for run in of_scale),
             )
@@ -379,7 +384,7 @@ def variations_rows(figures):
             losses = [np.nan_to_num(run["loss"], nan=np.inf) for run in of_seeds]
             yield (
                 f"{_short(backward)}, {name}",
-                f"{np.median(losses):.3f} ({min(losses):.3f} … {max(losses):.3f})",
+                f"{np.median(losses):#.3g} ({min(losses):#.3g} … {max(losses):#.3g})",
                 f"{np.mean([run['saturated'] for run in of_seeds]):.3%}",
                 f"{np.mean([run['flushed'] for run in of_seeds]):.1%}",
                 " / ".join(str(run["skipped"]) for run in of_seeds),
@@ -419,27 +424,40 @@ the forward pass in float8 has moved the gradient so far that none at all is nea
 
 *Other settings of ours*: `saturated` is the share of gradients one of whose numbers was too large
 for the format, over all layers and steps; `flushed` what the worst layer lost at the end.
+
+*e5m2 everywhere*: forwards, too, and in the first and the last layer, float32 between the
+products, the setting of Cambier et al. 2020 (S2FP8).
 """
+
+
+# Of each part: its title, what its columns are called, its rows.
+TABLES = {
+    "fidelity": ("Fidelity", ["flushed", "cosine"], fidelity_rows),
+    "training": ("Training", ["loss", "accuracy", "skipped"], training_rows),
+    "variations": (
+        "Other settings of ours",
+        ["loss", "saturated", "flushed", "skipped"],
+        variations_rows,
+    ),
+    "everywhere": ("e5m2 everywhere", ["loss", "accuracy", "skipped"], training_rows),
+}
 
 
 def write_report(directory):
     results = report.load_results(directory, CASES)
     parts = [INTRODUCTION]
     for result in results:
-        parts.append(
-            f"## {result['name']}\n\n{result['images']}, batches of {result['batch_size']}.\n"
-        )
-        if "fidelity" in result:
-            moments = [f"error at {moment}" for moment in result["fidelity"]]
-            header = ("", *moments, "flushed", "cosine")
-            parts.append(report.markdown(header, fidelity_rows(result["fidelity"])) + "\n")
-        if "training" in result:
-            seeds = len(next(iter(next(iter(result["training"].values())).values())))
-            header = (f"{result['steps']} steps, {seeds} seeds", "loss", "accuracy", "skipped")
-            parts.append(report.markdown(header, training_rows(result["training"])) + "\n")
-        if "variations" in result:
-            header = ("other settings of ours", "loss", "saturated", "flushed", "skipped")
-            parts.append(report.markdown(header, variations_rows(result["variations"])) + "\n")
+        parts.append(f"## {result['name']}\n\nBatches of {result['batch_size']}.\n")
+        for part in (part for part in PARTS if part in result):
+            title, header, rows = TABLES[part]
+            setting = result["settings"][part]
+            about = [setting["images"]]
+            if part in TRAINED:
+                about += [f"{setting['steps']} steps", f"{setting['seeds']} seeds"]
+            else:
+                header = [f"error at {moment}" for moment in result[part]] + header
+            parts.append(f"{title}: {', '.join(about)}.\n")
+            parts.append(report.markdown(["", *header], rows(result[part])) + "\n")
     parts.append(report.provenance_text(results) + "\n")
     report.save_text(directory, "\n".join(parts))
 
@@ -477,51 +495,53 @@ def run_case(case, args):
     chosen = args.ways or ((NO_SCALING, BEST_FIXED, OURS) if args.quick else None)
     if chosen:
         of_formats = [(b, way) for b, way in of_formats if way.name in chosen]
-    results = Results(case, images, args)
+    wide = [("wide", way) for way in WIDE if not args.ways or way.name in args.ways]
+    trained = {
+        "training": [*wide, *of_formats],
+        "variations": [(b, way) for b in args.formats for way in variations(b)],
+        "everywhere": [(E5M2, way) for way in everywhere()],
+    }
+    seeds = 1 if args.quick else args.seeds
+    results = Results(case, images, seeds, args)
     with report.progress() as progress:
         progress.add_task(case.name, total=None)
         if "fidelity" in args.parts:
             results.add("fidelity", fidelity(case, of_formats, images))
-        if "training" in args.parts:
-            wide = [way for way in WIDE if not args.ways or way.name in args.ways]
-            everything = [*(("wide", way) for way in wide), *of_formats]
-            for found in training(case, everything, images, range(results.seeds)):
-                results.add("training", found)
-        if "variations" in args.parts:
-            others = [(b, way) for b in args.formats for way in variations(b)]
-            for found in training(case, others, images, range(results.seeds)):
-                results.add("variations", found)
+        for part in (part for part in TRAINED if part in args.parts):
+            for found in training(case, trained[part], images, range(seeds)):
+                results.add(part, found)
 
 
 class Results:
     """Figures of one case, with those of earlier runs that they can be compared with."""
 
-    def __init__(self, case, images, args):
-        self.seeds = 1 if args.quick else args.seeds
+    def __init__(self, case, images, seeds, args):
         self._directory = args.output
         found = report.load_results(args.output, [case.name])
         before = found[0] if found else {}
-        setting = {
-            "name": case.name,
-            "images": images.name,
-            "batch_size": case.batch_size,
-            "steps": case.steps,
-            "seeds": self.seeds,
-        }
-        if "training" in args.parts and "training" in before:
-            differing = [name for name in setting if before.get(name) != setting[name]]
+        earlier = [before["provenance"]] if before else []
+        self._figures = {"name": case.name, "batch_size": case.batch_size, "settings": {}, **before}
+        self._figures["earlier"] = before.get("earlier", []) + earlier
+        self._settings = {part: self._setting(part, case, images, seeds) for part in args.parts}
+        for part in (part for part in args.parts if part in before):
+            known = before["settings"][part]
+            differing = [
+                name for name, value in self._settings[part].items() if known[name] != value
+            ]
             if differing:
                 raise SystemExit(
-                    f"Figures of {case.name} in {args.output} are of another "
+                    f"Figures of {part} of {case.name} in {args.output} are of another "
                     f"{' and '.join(differing)}. Choose another --output, or the same."
                 )
-        self._figures = before | (setting if "training" in args.parts or not before else {})
-        self._figures["earlier"] = before.get("earlier", []) + (
-            [before["provenance"]] if before else []
-        )
+
+    @staticmethod
+    def _setting(part, case, images, seeds):
+        on = {"images": images.name}
+        return on | {"steps": case.steps, "seeds": seeds} if part in TRAINED else on
 
     def add(self, part, figures):
         """Adds figures, in place of those of the same way."""
+        self._figures["settings"][part] = self._settings[part]
         _merge(self._figures.setdefault(part, {}), figures)
         report.save_result(self._directory, self._figures)
 

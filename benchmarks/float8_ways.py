@@ -90,6 +90,23 @@ def variations(backward):
     )
 
 
+def everywhere():
+    """e5m2 forwards, too, and in all layers, as Cambier et al. 2020 (S2FP8) have it."""
+    float8 = als.Float8("float8_e5m2", "float8_e5m2", layer_filter=lambda layer: True)
+
+    def wrapped(plain):
+        return als.wrap_model(plain, float8=float8)
+
+    def fixed(inner):
+        return als.AdaptiveLossScaleOptimizer(inner, initial_scale=1.0, rule=als.FixedRule())
+
+    return (
+        Way(NO_SCALING, wrapped, fixed, "float32", log2_scales=(0,)),
+        Way("a scale of 128", wrapped, fixed, "float32", log2_scales=(7,)),
+        Way(OURS, wrapped, als.AdaptiveLossScaleOptimizer, "float32"),
+    )
+
+
 WIDE = (
     Way("float32", optimizer=lambda inner: inner, policy="float32"),
     Way("float16, ours", als.wrap_model, als.AdaptiveLossScaleOptimizer),
