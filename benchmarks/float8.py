@@ -492,24 +492,25 @@ def run_case(case, args):
     of_formats = [(backward, way) for backward in args.formats for way in ways(backward)]
     if dense and E5M2 in args.formats:
         of_formats.append((E5M2, KERAS_FLOAT8))
-    chosen = args.ways or ((NO_SCALING, BEST_FIXED, OURS) if args.quick else None)
-    if chosen:
-        of_formats = [(b, way) for b, way in of_formats if way.name in chosen]
-    wide = [("wide", way) for way in WIDE if not args.ways or way.name in args.ways]
     trained = {
-        "training": [*wide, *of_formats],
+        "training": [*(("wide", way) for way in WIDE), *of_formats],
         "variations": [(b, way) for b in args.formats for way in variations(b)],
         "everywhere": [(E5M2, way) for way in everywhere()],
     }
+    chosen = args.ways or ((NO_SCALING, BEST_FIXED, OURS) if args.quick else None)
     seeds = 1 if args.quick else args.seeds
     results = Results(case, images, seeds, args)
     with report.progress() as progress:
         progress.add_task(case.name, total=None)
         if "fidelity" in args.parts:
-            results.add("fidelity", fidelity(case, of_formats, images))
+            results.add("fidelity", fidelity(case, _named(chosen, of_formats), images))
         for part in (part for part in TRAINED if part in args.parts):
-            for found in training(case, trained[part], images, range(seeds)):
+            for found in training(case, _named(chosen, trained[part]), images, range(seeds)):
                 results.add(part, found)
+
+
+def _named(names, all_ways):
+    return [(backward, way) for backward, way in all_ways if not names or way.name in names]
 
 
 class Results:

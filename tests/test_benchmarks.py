@@ -186,3 +186,5 @@ def test_float8(tmp_path, capsys):
     assert list(result["training"]) == ["wide", float8.E4M3]
     assert result["training"][float8.E4M3][float8.OURS][0]["None"]["skipped"] <= 1
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="of another steps"):
+        float8.main(["--quick", "--steps", "30", *options])

@@ -266,8 +266,9 @@ def test_batches_that_are_ragged_or_leave_a_replica_empty(mixed_float16, strateg
     fit(model, X[:49], Y[:49])
     assert_replicas_agree(model)
     assert model.optimizer.skipped_steps == 0
-    # What an empty replica sends are zeros, and nothing has vanished.
-    assert np.all(np.abs(np.subtract(scales_of(model)[1:], settled[1:])) <= 3)
+    # What an empty replica sends are zeros, and nothing has vanished. The gradients of one
+    # example may be 16 times those of the mean of 16.
+    assert np.all(np.abs(np.subtract(scales_of(model)[1:], settled[1:])) <= 4)
 
 
 # What it costs.
