@@ -421,6 +421,8 @@ in a transformer are biases of attention keys, whose true gradient is zero. In t
 the forward pass in float8 has moved the gradient so far that none at all is nearer.)
 
 *Training*: mean loss (range over seeds) and accuracy on the last tenth of the training batches.
+(Of the ResNet, the U-Net and the autoencoder some rows in e5m2, ours among them, are of a CPU and
+TensorFlow, and start from other weights: the other rows are of a GPU and JAX.)
 
 *Other settings of ours*: `saturated` is the share of gradients one of whose numbers was too large
 for the format, over all layers and steps; `flushed` what the worst layer lost at the end.
