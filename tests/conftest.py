@@ -1,3 +1,4 @@
+import gc
 import os
 import platform
 
@@ -20,6 +21,12 @@ tf.config.threading.set_inter_op_parallelism_threads(1)
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+
+def pytest_collection_finish():
+    # What is imported stays: not to be looked through after every test.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
