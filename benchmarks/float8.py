@@ -455,7 +455,8 @@ def write_report(directory):
             setting = result["settings"][part]
             about = [setting["images"]]
             if part in TRAINED:
-                about += [f"{setting['steps']} steps", f"{setting['seeds']} seeds"]
+                seeds = "one seed" if setting["seeds"] == 1 else f"{setting['seeds']} seeds"
+                about += [f"{setting['steps']} steps", seeds]
             else:
                 header = [f"error at {moment}" for moment in result[part]] + header
             parts.append(f"{title}: {', '.join(about)}.\n")
