@@ -128,13 +128,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("Adam", "Muon", "Lookahead") else pytest.mark.long)
-        for name in OPTIMIZERS
-    ],
-)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(name):
     if name == "Muon" and keras.__version__.startswith("3.12."):
         pytest.skip("Muon reads the path of what has none, in plain Keras, too")

@@ -56,9 +56,7 @@ def assert_all_equal(actual, expected):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "eager", [pytest.param(True, marks=pytest.mark.long), False], ids=["eager", "graph"]
-)
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
 @pytest.mark.parametrize("inner", INNER)
 def test_inner_optimizer_features_act_as_on_a_plain_model(inner, eager):
     plain, _ = chain()
@@ -213,9 +211,7 @@ FOREIGN = {
 
 
 @pytest.mark.filterwarnings("ignore:Model 'functional")
-@pytest.mark.parametrize(
-    "foreign", [pytest.param("sgd", marks=pytest.mark.long), "accumulation", "scaling"]
-)
+@pytest.mark.parametrize("foreign", ["sgd", "accumulation", "scaling"])
 def test_nothing_is_made_up_under_another_optimizer_and_ours_starts_afresh(foreign, mixed_float16):
     def ours(model):
         fitted(model, als.AdaptiveLossScaleOptimizer("sgd"))

@@ -292,7 +292,6 @@ def test_the_loss_scale_returns_when_nothing_needs_it_low(mixed_float16):
     assert model.optimizer.skipped_steps == 10
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fault", ["loss", "layer"])
 def test_training_recovers_when_the_fault_stops(trained, fault):
     layer = trained.get_layer("faulty_1").layer
@@ -308,7 +307,6 @@ def test_training_recovers_when_the_fault_stops(trained, fault):
         assert each.spectrum.underflow_share < 1e-2
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fault", ["loss", "layer"])
 def test_scales_stay_within_bounds_whatever_happens(trained, fault):
     layer = trained.get_layer("faulty_1").layer

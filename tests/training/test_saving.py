@@ -203,7 +203,7 @@ def test_a_nested_model_that_makes_its_graph_itself_is_wrapped_layer_by_layer(tm
         np.testing.assert_array_equal(model(X), expected)
 
 
-@pytest.mark.parametrize("saved_as", ["keras", pytest.param("export", marks=pytest.mark.long)])
+@pytest.mark.parametrize("saved_as", ["keras", "export"])
 def test_a_stripped_model_needs_no_trace_of_the_library(saved_as, tmp_path, mixed_float16):
     model = compiled(network())
     fit(model)
