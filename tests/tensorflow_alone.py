@@ -6,6 +6,7 @@ TAPES = "tapes are TensorFlow's"
 STRATEGIES = "tf.distribute is TensorFlow's"
 MODULES = {
     "test_rebuilding": "the registry of gradients is TensorFlow's",
+    "test_reads_elsewhere": "JAX takes gradients by arguments of functions, whoever reads what",
     "test_strategies": STRATEGIES,
 }
 TESTS = {

@@ -5,6 +5,7 @@ at some moment of it.
 """
 
 import concurrent.futures
+import sys
 import threading
 
 import keras
@@ -96,10 +97,31 @@ def neutral_in_another(mode):
     return None if same(found, expected) else "training did not end as it does alone"
 
 
+def float8_in_several(mode):
+    """A model that computes in float8 is called in four threads at once."""
+    x = inputs = keras.Input((64,))
+    for _ in range(4):
+        x = layers.Dense(64, "relu")(x)
+    model = als.wrap_model(keras.Model(inputs, layers.Dense(4)(x)), float8=als.Float8())
+    call = tf.function(model) if mode == "graph" else model
+    data = np.random.default_rng(0).normal(size=(32, 64)).astype("float32")
+    expected = np.array(model(data))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that threads take turns in the middle of a call
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: np.array(call(data)), range(100)))
+    finally:
+        sys.setswitchinterval(interval)
+    wrong = sum(not np.allclose(each, expected, rtol=1e-3, atol=1e-5) for each in found)
+    return f"{wrong} of {len(found)} calls gave something else" if wrong else None
+
+
 FAULTS = {
     "two models train in two threads": two_that_train,
     "a model is called while it trains": called_while_it_trains,
     "neutral_scales in another thread": neutral_in_another,
+    "float8 in four threads": float8_in_several,
 }
 
 

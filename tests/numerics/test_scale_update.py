@@ -11,6 +11,7 @@ from tf_adaptive_ls.numerics.evidence import Evidence, Operands
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.numerics.scale_state import LossState, initial_layer_states
 from tf_adaptive_ls.numerics.scale_update import (
+    CEILING_RISE,
     SATURATION_MARGIN,
     Flow,
     at_fault,
@@ -61,8 +62,19 @@ def layer_states(*log2_scales, memory_size=1, **fields):
     return states._replace(log2_scales=np.float32(log2_scales), **fields)
 
 
-def loss_state(log2_scale=15, steps_to_sample=0, memory=((NOTHING_SEEN,),)):
-    return LossState(np.float32(log2_scale), np.float32(memory), np.int32(steps_to_sample))
+NOBODY = np.zeros(0)  # was to blame, of however many
+
+
+def loss_state(
+    log2_scale=15, steps_to_sample=0, memory=((NOTHING_SEEN,),), ceiling=60, blamed=NOBODY
+):
+    return LossState(
+        np.float32(log2_scale),
+        np.float32(memory),
+        np.int32(steps_to_sample),
+        np.float32(ceiling),
+        np.float32(blamed),
+    )
 
 
 def updated(layers, loss, seen, rule=None, float_formats=None, **options):
@@ -70,7 +82,7 @@ def updated(layers, loss, seen, rule=None, float_formats=None, **options):
     number = len(layers.log2_scales)
     layers, loss = update(
         layers,
-        loss,
+        loss if len(loss.blamed) else loss._replace(blamed=np.zeros(number + 1, "float32")),
         seen,
         rule=rule or Moving((0,) * (number + 1)),
         float_formats=float_formats or [FLOAT16] * number,
@@ -88,6 +100,11 @@ def flow(call_order, passes_from=(), passes_with=()):
         for i, j in pairs:
             relation[i, j] = True
     return Flow(np.array(call_order), relations[0], relations[0] | relations[1])
+
+
+def fault_of(seen, layers, flow, blamed=None):
+    blamed = np.zeros(len(layers.log2_scales) + 1) if blamed is None else blamed
+    return at_fault(seen, layers, loss_state(blamed=blamed), flow)
 
 
 def flags(text):
@@ -116,7 +133,7 @@ def test_the_last_layer_that_nothing_broken_came_to_is_at_fault(arrived, produce
     layers = layer_states(1, 2, 3)
     for weights_broken in (0, 1):
         seen = seen._replace(weights_broken=np.float32(weights_broken))
-        of_layers, of_loss = at_fault(seen, layers, flow([0, 1, 2]))
+        of_layers, of_loss, _ = fault_of(seen, layers, flow([0, 1, 2]))
         np.testing.assert_array_equal(of_layers, flags(guilty) > 0)
         assert bool(of_loss) == (weights_broken and "x" not in guilty)
 
@@ -124,17 +141,22 @@ def test_the_last_layer_that_nothing_broken_came_to_is_at_fault(arrived, produce
 def test_the_order_is_that_of_calls_whatever_that_of_layers():
     seen = evidence([()] * 3, [()] * 3)
     seen = seen._replace(arrived_broken=flags(".x."), produced_broken=flags("xx."))
-    assert np.array(at_fault(seen, layer_states(1, 2, 3), flow([7, 2, 5]))[0]).tolist() == [1, 0, 0]
-    assert not np.any(at_fault(seen, layer_states(1, 2, 3), flow([2, 7, 5]))[0])
+
+    def guilty(*call_order):
+        return np.array(fault_of(seen, layer_states(1, 2, 3), flow(call_order))[0])
+
+    assert guilty(7, 2, 5).tolist() == [1, 0, 0]
+    assert not guilty(2, 7, 5).any()
 
 
 def test_before_anything_was_sampled_the_loss_scale_is_at_fault():
     seen = evidence(produced_broken=flags("x."), weights_broken=np.float32(1))
-    layers, loss = at_fault(seen, layer_states(0, 0), flow([0, 1]))
+    layers, loss, unexplained = fault_of(seen, layer_states(0, 0), flow([0, 1]))
+    assert not unexplained
     assert not np.any(layers) and loss
     sampled = layer_states(0, 0, spectra=np.ones((2, 2, 42), "float32"))
     for states in (sampled, layer_states(0, 3)):
-        layers, loss = at_fault(seen, states, flow([0, 1]))
+        layers, loss, _ = fault_of(seen, states, flow([0, 1]))
         assert np.array(layers).tolist() == [True, False] and not loss
 
 
@@ -169,9 +191,72 @@ def test_what_comes_to_a_layer_that_passes_is_what_the_one_after_it_made(produce
     seen = seen._replace(arrived_broken=flags(arrived), produced_broken=flags(produced))
     # A layer before it may be among those, if both are in one class.
     between = flow([0, 1, 2], passes_from=[(1, 2), (1, 0)])
-    of_layers, of_loss = at_fault(seen, layer_states(1, 2, 3), between)
+    of_layers, of_loss, _ = fault_of(seen, layer_states(1, 2, 3), between)
     np.testing.assert_array_equal(of_layers, flags(guilty) > 0)
     assert not of_loss
+
+
+@pytest.mark.parametrize(("blamed", "guilty"), [((1, 0, 0), ".x"), ((0, 1, 0), "..")])
+def test_a_layer_that_is_blamed_in_vain_is_not_at_fault(blamed, guilty):
+    seen = evidence(produced_broken=flags(".x"), weights_broken=np.float32(1))
+    layers, loss, unexplained = fault_of(seen, layer_states(1, 2), flow([0, 1]), blamed)
+    np.testing.assert_array_equal(layers, flags(guilty) > 0)
+    assert bool(loss) == bool(unexplained) == (guilty == "..")
+
+
+def test_blame_is_counted_over_steps_skipped_in_a_row():
+    seen = evidence(produced_broken=flags(".x"), weights_broken=np.float32(1))
+    states, scales = (layer_states(1, 2), loss_state()), []
+    for _ in range(4):
+        states = updated(*states, seen)
+        scales.append((*states[0].log2_scales.tolist(), float(states[1].log2_scale)))
+    assert scales == [(1, -8, 15), (1, -8, 5), (1, -8, -5), (1, -8, -15)]
+    assert states[1].blamed.tolist() == [0, 1, 3]
+    assert updated(*states, evidence())[1].blamed.tolist() == [0, 0, 0]
+
+
+def unexplained_overflow(**fields):
+    """A step whose gradients of weights are not finite, though no layer saw any such."""
+    return evidence(weights_broken=np.float32(1), **fields)
+
+
+def test_s_remembers_an_overflow_that_no_report_explains():
+    rule = Moving((0, 0, 20))  # it would raise S on every step
+    states = updated(layer_states(1, 2), loss_state(15), unexplained_overflow(), rule)
+    backoff = rule.backoff(FLOAT16)
+    assert states[1].log2_scale == 15 - backoff
+    assert states[1].ceiling == 15 - backoff / 2
+    arriving = evidence(arrived=[(1.0,), ()])
+    for _ in range(3):
+        states = updated(*states, arriving, rule)
+        assert states[1].log2_scale == 15 - backoff / 2
+    # For so many steps as Keras waits before it doubles its scale.
+    rising = states[1]._replace(ceiling=np.float32(11 - 2 * CEILING_RISE))
+    states = updated(states[0], rising, arriving, rule)
+    assert states[1].log2_scale == 10
+    states = updated(*updated(*states, arriving, rule), arriving, rule)
+    assert states[1].log2_scale == 11
+    # One more takes it further down, and none up.
+    states = updated(*states, unexplained_overflow(), rule)
+    assert states[1].log2_scale == 1 and states[1].ceiling == 6
+    # Of several in a row the first alone counts: the others may be for the data.
+    again = updated(*states, unexplained_overflow(), rule)
+    assert again[1].log2_scale == 1 - backoff and again[1].ceiling == 6
+    low = loss_state(-20, ceiling=-30)
+    assert updated(layer_states(1, 2), low, unexplained_overflow(), rule)[1].ceiling == -30
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        evidence(weights_broken=np.float32(1), arrived_broken=flags("x.")),
+        evidence(weights_broken=np.float32(1), produced_broken=flags(".x")),
+        evidence(arrived=[(1.0,), (1.0,)]),
+    ],
+    ids=["arrived broken", "made by a layer", "no overflow"],
+)
+def test_what_reports_explain_leaves_the_ceiling_of_s(seen):
+    assert updated(layer_states(1, 2), loss_state(ceiling=20), seen)[1].ceiling >= 20
 
 
 # How scales move.
@@ -251,7 +336,8 @@ def test_of_steps_skipped_in_a_row_the_first_is_remembered():
         first = updated(layer_states(0, -9), loss_state(), seen, rule)
         assert memory(*first) == 16 - 15
         assert memory(*updated(*first, seen, rule, after_skip=True)) == memory(*first)
-        assert memory(*updated(*first, seen, rule)) > memory(*first)
+        again = first[0], first[1]._replace(blamed=np.zeros(3, "float32"))
+        assert memory(*updated(*again, seen, rule)) > memory(*first)
 
 
 def test_a_layer_that_did_not_run_keeps_what_is_known_of_it():
@@ -401,7 +487,7 @@ def test_both_rooms_are_kept():
         states = initial_layer_states(2, 1, any_operands=True)
         layers, _ = update(
             states,
-            loss_state(),
+            loss_state(blamed=[0, 0, 0]),
             seen,
             rule=rule,
             float_formats=[FLOAT16] * 2,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -406,9 +407,8 @@ def test_a_weight_gradient_that_overflows_whatever_the_scale(mixed_float16):
 
                 return ops.convert_to_tensor(kernel), backward
 
-            return ops.matmul(
-                x, divided(*(ops.cast(v, x.dtype) for v in (self.kernel, self.divisor)))
-            )
+            kernel = divided(*(ops.cast(v, x.dtype) for v in (self.kernel, self.divisor)))
+            return ops.add(ops.matmul(x, kernel), self.bias)
 
     inputs = keras.Input((4,))
     x = Divided(4, name="divided")(layers.Dense(4, name="hidden")(inputs))
@@ -587,3 +587,20 @@ def test_a_record_that_vanishes_is_told_once(mixed_float16, tmp_path):
         fit(model, als.LossScaleMonitor(path, every=2), callbacks=[vanish])
     assert len(told(caught)) == 1 and model.optimizer.steps == 16
     assert not path.parent.exists()
+
+
+@pytest.mark.parametrize(("every_nth", "told_of"), [(10, True), (100, False)])
+def test_many_skips_are_told_of_though_never_many_in_a_row(every_nth, told_of, mixed_float16):
+    x = np.concatenate([X[:8]] * 350)
+    x[:: 8 * every_nth] = np.nan
+    y = np.concatenate([Y[:8]] * 350)
+    model = network()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, als.LossScaleMonitor(), epochs=2, x=x, y=y)
+    messages = [str(warning.message) for warning in told(caught)]
+    assert bool(messages) == told_of
+    if told_of:
+        (message,) = messages
+        assert re.match(r"30 of the last 300 steps were skipped", message)
+        assert "scale_table(model)" in message

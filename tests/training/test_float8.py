@@ -1,8 +1,10 @@
 """Training in float8: what is rounded and what is not, and at whose scale."""
 
+import concurrent.futures
 import contextlib
 import itertools
 import re
+import sys
 import types
 
 import keras
@@ -10,11 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from backends import COMPILED, JIT, MODES, ON_JAX, compiled, value_and_gradients
+from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.training.products import casts, products_in
+from tf_adaptive_ls.training.products import casts, product_of, products_in
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 ROUNDINGS = {
@@ -544,3 +547,32 @@ def test_under_an_optimizer_that_knows_nothing_of_scales():
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     with pytest.raises(ValueError, match="compiled with AdaptiveLossScaleOptimizer"):
         model.fit(*data(), verbose=0)
+
+
+def test_calls_in_several_threads(mixed_float16):
+    model = als.wrap_model(convolutional(), float8=als.Float8())
+    x, _ = data()
+    expected = np.array(model(x))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: np.array(model(x)), range(40)))
+    finally:
+        sys.setswitchinterval(interval)
+    for each in found:
+        np.testing.assert_array_equal(each, expected)
+
+
+def test_a_layer_in_float8_computes_as_ever_elsewhere():
+    """What makes it compute in float8 stays on it, and acts inside its wrapper alone."""
+    layer = layers.Dense(4)
+    x = floats(3, 5)
+    plain = np.array(layer(x))
+    scaled = als.LossScaled(layer, float8=als.Float8())
+    rounded = np.array(scaled(x))
+    assert not np.array_equal(rounded, plain)
+    np.testing.assert_array_equal(layer(x), plain)
+    assert product_of(layer) is not None
+    layer.call = lambda x: x
+    assert product_of(layer) is None

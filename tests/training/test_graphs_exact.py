@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from graphs import FORKS, GRAPHS
+from keras import layers
 from steps import (
     assert_equal,
     assert_gradients_within,
@@ -102,3 +103,19 @@ def test_wrapping_and_stripping_keep_what_a_user_sees(name):
     assert all(a is b for a, b in kept)
     assert_equal(stepper_of(stripped, model, inputs)(), stepper_of(model, model, inputs)())
     np.testing.assert_equal(len(als.scale_table(wrapped)), len(als.scale_table(model)))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_masks_that_attention_takes_away_are_gone(policy):
+    """Keras's takes that of a tensor it is called on: what comes after sees none, nor the loss."""
+    keras.config.set_dtype_policy(policy)
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(9, 8, mask_zero=True)(inputs)
+    y = layers.MultiHeadAttention(2, 4, dtype="float32")(x, x)
+    model = keras.Model(inputs, layers.Dense(3, dtype="float32")(layers.Add()([x, y])))
+    tokens = np.array([[1, 2, 3, 0, 0, 0], [4, 5, 0, 0, 0, 0]])
+    losses = []
+    for each in (model, als.wrap_model(model)):
+        each.compile(loss="mse")
+        losses.append(each.evaluate(tokens, np.ones((2, 6, 3)), verbose=0))
+    assert losses[0] == losses[1]

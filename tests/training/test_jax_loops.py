@@ -181,3 +181,28 @@ def test_gradients_per_example():
     for i, x in enumerate(X[:3]):
         for a, b in zip(each, jax.grad(loss)(weights, x), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-6)
+
+
+def test_a_loss_scale_that_would_be_a_constant_is_refused():
+    model, optimizer = network(), als.AdaptiveLossScaleOptimizer("sgd", 2.0**10)
+    gradient = jax.grad(lambda x: optimizer.scale_loss(ops.sum(x)))
+    for built in (False, True):
+        if built:
+            optimizer.build(als.wrap_model(model).trainable_variables)
+        with pytest.raises(ValueError, match="Expected the loss scale to be among"):
+            jax.jit(gradient)(X)
+        # Where nothing is compiled it is read anew every time.
+        np.testing.assert_array_equal(gradient(X), np.full_like(X, 2.0**10))
+    optimizer.dynamic_scale.assign(4.0)
+    np.testing.assert_array_equal(gradient(X), np.full_like(X, 4.0))
+    np.testing.assert_array_equal(jax.vmap(optimizer.scale_loss)(X[0]), 4 * X[0])
+
+    @jax.jit
+    def right(x, values):
+        with keras.StatelessScope(zip(optimizer.variables, values, strict=True)):
+            return gradient(x)
+
+    for scale in (2.0, 8.0):
+        optimizer.dynamic_scale.assign(scale)
+        values = [v.value for v in optimizer.variables]
+        np.testing.assert_array_equal(right(X, values), np.full_like(X, scale))

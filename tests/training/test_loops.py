@@ -363,6 +363,95 @@ def test_layers_frozen_and_unfrozen_between_fits():
     assert_ends_as_plain(loop, network)
 
 
+def fine_tuned(make_optimizer, wrap, unfreeze):
+    """A head is trained on a frozen base, then all: how it ends, and by which optimizer."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    x = inputs
+    for i in range(3):
+        x = layers.Dense(6, name=f"base_{i}", **RELU)(x)
+    base = keras.Model(inputs, layers.BatchNormalization()(x), name="base")
+    base.trainable = False
+    model = wrap(keras.Model(inputs, layers.Dense(2, dtype="float32", name="head")(base(inputs))))
+    for trainable in (False, True):
+        if trainable:
+            unfreeze(base, model)
+        optimizer = make_optimizer()
+        model.compile(optimizer, loss="mse", jit_compile=JIT)
+        model.fit(X, Y, batch_size=6, epochs=2, shuffle=False, verbose=0)
+    return model, optimizer
+
+
+UNFREEZE = {
+    "the base that was wrapped": lambda base, model: setattr(base, "trainable", True),
+    "the base in the wrapped model": lambda base, model: setattr(
+        model.get_layer("base"), "trainable", True
+    ),
+    "all": lambda base, model: setattr(model, "trainable", True),
+}
+
+
+@pytest.mark.parametrize("how", UNFREEZE)
+def test_fine_tuning_is_that_of_the_plain_model(how):
+    if how == "all" and not ON_JAX:
+        how = "the base in the wrapped model"  # Keras on TensorFlow passes over what is True
+    ends = []
+    for wrap, make in (
+        (lambda model: model, lambda: keras.optimizers.LossScaleOptimizer(sgd())),
+        (als.wrap_model, lambda: als.AdaptiveLossScaleOptimizer(sgd())),
+    ):
+        model, _ = fine_tuned(make, wrap, UNFREEZE[how])
+        ends.append([v.numpy() for v in model.weights if not v.overwrite_with_gradient])
+    assert_same(*ends)
+
+
+@pytest.mark.filterwarnings("error")  # also while only a head in float32 is trained
+@pytest.mark.parametrize("how", ["the base that was wrapped", "the base in the wrapped model"])
+def test_layers_that_were_frozen_when_wrapped_find_scales_once_they_are_not(how, mixed_float16):
+    model, optimizer = fine_tuned(
+        lambda: als.AdaptiveLossScaleOptimizer(sgd()), als.wrap_model, UNFREEZE[how]
+    )
+    assert optimizer.skipped_steps <= 1
+    assert all(layer.spectrum.nonzero for layer in scaled_layers(model))
+
+
+def test_frozen_layers_cost_nothing_in_the_backward_pass(mixed_float16):
+    """Nothing asks for gradients that only they would see; gradients that pass them are seen."""
+
+    def reports(trainable):
+        inputs = keras.Input((4,))
+        x = inputs
+        for i, each in enumerate(trainable):
+            x = layers.Dense(4, trainable=each, name=f"layer_{i}")(x)
+        model = als.wrap_model(keras.Model(inputs, x))
+        places = [layer.loss_scale_report for layer in scaled_layers(model)]
+        _, found = value_and_gradients(lambda: ops.sum(model(X[:6], training=True)), places)
+        return [report is not None and bool(np.any(np.array(report))) for report in found]
+
+    assert reports([False, False, True]) == [False, False, True]
+    assert reports([True, False, True]) == [True, True, True]
+
+
+@pytest.mark.parametrize("how", ["layer_filter", "loaded"])
+def test_layers_left_out_on_purpose_are_not_named(how, tmp_path, mixed_float16):
+    model = als.wrap_model(network(), layer_filter=lambda layer: layer.units != 2)
+    if how == "loaded":
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+    model.compile(als.AdaptiveLossScaleOptimizer(sgd()), loss="mse", jit_compile=JIT)
+    model.fit(X, Y, verbose=0)
+
+
+def test_layers_trained_without_a_scale_are_named_once(mixed_float16):
+    inputs = keras.Input((4,))
+    model = als.wrap_model(keras.Sequential([inputs, layers.Dense(3, name="scaled")]))
+    model.add(layers.Dense(2, name="added"))
+    model.compile(als.AdaptiveLossScaleOptimizer(sgd()), loss="mse", jit_compile=JIT)
+    with pytest.warns(UserWarning, match="no loss scale of their own: added"):
+        model.fit(X, Y, verbose=0)
+    model.fit(X, Y, verbose=0)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_lora(when):
     def build():
@@ -439,9 +528,9 @@ def test_float8_layers_of_keras():
         model.fit(X, Y, batch_size=6, epochs=2, verbose=0)
         return [v.numpy() for v in model.weights if not v.name.startswith("loss_scale")]
 
-    plain = end_of(lambda model: model, sgd())
+    plain = end_of(lambda model: model, keras.optimizers.LossScaleOptimizer(sgd(), 2.0**10))
     # The factors for gradients are found at the scale that the layer works at.
-    ours = als.AdaptiveLossScaleOptimizer(sgd(), 1.0, rule=als.FixedRule())
+    ours = als.AdaptiveLossScaleOptimizer(sgd(), 2.0**10, rule=als.FixedRule())
     assert_same(end_of(als.wrap_model, ours), plain)
     assert len(plain) == 2 * 8
 

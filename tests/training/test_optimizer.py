@@ -303,3 +303,42 @@ def test_state_is_carried_over_weight_by_weight_when_layers_are_unfrozen(make):
     assert len(optimizer.variables) < len(before)
     for variable in optimizer.variables:
         np.testing.assert_array_equal(variable.numpy(), before[name_of(variable)])
+
+
+class TwoHeads(layers.Layer):
+    """Has two layers, and calls one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.used, self.unused = layers.Dense(2), layers.Dense(2)
+
+    def build(self, shape):
+        self.used.build(shape)
+        self.unused.build(shape)
+
+    def call(self, x):
+        return self.used(x)
+
+
+@pytest.mark.skipif(ON_JAX, reason="JAX has gradients of zeros, in plain Keras, too")
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_weight_that_no_call_used_has_no_gradient(jit_compile):
+    """And so no decay, no momentum, and Keras's warning."""
+    ends = []
+    for wrap in (False, True):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), TwoHeads()])
+        plain, inner = model, optimizers.AdamW(0.1, weight_decay=0.1)
+        if wrap:
+            model, optimizer = als.wrap_model(model), als.AdaptiveLossScaleOptimizer(inner)
+        else:
+            optimizer = optimizers.LossScaleOptimizer(inner)
+        before = plain.layers[0].unused.kernel.numpy()
+        model.compile(optimizer, loss="mse", jit_compile=jit_compile)
+        with pytest.warns(
+            UserWarning, match="Gradients do not exist for variables .*unused|kernel"
+        ):
+            model.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+        np.testing.assert_array_equal(plain.layers[0].unused.kernel.numpy(), before)
+        ends.append(weights_of(plain))
+    assert_all_equal(*ends)

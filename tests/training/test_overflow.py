@@ -400,3 +400,89 @@ def test_what_overflows_out_of_sight_is_remembered(where, mixed_float16):
     model.fit(X, Y, batch_size=32, epochs=60, verbose=0)
     assert model.optimizer.steps == 60
     assert model.optimizer.skipped_steps <= 4
+
+
+class Fragile(layers.Dense):
+    """A Dense layer whose weight gradient overflows far earlier than that of others."""
+
+    limit = 2.0**9
+
+    def call(self, x):
+        kernel = _overflowing(ops.convert_to_tensor(self.kernel), self.limit)
+        return self.activation(ops.add(ops.matmul(x, ops.cast(kernel, x.dtype)), self.bias))
+
+
+def _overflowing(x, limit):
+    @ops.custom_gradient
+    def identity(x):
+        def backward(gradient):
+            return ops.where(ops.max(ops.abs(gradient)) > limit, np.inf, gradient)
+
+        return ops.convert_to_tensor(x), backward
+
+    return identity(x)
+
+
+def test_s_remembers_what_overflows_in_layers_without_a_scale(mixed_float16):
+    """As in fine-tuning, where Keras's scale settles, too; a trial every few steps would not."""
+    inputs = keras.Input((4,))
+    x = Fragile(8, "relu", name="without")(inputs)
+    outputs = layers.Dense(2, dtype="float32")(layers.Dense(8, "relu")(x))
+    model = keras.Model(inputs, outputs)
+    model = als.wrap_model(model, layer_filter=lambda layer: layer.name != "without")
+    optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(1e-3))
+    model.compile(optimizer, loss="mse", **GRAPH)
+    model.fit(X, Y, batch_size=4, epochs=40, shuffle=False, verbose=0)
+    assert optimizer.steps == 320
+    assert 1 <= optimizer.skipped_steps <= 3
+
+
+@pytest.mark.parametrize("first", ["neutral", "own"])
+def test_an_overflow_in_neutral_scales_is_not_blamed_on_a_layer(first, mixed_float16):
+    """Its scale does not act there."""
+    inputs = keras.Input((4,))
+    outputs = layers.Dense(2, dtype="float32")(layers.Dense(8, "relu")(inputs))
+    model = als.wrap_model(keras.Model(inputs, outputs))
+    optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(1e-9))
+    variables = model.trainable_variables
+    optimizer.build(variables)
+
+    def own():
+        return ops.mean(ops.square(model(X, training=True) - Y))
+
+    def neutral():
+        with als.neutral_scales():
+            return 100 * ops.sum(ops.square(model(X, training=True)))
+
+    parts = (neutral, own) if first == "neutral" else (own, neutral)
+    for _ in range(30):
+        _, gradients = value_and_gradients(
+            lambda: optimizer.scale_loss(sum(part() for part in parts)), variables
+        )
+        optimizer.apply(gradients, variables)
+    assert 1 <= optimizer.skipped_steps <= 3
+    assert [layer.overflows for layer in scaled_layers(model)] == [0, 0]
+    assert optimizer.loss_scale < 2.0**15
+
+
+def test_what_overflows_outside_of_a_layer_is_not_stuck_on_it(mixed_float16):
+    """A penalty on weights, of which no report knows, and whose overflow looks like the layer's."""
+    inputs = keras.Input((4,))
+    dense = layers.Dense(8, "relu")
+    outputs = layers.Dense(2, dtype="float32")(dense(inputs))
+    model = als.wrap_model(keras.Model(inputs, outputs))
+    optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(1e-9))
+    variables = model.trainable_variables
+    optimizer.build(variables)
+
+    def loss():
+        penalty = ops.sum(ops.square(ops.cast(dense.kernel, "float16") * 100))
+        loss = ops.mean(ops.square(model(X, training=True) - Y))
+        return optimizer.scale_loss(loss + ops.cast(penalty, "float32"))
+
+    for _ in range(30):
+        _, gradients = value_and_gradients(loss, variables)
+        optimizer.apply(gradients, variables)
+    # Its gradient fits from a scale of 4 on: Keras halves its own thirteen times.
+    assert optimizer.skipped_steps <= 13
+    assert not optimizer.last_step_skipped

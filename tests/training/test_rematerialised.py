@@ -1,5 +1,7 @@
 """Layers made in a `keras.RematScope` are run once more in the backward pass, and are exact."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from steps import (
 from test_layers_exact import CASES, WITH_XLA, built, training_of
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.training.keras_internals import not_rematerialised
+from tf_adaptive_ls.training.keras_internals import is_rematerialised, not_rematerialised
 
 # TensorFlow fuses a product, a bias and an activation where no part is kept. JAX compiles what
 # is rematerialised, even in eager mode.
@@ -66,6 +68,8 @@ class Counting(layers.Dense):
 def runs_of(layer):
     x = tf.constant(floats(2, 4))
     layer(x)
+    with tf.GradientTape():
+        layer(x)  # once it is looked where gradients come to
     Counting.runs = 0
     with tf.GradientTape() as tape:
         loss = ops.sum(layer(x))
@@ -166,3 +170,12 @@ def test_training_is_that_of_a_model_that_keeps_all(mixed_float16):
     assert again[1] == kept[1]
     for a, b in zip(again[0], kept[0], strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_calls_in_other_threads_are_rematerialised_meanwhile():
+    layer = in_scope(lambda: layers.Dense(2))
+    arguments = layer, (floats(2, 3),), {}
+    with ThreadPoolExecutor(1) as pool, not_rematerialised(layer):
+        assert not is_rematerialised(*arguments)
+        assert pool.submit(is_rematerialised, *arguments).result()
+    assert is_rematerialised(*arguments)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import weakref
@@ -61,6 +62,125 @@ def is_recorded():
     from tensorflow.python import pywrap_tfe
 
     return not pywrap_tfe.TFE_Py_TapeSetIsStopped()
+
+
+def is_differentiated(tensors, others=()):
+    """Whether gradients by one of several tensors are known to be wanted.
+
+    On TensorFlow of what is recorded at present: of a graph that is called in a tape that was not
+    there when it was built, nothing is known. On JAX of all but what runs once more or in a loop.
+
+    Args:
+        tensors: List of tensors.
+        others: On JAX, more of them, without which it cannot be told of those that nothing is
+            wanted of them.
+    """
+    if keras.backend.backend() == "tensorflow":
+        from tensorflow.python.eager import record
+
+        return bool(tensors) and record.should_record_backprop(tensors)
+    import jax
+
+    found = []
+
+    @jax.custom_vjp
+    def identity(*tensors):
+        return tensors
+
+    def forward(*tensors):
+        found.extend(tensor.perturbed for tensor in tensors)
+        return tuple(tensor.value for tensor in tensors), None
+
+    identity.defvjp(forward, lambda _, gradients: gradients, symbolic_zeros=True)
+    identity(*tensors, *others)
+    return any(found[: len(tensors)]) if found else True
+
+
+class ReadsOfVariables:
+    """A context that sees which variables are read in it, other than through a scope of Keras.
+
+    On TensorFlow; elsewhere no gradient comes to a variable that is not among the arguments.
+
+    Args:
+        known: List of values that may be read: those of variables, and others.
+    """
+
+    def __init__(self, known=()):
+        self._watcher = None
+        # Of `tf.distribute` there is one on every device.
+        parts = [getattr(value, "values", ()) for value in known]
+        parts = itertools.chain(*(each for each in parts if isinstance(each, tuple)))
+        self._known = set(map(id, [*known, *parts]))
+        self._graph = _graph_being_built()
+
+    def __enter__(self):
+        if keras.backend.backend() == "tensorflow":
+            from tensorflow.python.eager import record
+
+            self._watcher = record.VariableWatcher()
+            self._watcher.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        if self._watcher is not None:
+            self._watcher.__exit__(*exception)
+
+    @property
+    def names(self):
+        """The names of trainable `tf.Variable`s that were read: a list."""
+        read = () if self._watcher is None else self._watcher.watched_variables()
+        return [variable.name for variable in read if id(variable) not in self._known]
+
+    def is_outside(self):
+        """Whether a function is being traced that was not when the context was entered.
+
+        Such a `tf.function` remembers what it reads, if it is no variable, for good. Bodies of
+        loops and branches are built anew.
+        """
+        graph = _graph_being_built()
+        while graph is not None and graph is not self._graph:
+            if not _is_control_flow(graph):
+                return True
+            graph = getattr(graph, "outer_graph", None)
+        return False
+
+
+def _graph_being_built():
+    if not _builds_graph():
+        return None
+    import tensorflow as tf
+
+    return tf.compat.v1.get_default_graph()
+
+
+def _is_control_flow(graph):
+    from tensorflow.python.ops import control_flow_v2_func_graphs
+
+    return isinstance(graph, control_flow_v2_func_graphs.ControlFlowFuncGraph)
+
+
+def independent(function, tensors, others):
+    """Which tensors no gradient of what a function returns comes to: a list of booleans.
+
+    Args:
+        function: Function without arguments to a list of tensors, of TensorFlow.
+        tensors: List of tensors and `tf.Variable`s.
+        others: List of other tensors that gradients are taken by.
+    """
+    import tensorflow as tf
+
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([*tensors, *others])
+        results = function()
+    from tensorflow.python.eager import record
+
+    with record.stop_recording():  # by others
+        return [gradient is None for gradient in tape.gradient(results, tensors)]
+
+
+def gradients_end_at_variables():
+    """Whether code of somebody else may define gradients by variables, not by values."""
+    return keras.backend.backend() == "tensorflow"
 
 
 def gradients_end_at_assignments():
@@ -183,6 +303,93 @@ def compiled(function):
     import tensorflow as tf
 
     return tf.function(function, reduce_retracing=True)
+
+
+def dense_parts(x):
+    """The dense tensors that a value is made of, and how to make one like it of others.
+
+    A ragged or sparse tensor has several.
+
+    Args:
+        x: Any value without structure of its own, as `keras.tree` sees it.
+
+    Returns:
+        A list of tensors and other values, and a function from such a list to a value like `x`.
+
+    Raises:
+        ValueError: If `x` holds tensors in a way in which they cannot be replaced.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        parts, structure = jax.tree.flatten(x)
+        return parts, structure.unflatten
+    import tensorflow as tf
+
+    if isinstance(x, tf.TensorArray) or getattr(x, "dtype", None) == tf.variant:
+        raise ValueError(
+            "Expected a LossScaled layer to take and return tensors of numbers. Received: "
+            f"{x!r} (of type {type(x).__name__}), whose gradients cannot be reached. Take them "
+            "out of it inside the layer (`tensor_array.stack()`), or leave the layer unscaled."
+        )
+    if isinstance(x, tf.__internal__.CompositeTensor) and not isinstance(x, tf.Variable):
+        parts = tf.nest.flatten(x, expand_composites=True)
+        return parts, lambda parts: tf.nest.pack_sequence_as(x, parts, expand_composites=True)
+    return [x], lambda parts: parts[0]
+
+
+def behind_activation(x):
+    """What a tensor was computed from by a softmax or sigmoid, and that function; or `None`.
+
+    In a graph of TensorFlow, where Keras's crossentropies look for that. As from `dense_parts`.
+    """
+    if not _builds_graph():
+        return None
+    import tensorflow as tf
+
+    functions = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
+    if not isinstance(x, tf.Tensor) or x.op.type not in functions:
+        return None
+    return list(x.op.inputs), lambda parts: functions[x.op.type](*parts)
+
+
+def is_inexact_dtype(dtype):
+    """Whether a dtype, of a tensor, is one of floating-point or complex numbers."""
+    name = keras.backend.standardize_dtype(dtype)
+    return keras.backend.is_float_dtype(name) or name.startswith("complex")
+
+
+def real_numbers(x):
+    """All numbers of a dense or sparse gradient as real ones: complex ones as two."""
+    x = x.values if hasattr(x, "indices") else x  # of embeddings: `tf.IndexedSlices`
+    if not keras.backend.standardize_dtype(x.dtype).startswith("complex"):
+        return x
+    return keras.ops.stack([keras.ops.real(x), keras.ops.imag(x)], axis=-1)
+
+
+def complex_number(real, imaginary):
+    """The complex tensor of two of the same floating-point dtype."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.lax.complex(real, imaginary)
+    import tensorflow as tf
+
+    return tf.complex(real, imaginary)
+
+
+def would_be_constant(value):
+    """Whether a function that is being compiled would keep `value` as it is now, for good.
+
+    So JAX does with what is not among the arguments of the function. TensorFlow reads variables
+    anew. Computing gradients alone, without compiling, traces nothing.
+    """
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    compiles = isinstance(jax.lax.full((), 0.0), jax.core.Tracer)
+    return compiles and not isinstance(value, jax.core.Tracer)
 
 
 def bitcast(x, dtype):

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics import backend, spectrum
 from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
-from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, dense
+from tf_adaptive_ls.numerics.report import SAMPLE_SIZE
 
 
 class Operands(NamedTuple):
@@ -164,7 +164,9 @@ class Ownership(NamedTuple):
         return power_of_two(log2_scales)
 
 
-def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, float_formats):
+def evidence_of(
+    reports, gradients, ownership, log2_scales, *, narrow, sampled, float_formats, answerable=True
+):
     """Turns what was seen into counts.
 
     Args:
@@ -175,11 +177,13 @@ def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, 
         narrow: Whether each layer computes in a narrow format, NumPy `[layers]`.
         sampled: Whether samples are asked for, a boolean scalar.
         float_formats: The `FloatFormat` of each layer, a list.
+        answerable: Whether all gradients of each layer's weights have come at its own scale, NumPy
+            `[layers]`. Otherwise only its report tells whether it made what is not finite.
 
     Returns:
         An `Evidence`.
     """
-    gradients = [dense(gradient) for gradient in gradients]
+    gradients = list(map(backend.real_numbers, gradients))
     scales = ownership.scales(log2_scales)
     num_layers = len(narrow)
     infinity = np.float32(np.inf)
@@ -189,7 +193,8 @@ def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, 
     of_weights = ops.take(peaks, ownership.places, axis=0) * scales[:, None]
     largest = ops.max(of_weights, axis=1)
     smallest = ops.min(ops.where(ownership.is_weight, of_weights, infinity), axis=1)
-    produced_wide = ops.maximum(reports.produced_wide, ops.where(narrow, 0.0, largest))
+    made_narrow = ops.where(np.logical_and(narrow, answerable), largest, 0.0)
+    made_wide = ops.where(np.logical_and(np.logical_not(narrow), answerable), largest, 0.0)
 
     # Together with those of inputs.
     any_input = reports.num_produced > 0
@@ -204,8 +209,9 @@ def evidence_of(reports, gradients, ownership, log2_scales, *, narrow, sampled, 
     arrived_whole = ops.logical_and(
         reports.arrived_at_s < overflow, ops.isfinite(reports.arrived_otherwise)
     )
+    produced_narrow = ops.maximum(ops.maximum(reports.produced, made_narrow), reports.set_out_from)
     produced_whole = ops.logical_and(
-        ops.maximum(largest, reports.set_out_from) < overflow, ops.isfinite(produced_wide)
+        produced_narrow < overflow, ops.isfinite(ops.maximum(reports.produced_wide, made_wide))
     )
 
     def counts(values):

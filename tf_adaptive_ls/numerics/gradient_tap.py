@@ -16,15 +16,15 @@ def power_of_two(exponent):
     return backend.bitcast(ops.left_shift(biased, _FLOAT32.nmant), "float32")
 
 
-def gradient_tap(tensors, divisors, receivers, report):
+def gradient_tap(tensors, divisors, receivers=(), report=None):
     """Identity whose backward pass divides gradients and reports what it saw.
 
     Args:
-        tensors: List of floating-point tensors, at least one.
+        tensors: List of floating-point or complex tensors, at least one.
         divisors: List of float32 scalars, powers of two, one per tensor: what its
             gradient is divided by. `None` leaves a gradient as it is.
         receivers: List of tensors. The "gradient" of the last is the report, those of
-            the others are zero.
+            the others are zero. Without any nothing is reported.
         report: Function `(gradients, divisors) -> tensor` of the shape of the last of
             `receivers`, of the gradients as they arrived.
 
@@ -48,8 +48,11 @@ def gradient_tap(tensors, divisors, receivers, report):
                 gradient if divisor is None else _divide(gradient, divisor)
                 for gradient, divisor in zip(gradients, of_each, strict=True)
             ]
+            shifted = _refuse_second_order(shifted)
+            if not receivers:
+                return tuple(shifted)
             reported = report(list(gradients), of_each)
-            return (*_refuse_second_order(shifted), *map(ops.zeros_like, silent), reported)
+            return (*shifted, *map(ops.zeros_like, silent), reported)
 
         return tuple(values), backward
 
@@ -95,6 +98,10 @@ def redirect_gradient(value, tensor):
 
 def _divide(x, divisor):
     """`x / divisor` in `x`'s dtype, rounded once."""
+    if keras.backend.standardize_dtype(x.dtype).startswith("complex"):
+        # Each by itself: times a complex number zeros would become NaN beside infinities.
+        parts = (_divide(part, divisor) for part in (ops.real(x), ops.imag(x)))
+        return backend.complex_number(*parts)
     # In float16 the divisor alone would overflow at 2**16.
     wide = keras.backend.result_type(x.dtype, "float32")
     divisor = ops.cast(divisor, wide)

@@ -149,7 +149,7 @@ def report_of_arrivals(gradients, divisors, *, at_s, narrow):
         ]
         return _packed([*_half(figures, _chosen(gradients, at_s)), np.zeros(_HALF, "float32")])
 
-    return _of_all_parts(of_part, [*gradients, *divisors])
+    return _of_all_parts(of_part, [*map(backend.real_numbers, gradients), *divisors])
 
 
 def report_of_products(gradients, *, narrow):
@@ -172,12 +172,7 @@ def report_of_products(gradients, *, narrow):
         ]
         return _packed([np.zeros(_HALF, "float32"), *_half(figures, _chosen(gradients, narrow))])
 
-    return _of_all_parts(of_part, [dense(gradient) for gradient in gradients])
-
-
-def dense(gradient):
-    """All numbers of a gradient; those of embeddings may be sparse (`tf.IndexedSlices`)."""
-    return getattr(gradient, "values", gradient)
+    return _of_all_parts(of_part, list(map(backend.real_numbers, gradients)))
 
 
 _IS_FIGURE = np.arange(SIZE) % _HALF < _NUM_FIGURES

@@ -59,11 +59,17 @@ class LossState(NamedTuple):
         memory: What the rule remembers of what arrives at S in each format that layers
             have, float32 `[formats, n]`; as that of layers.
         steps_to_sample: How many steps to go before one is sampled, an int32 scalar.
+        ceiling: log2 of what S is not to go beyond, a float32 scalar. It remembers overflows
+            that no report explains, as of layers without a scale of their own.
+        blamed: On how many of the steps last skipped in a row each layer was at fault, and
+            last S, float32 `[layers + 1]`.
     """
 
     log2_scale: Tensor
     memory: Tensor
     steps_to_sample: Tensor
+    ceiling: Tensor
+    blamed: Tensor
 
 
 def packed_scale(log2_scale):
@@ -93,6 +99,17 @@ def is_valid(packed):
 def initial_scale(shape=(2,), dtype="float32"):
     """A scale of 1: an initializer."""
     return ops.convert_to_tensor(np.array([0, 1], dtype))
+
+
+def initial_loss_state(log2_scale, num_formats, num_layers, memory_size):
+    """`LossState` before anything was seen, of NumPy arrays."""
+    return LossState(
+        np.float32(log2_scale),
+        np.full((num_formats, memory_size), NOTHING_SEEN, "float32"),
+        np.int32(0),
+        np.float32(MAX_LOG2_SCALE),
+        np.zeros(num_layers + 1, "float32"),
+    )
 
 
 def initial_layer_states(num_layers, memory_size, any_operands=False):

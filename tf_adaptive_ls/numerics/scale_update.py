@@ -22,6 +22,15 @@ from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, Los
 SATURATION_MARGIN = 3
 
 
+# A layer that was at fault on so many of the steps skipped in a row, its scale lowered each time,
+# is blamed in vain: what overflows is not at its scale. S gives way.
+PATIENCE = 1
+
+# By how many binades per step the ceiling of S rises: one in as many steps as Keras waits before it
+# doubles its scale.
+CEILING_RISE = 1 / 2000
+
+
 class Flow(NamedTuple):
     """How gradients flow between layers; NumPy arrays.
 
@@ -94,7 +103,7 @@ def update(
         ]
     )
     sampled = is_sampled(loss)
-    layers_at_fault, loss_at_fault = at_fault(evidence, layers, flow)
+    layers_at_fault, loss_at_fault, unexplained = at_fault(evidence, layers, loss, flow)
     ruled = moves(
         with_operands(evidence, operand_formats, float_formats),
         layers,
@@ -106,7 +115,14 @@ def update(
 
     move = ops.where(layers_at_fault, -backoff, ops.where(finite, ruled.layers, 0.0))
     move_of_loss = ops.where(loss_at_fault, -max(backoff), ops.where(finite, ruled.loss, 0.0))
+    # Half-way between what overflowed and what S is lowered to; once for steps skipped in a row,
+    # which may be for the data.
+    fallen = ops.minimum(loss.log2_scale - np.ceil(max(backoff) / 2), loss.ceiling)
+    risen = loss.ceiling + ops.where(finite, np.float32(CEILING_RISE), 0.0)
+    falls = ops.logical_and(unexplained, ops.equal(loss.blamed[-1], 0))
+    ceiling = _bounded(ops.where(falls, fallen, risen))
     log2_scale = _bounded(loss.log2_scale + move_of_loss)
+    log2_scale = ops.minimum(log2_scale, ops.floor(ceiling))
     # A change of S by the rule moves no layer.
     taken_back = ops.where(finite, log2_scale - loss.log2_scale, 0.0)
     log2_scales = _bounded(layers.log2_scales + move - taken_back)
@@ -145,6 +161,12 @@ def update(
             loss.memory,
         ),
         next_sample(loss, finite, move, log2_scale - loss.log2_scale, backoff, sample_every),
+        ceiling,
+        ops.where(
+            finite,
+            0.0,
+            loss.blamed + ops.cast(ops.append(layers_at_fault, loss_at_fault), "float32"),
+        ),
     )
     return new_layers, new_loss
 
@@ -154,15 +176,16 @@ def is_sampled(loss):
     return ops.equal(loss.steps_to_sample, 0)
 
 
-def at_fault(evidence, layers, flow):
+def at_fault(evidence, layers, loss, flow):
     """Whose scales are to blame for gradients that are not finite.
 
     A layer is that made such gradients, unless those that arrived at a layer called later
-    were not finite already. Before anything was sampled all scales are one, S; that is to
-    blame whenever no layer is.
+    were not finite already, or it was blamed in vain `PATIENCE` times in a row. Before anything
+    was sampled all scales are one, S; that is to blame whenever no layer is.
 
     Returns:
-        Booleans: `[layers]`, and a scalar for S.
+        Booleans: `[layers]`, a scalar for S, and a scalar whether S is to blame for what no layer
+        has seen: neither made it, nor had it arrive.
     """
     order = np.argsort(np.argsort(flow.call_order)).astype("float32")
     arrived_broken = evidence.arrived_broken
@@ -173,9 +196,16 @@ def at_fault(evidence, layers, flow):
     last_broken = ops.max(ops.where(arrived_broken > 0, order, -1.0))
     differ = ops.logical_or(ops.any(layers.spectra > 0), ops.any(layers.log2_scales != 0))
     made_it = ops.logical_and(evidence.produced_broken > 0, order > last_broken)
-    made_it = ops.logical_and(made_it, differ)
+    made_it = ops.logical_and(made_it, loss.blamed[:-1] < PATIENCE)
+    layers_at_fault = ops.logical_and(made_it, differ)
     skipped = ops.logical_not(evidence.finite)
-    return made_it, ops.logical_and(skipped, ops.logical_not(ops.any(made_it)))
+    loss_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(layers_at_fault)))
+    explained = ops.logical_or(ops.any(made_it), ops.any(evidence.arrived_broken > 0))
+    return (
+        layers_at_fault,
+        loss_at_fault,
+        ops.logical_and(loss_at_fault, ops.logical_not(explained)),
+    )
 
 
 def with_operands(evidence, operand_formats, float_formats):

@@ -18,6 +18,10 @@ from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 _RECENT = 6
 
+# Of so many steps at least a share is told of, and which is worth a word.
+_SKIPS_SEEN_OVER = 300
+_MANY_SKIPS = 0.05
+
 Logs: TypeAlias = dict[str, Any]
 
 
@@ -147,6 +151,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._layers = scaled_layers(self.model)
         snapshot = self._take_snapshot()
         self._unseen, self._last_recorded = 0, snapshot.step
+        self._skips_since, self._skips_told = snapshot, False
         self._overflows = [layer_snapshot.overflows for layer_snapshot in snapshot.layers]
         self._writers = Writers("LossScaleMonitor")
         if backend.is_first_process():
@@ -173,10 +178,27 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._recent.append(snapshot)
         stuck_after = self.stuck_after
         self._stuck = stuck_after is not None and snapshot.skipped_in_a_row >= stuck_after
+        self._look_at_skips(snapshot)
         new = snapshot.step - self._last_recorded
         if new >= self.every or (new > 0 and (end or self._stuck)):
             self._last_recorded = snapshot.step
             self._writers.write("add", snapshot, self._epoch, self._logs)
+
+    def _look_at_skips(self, snapshot):
+        """Warns, once, if many steps are skipped, though never many in a row."""
+        steps = snapshot.step - self._skips_since.step
+        if steps < _SKIPS_SEEN_OVER or self._skips_told:
+            return
+        skipped = snapshot.skipped_steps - self._skips_since.skipped_steps
+        self._skips_since = snapshot
+        if skipped > _MANY_SKIPS * steps:
+            self._skips_told = True
+            warnings.warn(
+                f"{skipped} of the last {steps} steps were skipped, since their gradients were not "
+                f"finite.{self._blamed()} Call `scale_table(model)` to see how near to overflow "
+                "layers are; layers without a loss scale of their own are not in it.",
+                stacklevel=2,
+            )
 
     def _look_into_next_batch(self):
         """Makes `fit` explain the next batch instead of training on it."""
@@ -214,14 +236,18 @@ class LossScaleMonitor(keras.callbacks.Callback):
             f"step {since}, since their gradients were not finite. Weights are as they were "
             f"then. Loss scale S: {scales}."
         )
+        return text + self._blamed()
+
+    def _blamed(self):
+        """A sentence, or nothing."""
         blamed = [
             f"'{name}' ({layer_snapshot.overflows - before})"
             for (name, _), layer_snapshot, before in zip(
-                self._layers, last.layers, self._overflows, strict=True
+                self._layers, self._recent[-1].layers, self._overflows, strict=True
             )
             if layer_snapshot.overflows > before
         ]
-        return f"{text} Layers blamed in this run: {', '.join(blamed)}." if blamed else text
+        return f" Layers blamed in this run: {', '.join(blamed)}." if blamed else ""
 
 
 class Writers:

@@ -17,7 +17,7 @@ from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
-from tf_adaptive_ls.training.call_tensors import is_float_tensor, with_mask_of
+from tf_adaptive_ls.training.call_tensors import CallTensors, is_inexact
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
 from tf_adaptive_ls.training.keras_internals import parts_of
 
@@ -167,7 +167,7 @@ def _readings_of_data(**data):
     for name, structure in data.items():
         leaves = tree.flatten(structure)
         for i, leaf in enumerate(leaves):
-            if is_float_tensor(leaf):
+            if is_inexact(leaf):
                 tensor = name if len(leaves) == 1 else f"{name}, part {i + 1} of {len(leaves)}"
                 yield _reading("input", "", tensor, leaf)
 
@@ -196,7 +196,7 @@ def _readings_of_step(model, x, y, sample_weight):
     loss = run(watch)
     for layer, place, tensor in watch.seen:
         reading = _reading("forward", layer, place, tensor)
-        if place == _OUTPUT or reading.kind:  # what enters a layer has left another
+        if place != _INPUT or reading.kind:  # what enters a layer has left another
             yield reading
     yield _reading("loss", "", "loss", loss)
 
@@ -227,12 +227,12 @@ def _readings_of_gradients(model, watch, variables, gradients):
             dtype = keras.backend.standardize_dtype(tensor.dtype)
             figures = _figures(ops.convert_to_numpy(summary))
             reading = TensorReading("backward", layer, f"gradient of the {place}", dtype, *figures)
-            if place == _OUTPUT or reading.kind:
+            if place != _INPUT or reading.kind:
                 readings.append((time, reading))
     return [reading for _, reading in sorted(readings, key=lambda pair: -pair[0])]
 
 
-_INPUT, _OUTPUT = "input", "output"
+_INPUT, _OUTPUT, _LOGITS = "input", "output", "logits"
 
 
 class _Watch:
@@ -254,9 +254,12 @@ class _Watch:
         return self._probed(name, _OUTPUT, call(*args, **kwargs))
 
     def _probed(self, name, place, structure):
-        leaves = tree.flatten(structure)
-        leaves = [self._see(name, place, x) if is_float_tensor(x) else x for x in leaves]
-        return tree.pack_sequence_as(structure, leaves)
+        found = CallTensors(structure, are_outputs=place == _OUTPUT)
+        tensors = [self._see(name, place, tensor) for tensor in found.tensors]
+        logits = dict(found.logits)
+        if place == _OUTPUT:
+            logits = {at: self._see(name, _LOGITS, tensor) for at, tensor in logits.items()}
+        return found.replaced(tensors, logits=logits)
 
     def _see(self, name, place, tensor):
         probe = None if self._probes is None else self._probes[len(self.seen)]
@@ -266,7 +269,7 @@ class _Watch:
         (tapped,) = gradient_tap(
             [tensor], [None], [probe], lambda gradients, _: _summary(*gradients)
         )
-        return with_mask_of(tensor, tapped)
+        return tapped
 
 
 @contextlib.contextmanager
@@ -309,7 +312,7 @@ def _reading(phase, layer, tensor, value):
 
 def _summary(x):
     """Largest finite magnitude, number of infinities and of NaNs, `[3]`."""
-    x = ops.cast(getattr(x, "values", x), "float32")
+    x = ops.cast(backend.real_numbers(x), "float32")
     magnitudes = ops.where(ops.isfinite(x), ops.abs(x), 0.0)
     infs, nans = (ops.sum(ops.cast(faults, "float32")) for faults in (ops.isinf(x), ops.isnan(x)))
     return ops.stack([ops.max(magnitudes, initial=0.0), infs, nans])

@@ -184,7 +184,10 @@ def _why_wide(layers):
 
 def _row(name, layer, log2_loss_scale):
     if isinstance(layer, LossScaled):
-        return scaled_row(name, type(layer.layer).__name__, layer.snapshot, log2_loss_scale)
+        row = scaled_row(name, type(layer.layer).__name__, layer.snapshot, log2_loss_scale)
+        if layer.layer.trainable or row.log2_scale or row.binades:
+            return row
+        layer = layer.layer  # frozen, and gradients did not pass it, either
     inside = scaled_inside(layer)
     note = f"has {len(inside)} scaled layers inside" if inside else _why_not(layer)
     return ScaleRow(name, type(layer).__name__, None, None, None, None, note)

@@ -1,7 +1,7 @@
 """The border of a `LossScaled` layer: everything that crosses it is shifted and reported."""
 
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap, rounding_tap
@@ -12,7 +12,7 @@ from tf_adaptive_ls.numerics.report import (
 )
 from tf_adaptive_ls.numerics.rounding import NOISE_BITS, rounded
 from tf_adaptive_ls.training import scale_plan
-from tf_adaptive_ls.training.call_tensors import Arguments, is_float_tensor, is_narrow, with_mask_of
+from tf_adaptive_ls.training.call_tensors import Arguments, CallTensors, is_narrow
 from tf_adaptive_ls.training.scale_plan import AT_S, ScaleGroup
 
 
@@ -29,21 +29,33 @@ class Border:
 
     Args:
         scaled: The `LossScaled` layer.
+        at_own_scale: Whether it works at a scale of its own; otherwise r is 0, whatever it is.
+        reports: Whether the taps report. Only then what comes before the layer costs anything
+            in the backward pass if nobody else asks for gradients there.
     """
 
-    def __init__(self, scaled):
+    def __init__(self, scaled, at_own_scale=True, reports=True):
         self._scaled = scaled
         self._route = scale_plan.route_of(scaled)
-        self._receivers = scaled.loss_scale.value, scaled.loss_scale_report.value
+        self._receivers = self.receivers_inside = ()
+        if reports:
+            self._receivers = scaled.loss_scale.value, scaled.loss_scale_report.value
         if scaled.float8 is not None:
             # Here, since the layer runs where its own variables alone are known.
-            self._operand_receiver = scaled.float8_report.value
+            operands = scaled.float8_report.value
+            self._operand_receiver = operands if reports else ops.zeros_like(operands)
+            self.receivers_inside = (self._operand_receiver,)
             self._seed = _next_seed(scaled.float8_seed)
-        self.passes_from = self._route.passes_from if self._route else ()
+        self.passes_from = self._route.passes_from if self._route and at_own_scale else ()
         # At whose scale the layer works.
-        self._own = self._route.outputs[0] if self.passes_from else ScaleGroup((scaled,))
+        self._own = AT_S
+        if at_own_scale:
+            self._own = self._route.outputs[0] if self.passes_from else ScaleGroup((scaled,))
         self.passes_with = self._own.layers if self.passes_from else ()
-        self._up, self._down = scale_plan.factors(self._own)  # 2**r and 2**-r
+        # 2**r and 2**-r; `None` for 1.
+        self._up, self._down = (None, None)
+        if at_own_scale:
+            self._up, self._down = scale_plan.factors(self._own)
 
     def tap_inputs(self, args, kwargs, weights):
         """Where gradients leave.
@@ -56,42 +68,49 @@ class Border:
         Returns:
             The arguments, and pairs of a variable and its value, to run the layer on.
         """
-        arguments = Arguments(self._scaled, args, kwargs, self._route)
-        number = len(arguments.tensors)
-        tensors = [*arguments.tensors, *(v.value for v in weights)]
-        if tensors:
+        self._arguments = arguments = Arguments(self._scaled, args, kwargs, self._route)
 
+        def tap(tensors, places, narrow):
             def report(gradients, _):
                 # The optimizer sees those of weights for itself.
-                return report_of_products(gradients[:number], narrow=arguments.narrow)
+                return report_of_products(gradients, narrow=narrow)
 
-            divisors = [*map(self._divisor_out, arguments.groups), *[self._up] * len(weights)]
-            tensors = gradient_tap(tensors, divisors, self._receivers, report)
-        args, kwargs = arguments.replaced(tensors[:number])
-        return args, kwargs, list(zip(weights, tensors[number:], strict=True))
+            divisors = [self._divisor_out(arguments.groups[place]) for place in places]
+            return self._tapped(tensors, divisors, report)
+
+        tensors = tap(arguments.tensors, arguments.places, arguments.narrow)
+        logits = {
+            place: tap([tensor], [place], [is_narrow(tensor)])[0]
+            for place, tensor in arguments.logits.items()
+        }
+        # One by one: a weight that is not used is to have no gradient.
+        values = [gradient_tap([weight.value], [self._up])[0] for weight in weights]
+        args, kwargs = arguments.replaced(tensors, logits=logits)
+        return args, kwargs, list(zip(weights, values, strict=True))
 
     def tap_outputs(self, outputs):
         """Where gradients arrive. What a layer passes on is not looked at on arrival."""
-        leaves = tree.flatten(outputs)
-        groups = self._route.outputs if self._route else [AT_S] * len(leaves)
-        places = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
-        if not places or self.passes_from:
+        self._arguments.return_masks()
+        if self.passes_from:
             return outputs
-        narrow = [is_narrow(leaves[i]) for i in places]
-        at_s = [n and groups[i] == AT_S for i, n in zip(places, narrow, strict=True)]
+        crossing = CallTensors(outputs, are_outputs=True)
 
-        def report(gradients, divisors):
-            return report_of_arrivals(gradients, divisors, at_s=at_s, narrow=narrow)
+        def tap(tensors, places):
+            groups = [self._route.outputs[place] if self._route else AT_S for place in places]
+            narrow = [is_narrow(tensor) for tensor in tensors]
+            at_s = [n and group == AT_S for group, n in zip(groups, narrow, strict=True)]
 
-        tapped = gradient_tap(
-            [leaves[i] for i in places],
-            [self._divisor_in(groups[i]) for i in places],
-            self._receivers,
-            report,
-        )
-        for i, tensor in zip(places, tapped, strict=True):
-            leaves[i] = with_mask_of(leaves[i], tensor)
-        return tree.pack_sequence_as(outputs, leaves)
+            def report(gradients, divisors):
+                return report_of_arrivals(gradients, divisors, at_s=at_s, narrow=narrow)
+
+            return self._tapped(tensors, [self._divisor_in(group) for group in groups], report)
+
+        tensors = tap(crossing.tensors, crossing.places)
+        logits = {place: tap([tensor], [place])[0] for place, tensor in crossing.logits.items()}
+        return crossing.replaced(tensors, logits=logits)
+
+    def _tapped(self, tensors, divisors, report):
+        return gradient_tap(tensors, divisors, self._receivers, report) if tensors else []
 
     def tap_loss(self, loss):
         """Where the gradient of a loss that the layer has added arrives, 1 times S."""
@@ -128,15 +147,19 @@ class Border:
 
     def _divisor_out(self, group):
         """2**r over the factor that the gradients of a group travel at, `None` for one."""
-        if group == AT_S:
-            return self._up
-        return None if group == self._own else self._up * scale_plan.factors(group)[1]
+        return self._quotient(self._up, group, 1)
 
     def _divisor_in(self, group):
         """The inverse of that."""
+        return self._quotient(self._down, group, 0)
+
+    def _quotient(self, own, group, which):
+        if group == self._own:
+            return None
         if group == AT_S:
-            return self._down
-        return None if group == self._own else self._down * scale_plan.factors(group)[0]
+            return own
+        other = scale_plan.factors(group)[which]
+        return other if own is None else own * other
 
 
 def _next_seed(variable):

@@ -1,79 +1,143 @@
-"""The floating-point tensors in the arguments of a call, and what there is to know of one."""
+"""The tensors in the arguments or outputs of a call that may have gradients."""
+
+from typing import Any
 
 import keras
-from keras import ops, tree
+from keras import tree
 
+from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.training import keras_internals
 from tf_adaptive_ls.training.scale_plan import AT_S
 
 
-class Arguments:
-    """The arguments of a call, and the floating-point tensors among them.
+class CallTensors:
+    """The inexact tensors that a nested structure is made of: floating-point and complex ones.
+
+    Those of a ragged or a sparse tensor are its components. Keras computes crossentropies from
+    the logits behind the result of a softmax or sigmoid: those that it has left on a tensor belong
+    to that; where it looks for an operation behind an output, what comes into it stands for that.
+
+    Args:
+        structure: The structure.
+        are_outputs: Whether losses may be computed from the tensors.
+
+    Attributes:
+        tensors: List of the dense ones, in the order of `tree.flatten`.
+        places: Which leaf of the structure each belongs to.
+        others: List of all else that the structure is made of.
+        masks: The Keras mask of each leaf that is or has a tensor, or `None`.
+        logits: Dict of the logits that Keras has left on leaves, by place.
+    """
+
+    def __init__(self, structure, are_outputs=False):
+        self._structure = structure
+        self._originals = tree.flatten(structure)
+        self._leaves = []  # of each: which of its parts are inexact, and what makes it of all
+        self._replaced: list[Any] = []
+        self.tensors, self.places, self.others, self.masks, self.logits = [], [], [], [], {}
+        for place, leaf in enumerate(self._originals):
+            logits = keras_internals.logits_of(leaf)
+            behind = backend.behind_activation(leaf) if are_outputs and logits is None else None
+            parts, rebuild = behind or backend.dense_parts(leaf)
+            inexact = list(map(is_inexact, parts))
+            if not any(inexact):
+                parts, inexact, rebuild = [leaf], [False], _only
+            for part, yes in zip(parts, inexact, strict=True):
+                (self.tensors if yes else self.others).append(part)
+            self._leaves.append((inexact, rebuild))
+            self.places += [place] * sum(inexact)
+            self.masks.append(keras_internals.mask_of(leaf) if any(inexact) else None)
+            if logits is not None:
+                self.logits[place] = logits
+
+    def replaced(self, tensors, *, others=None, masks=None, logits=None):
+        """The structure with other things in place of these.
+
+        Args:
+            tensors: List of tensors in place of `self.tensors`.
+            others: List as the attribute, which it defaults to.
+            masks: List as the attribute, which it defaults to.
+            logits: Dict as the attribute, which it defaults to.
+        """
+        tensors, others = iter(tensors), iter(self.others if others is None else others)
+        masks = self.masks if masks is None else masks
+        logits = self.logits if logits is None else logits
+        leaves = []
+        for place, (inexact, rebuild) in enumerate(self._leaves):
+            leaf = rebuild([next(tensors if yes else others) for yes in inexact])
+            if any(inexact) and masks[place] is not None:
+                keras_internals.set_mask(leaf, masks[place])
+            if place in logits:
+                keras_internals.set_logits(leaf, logits[place])
+            leaves.append(leaf)
+        self._replaced = leaves
+        return tree.pack_sequence_as(self._structure, leaves)
+
+    def return_masks(self):
+        """Gives the tensors the masks that those in their place have now.
+
+        Keras's attention takes away the masks of tensors that it is called on, for good.
+        """
+        for place in set(self.places):
+            original, leaf = self._originals[place], self._replaced[place]
+            mask = keras_internals.mask_of(leaf)
+            # What had to be cast would be a copy in plain Keras, too.
+            if mask is not self.masks[place] and leaf.dtype == original.dtype:
+                keras_internals.set_mask(original, mask)
+
+
+def _only(parts):
+    (part,) = parts
+    return part
+
+
+class Arguments(CallTensors):
+    """The arguments of a call, and the inexact tensors among them.
+
+    Args:
+        scaled: The `LossScaled` layer.
+        args: A tuple of arguments by position.
+        kwargs: A dict of arguments by name.
+        route: The `Route` of the layer, or `None`.
 
     The tensors are cast as the layer would cast them if it computes in a wider format
     than they have: a gradient is then still wide when it is shifted, and rounded
     only after that.
 
     Attributes:
-        tensors: List of the tensors, in the order that `tree.flatten` finds them in.
-        narrow: Whether the gradient of each is written in a narrow format.
-        groups: The `ScaleGroup` that the gradient of each leaves for, or `AT_S`.
+        narrow: Whether the gradient of each of `tensors` is written in a narrow format.
+        groups: The `ScaleGroup` that the gradient of each leaf leaves for, or `AT_S`.
     """
 
     def __init__(self, scaled, args, kwargs, route):
-        self._args, self._kwargs = args, kwargs
-        self._leaves = []
-        groups = []
+        self._names = list(kwargs)
+        super().__init__((args, *kwargs.values()))
+        self.groups = []
         for name, value in [(None, args), *kwargs.items()]:
-            leaves = tree.flatten(value)
             planned = route and (route.args if name is None else route.kwargs.get(name))
-            self._leaves += leaves
-            groups += planned or [AT_S] * len(leaves)
-        self._places = [i for i, leaf in enumerate(self._leaves) if is_float_tensor(leaf)]
-        self.tensors = [self._leaves[i] for i in self._places]
+            self.groups += planned or [AT_S] * len(tree.flatten(value))
         self.narrow = [scaled.is_narrow] * len(self.tensors)
         layer = scaled.layer
         if layer.autocast and not scaled.is_narrow:
             self.narrow = [is_narrow(tensor) for tensor in self.tensors]
             self.tensors = [
-                ops.cast(tensor, layer.compute_dtype) if narrow else tensor
+                keras.ops.cast(tensor, layer.compute_dtype) if narrow else tensor
                 for tensor, narrow in zip(self.tensors, self.narrow, strict=True)
             ]
-        self.groups = [groups[i] for i in self._places]
 
-    def replaced(self, tensors):
-        """`(args, kwargs)` with `tensors` in place of `self.tensors`."""
-        leaves = list(self._leaves)
-        for i, tensor in zip(self._places, tensors, strict=True):
-            leaves[i] = with_mask_of(leaves[i], tensor)
-        leaves = iter(leaves)
-
-        def refilled(value):
-            return tree.pack_sequence_as(value, [next(leaves) for _ in tree.flatten(value)])
-
-        return refilled(self._args), {name: refilled(v) for name, v in self._kwargs.items()}
+    def replaced(self, tensors, **others):
+        """`(args, kwargs)` with other tensors in place of these, see `CallTensors`."""
+        args, *values = super().replaced(tensors, **others)
+        return args, dict(zip(self._names, values, strict=True))
 
 
 def is_narrow(tensor):
     """Whether the gradient of `tensor` is written in a format that a scale matters to."""
-    return FloatFormat(keras.backend.standardize_dtype(tensor.dtype)).is_narrow
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return keras.backend.is_float_dtype(dtype) and FloatFormat(dtype).is_narrow
 
 
-def is_float_tensor(x):
-    """Whether `x` is a dense tensor that may have a gradient."""
-    return (
-        ops.is_tensor(x)
-        and keras.backend.is_float_dtype(x.dtype)
-        # Sparse and ragged tensors carry data, not gradients.
-        and not hasattr(x, "dense_shape")
-        and not hasattr(x, "row_splits")
-    )
-
-
-def with_mask_of(original, tensor):
-    """`tensor`, with the Keras mask of `original` if it has one."""
-    mask = keras_internals.mask_of(original)
-    if mask is not None:
-        keras_internals.set_mask(tensor, mask)
-    return tensor
+def is_inexact(x):
+    """Whether `x` is a tensor of floating-point or complex numbers."""
+    return keras.ops.is_tensor(x) and backend.is_inexact_dtype(x.dtype)

@@ -3,12 +3,13 @@
 import contextlib
 import contextvars
 
-from keras import ops, tree
+import keras
+from keras import ops
 
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.training import keras_internals, scale_plan
-from tf_adaptive_ls.training.call_tensors import is_float_tensor, with_mask_of
-from tf_adaptive_ls.training.held_variables import HeldVariables, values_of
+from tf_adaptive_ls.training.call_tensors import CallTensors
+from tf_adaptive_ls.training.held_variables import HeldVariables, ReadElsewhere, values_of
 
 _runs_again = contextvars.ContextVar("runs_again", default=False)
 
@@ -18,7 +19,7 @@ def runs_again():
     return _runs_again.get()
 
 
-def call_held(layer, weights, args, kwargs, within=contextlib.nullcontext):
+def call_held(layer, weights, args, kwargs, within=contextlib.nullcontext, receivers=()):
     """Calls a layer, and makes the updates of variables that its call asks for.
 
     Args:
@@ -27,6 +28,7 @@ def call_held(layer, weights, args, kwargs, within=contextlib.nullcontext):
         args: A tuple of arguments by position.
         kwargs: A dict of arguments by name.
         within: Function that makes a context in which the layer is to run.
+        receivers: Values of variables that are read in that context.
 
     Returns:
         The outputs, and a list of the losses that the layer has added.
@@ -35,22 +37,64 @@ def call_held(layer, weights, args, kwargs, within=contextlib.nullcontext):
     again = keras_internals.is_rematerialised(layer, args, kwargs)
     with keras_internals.not_rematerialised(layer):
         call = _call_twice if again else _call
-        outputs, losses, updates, _ = call(layer, values, args, kwargs, within)
+        outputs, losses, updates, _ = call(layer, values, args, kwargs, within, receivers)
     for variable, value in updates:
         variable.assign(value)
     return outputs, losses
 
 
-def _call(layer, values, args, kwargs, within):
-    with scale_plan.running(None), HeldVariables(layer, values) as held, within():
+def _call(layer, values, args, kwargs, within, receivers):
+    with scale_plan.running(None), HeldVariables(layer, values, receivers) as held, within():
         outputs = layer(*args, **kwargs)
         losses = list(held.losses)
         held.losses.clear()  # Keras 3.12 would look for each by its value, which graphs have not
         keras_internals.drop_losses(layer)
+    held.check_reads()
     return outputs, losses, held.updates, held.found
 
 
-def _call_twice(layer, values, args, kwargs, within):
+def check_gradients(layer, weights, args, kwargs):
+    """Raises `ReadElsewhere` if gradients do not come to all given values that they should come to.
+
+    So it is with a `tf.custom_gradient` that expects variables: it does not see values. Calls the
+    layer, and once more without any scope of ours if there is something to be cleared up.
+
+    Args:
+        layer: As that of `call_held`.
+        weights: Likewise.
+        args: Likewise.
+        kwargs: Likewise.
+    """
+    values = values_of(layer, weights)
+
+    def held_call():
+        with scale_plan.running(None), HeldVariables(layer, values) as held:
+            outputs = layer(*args, **kwargs)
+            read[:] = map(held.was_read, variables)
+            return CallTensors((outputs, list(held.losses))).tensors
+
+    def plain_call():
+        with scale_plan.running(None), keras.StatelessScope(collect_losses=True) as scope:
+            outputs = layer(*args, **kwargs)
+            return CallTensors((outputs, list(scope.losses))).tensors
+
+    variables, tensors = zip(*weights, strict=True)
+    read = []
+    inputs = CallTensors((args, kwargs)).tensors
+    with keras_internals.not_rematerialised(layer):
+        missing = backend.independent(held_call, tensors, inputs)
+    doubtful = [
+        v for v, yes, was_read in zip(variables, missing, read, strict=True) if yes and was_read
+    ]
+    if doubtful:
+        own_values = list(map(keras_internals.own_value, doubtful))
+        missing = backend.independent(plain_call, own_values, inputs)
+        names = [v.path for v, is_missing in zip(doubtful, missing, strict=True) if not is_missing]
+        if names:
+            raise ReadElsewhere(f"has gradients of {', '.join(names)} that only variables get")
+
+
+def _call_twice(layer, values, args, kwargs, within, receivers):
     """`_call` that keeps nothing for the backward pass, but runs the layer there once more.
 
     So would Keras, but TensorFlow then finds no gradients by what are not variables, and
@@ -58,52 +102,27 @@ def _call_twice(layer, values, args, kwargs, within):
     """
     variables = [variable for variable, _ in values]
     # As they are now: statistics and seeds are updated before the second run.
-    tensors = [ops.copy(value) for _, value in values]
-    given = tree.flatten((args, kwargs))
-    leaves = [*given, *tensors]
-    places = [i for i, leaf in enumerate(leaves) if is_float_tensor(leaf)]
+    given = CallTensors((args, kwargs, [ops.copy(value) for _, value in values]))
     first = {}
 
-    def run(*floats):
-        filled = list(leaves)
-        for i, tensor in zip(places, floats, strict=True):
-            filled[i] = with_mask_of(leaves[i], tensor)
-        new_args, new_kwargs = tree.pack_sequence_as((args, kwargs), filled[: len(given)])
-        new_values = list(zip(variables, filled[len(given) :], strict=True))
-        new_values += first.get("found", [])
+    def run(*tensors):
+        new_args, new_kwargs, held = given.replaced(tensors)
+        new_values = [*zip(variables, held, strict=True), *first.get("found", [])]
         token = _runs_again.set(bool(first) or runs_again())
         try:
             with keras_internals.not_rematerialised(layer):
                 outputs, losses, updates, found = _call(
-                    layer, new_values, new_args, new_kwargs, within
+                    layer, new_values, new_args, new_kwargs, within, receivers
                 )
         finally:
             _runs_again.reset(token)
-        leaves_out = [*tree.flatten(outputs), *losses]
-        are_floats = [is_float_tensor(leaf) for leaf in leaves_out]
+        results = CallTensors((outputs, losses))
         first.setdefault("found", found)
-        first.setdefault("outputs", outputs)
-        first.setdefault("are_floats", are_floats)
+        first.setdefault("results", results)
         first.setdefault("updated", [variable for variable, _ in updates])
-        floats_out, others_out = _divided(leaves_out, are_floats)
-        masks = [keras_internals.mask_of(leaf) for leaf in floats_out]
-        return floats_out, (others_out, masks, [value for _, value in updates])
+        return results.tensors, (results.others, results.masks, [value for _, value in updates])
 
-    floats_out, (others_out, masks, updates) = backend.rematerialised(run)(
-        *(leaves[i] for i in places)
-    )
-    for tensor, mask in zip(floats_out, masks, strict=True):
-        if mask is not None:
-            keras_internals.set_mask(tensor, mask)
-    floats_out, others_out = iter(floats_out), iter(others_out)
-    leaves_out = [next(floats_out if each else others_out) for each in first["are_floats"]]
-    number = len(tree.flatten(first["outputs"]))
-    outputs = tree.pack_sequence_as(first["outputs"], leaves_out[:number])
-    updates = list(zip(first["updated"], updates, strict=True))
-    return outputs, leaves_out[number:], updates, first["found"]
-
-
-def _divided(items, chosen):
-    """Those that are chosen, and the others."""
-    pairs = list(zip(items, chosen, strict=True))
-    return [item for item, yes in pairs if yes], [item for item, yes in pairs if not yes]
+    tensors, (others, masks, updates) = backend.rematerialised(run)(*given.tensors)
+    # As in Keras, logits are not kept.
+    outputs, losses = first["results"].replaced(tensors, others=others, masks=masks, logits={})
+    return outputs, losses, list(zip(first["updated"], updates, strict=True)), first["found"]

@@ -8,21 +8,54 @@ from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
 from tf_adaptive_ls.training import keras_internals
 
 
+class ReadElsewhere(BaseException):
+    """A layer reads weights otherwise than as the values that it was given.
+
+    No `Exception`, lest Keras or AutoGraph make another of it on the way, or a layer catch it.
+
+    Args:
+        how: How it does, for a person.
+    """
+
+    def __init__(self, how):
+        super().__init__(how)
+        self.how = how
+
+
 class HeldVariables(keras.StatelessScope):
     """The scope.
 
     Args:
         layer: The layer.
         values: Pairs of a variable and its value, see `values_of`.
+        others: Values of variables that may be read besides.
     """
 
-    def __init__(self, layer, values):
+    def __init__(self, layer, values, others=()):
         super().__init__(values, collect_losses=True)
         self._layer_name = layer.name
+        self._reads = backend.ReadsOfVariables(known=[*(value for _, value in values), *others])
+        self._read = set()
         self._is_recorded = backend.is_recorded()
         self._found = {}
         self._weights = {id(v): value for v, value in values if is_scaled_weight(v)}
         self._updates = {}
+
+    def __enter__(self):
+        self._reads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self._reads.__exit__(*exception)
+
+    def check_reads(self):
+        """Raises `ReadElsewhere` if variables were read in another way than through the scope."""
+        if self._reads.names:
+            raise ReadElsewhere(f"reads {', '.join(self._reads.names)} as a tf.Variable")
+
+    def was_read(self, variable):
+        return id(variable) in self._read
 
     @property
     def updates(self):
@@ -30,6 +63,7 @@ class HeldVariables(keras.StatelessScope):
         return list(self._updates.values())
 
     def add_update(self, update):
+        self._check_is_here()
         variable, value = update
         self._updates[id(variable)] = variable, value
         if id(variable) in self._weights and backend.gradients_end_at_assignments():
@@ -44,7 +78,9 @@ class HeldVariables(keras.StatelessScope):
         return list(self._found.values())
 
     def get_current_value(self, variable):
+        self._check_is_here()
         value = super().get_current_value(variable)
+        self._read.add(id(variable))
         if id(variable) in self._weights:
             self._check_is_recorded(variable)
         if value is None and keras_internals.own_value(variable) is not None:
@@ -55,6 +91,10 @@ class HeldVariables(keras.StatelessScope):
                 value = ops.copy(keras_internals.own_value(variable))
             self._found.setdefault(id(variable), (variable, value))
         return value
+
+    def _check_is_here(self):
+        if self._reads.is_outside():
+            raise ReadElsewhere("uses variables in a tf.function of its own")
 
     def _check_has_no_gradient(self, variable):
         if is_scaled_weight(variable):
@@ -69,11 +109,9 @@ class HeldVariables(keras.StatelessScope):
     def _check_is_recorded(self, variable):
         # Outside of such a scope TensorFlow finds it even there, since it is a variable.
         if self._is_recorded and not backend.is_recorded():
-            raise ValueError(
-                "Expected a LossScaled layer to read its weights where TensorFlow records "
-                f"gradients. Received: layer '{self._layer_name}' reading '{variable.path}' in "
-                "a function made by `keras.remat` or `tf.recompute_grad`. Make the layer in a "
-                "`keras.RematScope` instead, or wrap the layers inside it, one by one."
+            raise ReadElsewhere(
+                f"reads {variable.path} where TensorFlow records nothing, as in "
+                "`tf.recompute_grad` (a `keras.RematScope` would do) or `tf.stop_gradient`"
             )
 
 
@@ -95,5 +133,5 @@ def is_scaled_weight(variable):
     return (
         variable.trainable
         and not variable.overwrite_with_gradient
-        and keras.backend.is_float_dtype(variable.dtype)
+        and backend.is_inexact_dtype(variable.dtype)
     )

@@ -6,6 +6,7 @@ layer would be built at another time, and its weights be found under other paths
 """
 
 import contextlib
+import contextvars
 
 import keras
 from keras.src.backend.common import masking
@@ -17,6 +18,57 @@ def parts_of(layer):
     `layer.layers` is only there for models, and only one level deep.
     """
     return list(layer._flatten_layers())
+
+
+# Where Keras's layers are whose config is all there is to them, unless they have variables. Other
+# layers have tables (of a vocabulary), functions, statistics, … which Keras has no list of.
+_ALL_CONFIG = tuple(
+    f"keras.src.layers.{name}." for name in ("activations", "merging", "pooling", "reshaping")
+)
+
+
+def is_all_config(layer):
+    """Whether a layer is known to be what its config says, and to have no state.
+
+    One that cannot be told to be so is taken not to be.
+    """
+    kind = type(layer)
+    if not kind.__module__.startswith(_ALL_CONFIG) or layer.variables or len(parts_of(layer)) > 1:
+        return False
+    # `Layer.__new__` sets these two on every layer; others are somebody's patches.
+    patched = vars(layer).keys() - {"build", "quantize"}
+    return is_plain_keras_layer(layer) and not any(
+        callable(getattr(kind, name, None)) for name in patched
+    )
+
+
+# Keras layers that run code Keras does not know.
+_FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
+
+
+def is_plain_keras_layer(layer):
+    """Whether a layer is one of Keras's own and runs only code of Keras."""
+    functions = getattr(layer, "activation", None), vars(layer).get("call")
+    return (
+        is_from_keras(type(layer))
+        and type(layer).__name__ not in _FOREIGN_CODE
+        and all(function is None or is_from_keras(function) for function in functions)
+    )
+
+
+def is_from_keras(definition):
+    """Whether a class or function is defined in Keras."""
+    return definition.__module__.partition(".")[0] == "keras"
+
+
+def may_be_trained(layer):
+    """Whether a layer has weights that are trainable, or would be if it were not frozen."""
+    return any(map(own_weights, parts_of(layer)))
+
+
+def own_weights(layer):
+    """The weights of a layer, not of others inside it, that are trainable if it is not frozen."""
+    return list(layer._trainable_variables)
 
 
 def graph_of(model):
@@ -66,28 +118,54 @@ def is_rematerialised(layer, args, kwargs):
     def call():
         pass
 
-    modes = [(part, part._remat_mode) for part in parts_of(layer)]
-    modes = [(part, mode) for part, mode in modes if mode and mode.mode != "activations"]
     return any(
         mode.mode == "full"
         or part.name in mode.layer_names
         or (part is layer and part.rematerialized_call(call, *args, **kwargs) is not call)
-        for part, mode in modes
+        for part, mode in _remat_modes(layer)
     )
+
+
+# The `id` of layers that Keras shall not run once more, in the running context.
+_run_once: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(
+    "run_once", default=frozenset()
+)
 
 
 @contextlib.contextmanager
 def not_rematerialised(layer):
     """Keeps Keras from running a layer, or layers inside it, once more in the backward pass."""
-    modes = [(part, part._remat_mode) for part in parts_of(layer)]
-    modes = [(part, mode) for part, mode in modes if mode and mode.mode != "activations"]
-    for part, _ in modes:
-        part._remat_mode = None
+    parts = [part for part, _ in _remat_modes(layer)]
+    for part in parts:
+        if "rematerialized_call" not in vars(part):
+            # For good: other threads may be in a call of the same layer.
+            object.__setattr__(part, "rematerialized_call", _unless_run_once(part))
+    token = _run_once.set(_run_once.get().union(map(id, parts)))
     try:
         yield
     finally:
-        for part, mode in modes:
-            part._remat_mode = mode
+        _run_once.reset(token)
+
+
+def _remat_modes(layer):
+    """Pairs of a layer in `layer`, or itself, and the mode in which Keras runs it once more."""
+    modes = [(part, part._remat_mode) for part in parts_of(layer)]
+    return [
+        (part, mode)
+        for part, mode in modes
+        if mode and mode.mode != "activations" and id(part) not in _run_once.get()
+    ]
+
+
+def _unless_run_once(layer):
+    plain = layer.rematerialized_call
+
+    def rematerialized_call(layer_call, *args, **kwargs):
+        if id(layer) in _run_once.get():
+            return layer_call
+        return plain(layer_call, *args, **kwargs)
+
+    return rematerialized_call
 
 
 @contextlib.contextmanager
@@ -151,6 +229,19 @@ def mask_of(tensor):
 def set_mask(tensor, mask):
     """Gives a tensor a Keras mask, see `mask_of`."""
     masking.set_keras_mask(tensor, mask)
+
+
+def logits_of(tensor):
+    """The logits that Keras has left on the result of a softmax or sigmoid, or `None`.
+
+    On TensorFlow: its crossentropies compute from them.
+    """
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_logits(tensor, logits):
+    """Leaves logits on a tensor, see `logits_of`."""
+    tensor._keras_logits = logits
 
 
 def arguments_of_compile(model):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import numbers
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_adaptive_ls.numerics import report, scale_state
+from tf_adaptive_ls.numerics import backend, report, scale_state
 from tf_adaptive_ls.numerics.evidence import Ownership
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat, narrowest
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
@@ -21,9 +22,11 @@ from tf_adaptive_ls.numerics.scale_update import Flow
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import keras_internals, scale_plan
 from tf_adaptive_ls.training.border import Border
+from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.float8 import Float8
-from tf_adaptive_ls.training.held_call import call_held, runs_again
-from tf_adaptive_ls.training.held_variables import scaled_weights_of
+from tf_adaptive_ls.training.held_call import call_held, check_gradients, runs_again
+from tf_adaptive_ls.training.held_variables import ReadElsewhere, scaled_weights_of
+from tf_adaptive_ls.training.keras_internals import is_plain_keras_layer, parts_of
 from tf_adaptive_ls.training.products import in_float8, products_in
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
@@ -88,7 +91,8 @@ class LossScaled(keras.layers.Wrapper):
         layer: The `keras.layers.Layer` to scale. It keeps its weights, and lends
             the wrapper its name.
         name: String, defaults to `layer.name`.
-        trainable: Boolean, as for any layer.
+        trainable: Boolean, whether the scale can be chosen. Whether weights are trained is the
+            layer's own.
         float8: A `Float8`, with which all matrix products and convolutions of the layer
             are computed from numbers of 8 bits; its `layer_filter` says nothing here.
 
@@ -150,11 +154,25 @@ class LossScaled(keras.layers.Wrapper):
             )
             if float8.rounding == "stochastic":
                 self.float8_seed = self._add_seed()
+        # How it reads weights if that keeps it from working at a scale of its own.
+        self._read_elsewhere: str | None = None
+        self._gradients_checked = False
+        # Whether it was ever called so that its scale does not act on the gradients of weights.
+        self.called_at_s = False
         # The one that knows about it.
         self._optimizer: weakref.ref[Any] | None = None
         self.last_call = Call()
         layer._loss_scaled = _Owner(self)
         self.built = layer.built
+
+    @property
+    def trainable(self) -> bool:
+        """Whether `layer` is trainable. Setting it sets that of `layer`, and of the scale."""
+        return self.layer.trainable if hasattr(self, "layer") else self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.layers.Layer.trainable.fset(self, value)
 
     def _add_weight_of_scaling(self, name, shape, initializer):
         # Trainable, since nothing else reaches a stateless optimizer on JAX.
@@ -167,6 +185,8 @@ class LossScaled(keras.layers.Wrapper):
             name=name,
         )
         weight.loss_scaled = self
+        # Whether the layer is frozen now or not: that may change without the wrapper knowing.
+        weight.trainable = self._trainable
         return weight
 
     def _add_seed(self):
@@ -249,17 +269,61 @@ class LossScaled(keras.layers.Wrapper):
 
     def _scaled_call(self, *args, **kwargs):
         if _neutral.get():
+            self.called_at_s = True
             with scale_plan.running(None):
                 return self.layer(*args, **kwargs)
-        border = Border(self)
+        if self._read_elsewhere is None:
+            try:
+                return self._call_at_own_scale(args, kwargs)
+            except ReadElsewhere as reads:
+                self._read_elsewhere, self.called_at_s = reads.how, True
+                warnings.warn(
+                    f"LossScaled layer '{self.name}' works at the scale of its surroundings: it "
+                    f"{reads.how}, and could not be given them at a scale of its own.",
+                    stacklevel=2,
+                )
+        border = Border(self, at_own_scale=False, reports=False)
+        args, kwargs, _ = border.tap_inputs(args, kwargs, [])
+        with scale_plan.running(None), self._computing(border)():
+            outputs = self.layer(*args, **kwargs)
+        return border.tap_outputs(outputs)
+
+    def _call_at_own_scale(self, args, kwargs):
+        border = Border(self, reports=self._is_to_report(args, kwargs))
         if not runs_again():
             self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
         weights = scaled_weights_of(self.layer)
         args, kwargs, weights = border.tap_inputs(args, kwargs, weights)
-        outputs, losses = call_held(self.layer, weights, args, kwargs, self._computing(border))
+        self._check_gradients(weights, args, kwargs)
+        outputs, losses = call_held(
+            self.layer, weights, args, kwargs, self._computing(border), border.receivers_inside
+        )
         for loss in losses:
             self.add_loss(border.tap_loss(loss))
         return border.tap_outputs(outputs)
+
+    def _is_to_report(self, args, kwargs):
+        """Whether its gradients matter: to its own weights, or to what comes before it."""
+        if not self.loss_scale.trainable:
+            return False
+        if self.layer.trainable_variables:
+            return True
+        if not scale_plan.may_be_passed(self):
+            return False
+        receivers = self.loss_scale.value, self.loss_scale_report.value
+        return backend.is_differentiated(CallTensors((args, kwargs)).tensors, receivers)
+
+    def _check_gradients(self, weights, args, kwargs):
+        """Once, and where gradients are wanted."""
+        values = [value for _, value in weights]
+        if (
+            not self._gradients_checked
+            and backend.gradients_end_at_variables()
+            and backend.is_differentiated(values)
+            and not all(map(is_plain_keras_layer, parts_of(self.layer)))
+        ):
+            self._gradients_checked = True
+            check_gradients(self.layer, weights, args, kwargs)
 
     def _computing(self, border):
         """Function that makes the context in which the layer runs."""
@@ -336,7 +400,7 @@ class LossScaled(keras.layers.Wrapper):
     def get_config(self) -> dict[str, Any]:
         config = {
             "name": self.name,
-            "trainable": self.trainable,
+            "trainable": self.loss_scale.trainable,
             "layer": keras.saving.serialize_keras_object(self.layer),
         }
         if self.float8 is not None:

@@ -10,18 +10,19 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend, report
+from tf_adaptive_ls.numerics import backend, report, spectrum
 from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.evidence import Evidence, Operands, evidence_of
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
-from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN, QuantileRule, ScaleRule
+from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule
 from tf_adaptive_ls.numerics.scale_state import (
     MAX_LOG2_SCALE,
     LayerSnapshot,
     LayerStates,
     LossState,
     initial_layer_states,
+    initial_loss_state,
     is_known,
     packed_scale,
 )
@@ -51,7 +52,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             skip the step
             lower r of each layer that made finite gradients non-finite, unless
                 those that arrived at a later layer were not finite already
-            if there is no such layer, or nothing was ever sampled: lower S
+            if there is no such layer, or nothing was ever sampled, or it was lowered in vain:
+                lower S, and if no layer saw what overflowed remember not to raise it as far again
         sample the next step if it is the `sample_every`-th, if this one was skipped,
             or if a scale moved further than a sample can be trusted
 
@@ -170,10 +172,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             for name, value in first._asdict().items()
             if name != "log2_scales" and value is not None  # the first: a weight of each layer
         }
-        self._loss_memory = self._add_state(
-            "loss_memory",
-            np.full((len(float_formats), self.rule.memory_size), NOTHING_SEEN, "float32"),
-        )
+        of_loss = initial_loss_state(0, len(float_formats), len(layers), self.rule.memory_size)
+        self._loss_memory = self._add_state("loss_memory", of_loss.memory)
+        self._loss_ceiling = self._add_state("loss_ceiling", of_loss.ceiling)
+        self._blamed = self._add_state("blamed", of_loss.blamed)
         # Set as it is: Keras would take what is in a list for variables of the optimizer.
         object.__setattr__(self, "_model_variables", list(var_list))
         object.__setattr__(self, "_scaled_layers", layers)
@@ -213,6 +215,30 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             return LayerSnapshot.of(state, layer.float_format, layer.operand_format)
 
         return [snapshot(layer) for layer in layers]
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """S times the loss: what gradients are to be computed of.
+
+        Args:
+            loss: Scalar tensor.
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            ValueError: In a function that JAX compiles, if S would become a constant of it.
+        """
+        scale = self.dynamic_scale if self.built else self.initial_scale
+        if backend.would_be_constant(getattr(scale, "value", scale)):
+            raise ValueError(
+                "Expected the loss scale to be among what a compiled function of JAX is given. "
+                "Received: `scale_loss` in such a function, with an optimizer that is "
+                + ("not part of it" if self.built else "not built yet")
+                + ": every later step would use the loss scale of the first. Build the optimizer, "
+                "pass `[v.value for v in optimizer.variables]` to the function, and scale the loss "
+                "inside `with keras.StatelessScope(zip(optimizer.variables, values)):`."
+            )
+        return ops.multiply(loss, scale)
 
     def apply(
         self,
@@ -265,8 +291,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _step(self, grads, variables, without_effects):
         """Args: without_effects: that a conditional may have none, and returns new values."""
-        weights, reports, operand_reports = self._split(grads, variables)
-        gradients, variables = _unzipped(weights)
+        weights, overwrites, reports, operand_reports = self._split(grads, variables)
+        gradients, variables = _unzipped([*weights, *overwrites])
         if not reports:
             finite = self.check_finite(gradients)
             if without_effects:
@@ -279,7 +305,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._count_step(finite)
             return
         states = self._states()
-        evidence = self._evidence(weights, reports, operand_reports, *states)
+        evidence = self._evidence(weights, overwrites, reports, operand_reports, *states)
         if without_effects:
             touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
             new_values = ops.cond(
@@ -296,7 +322,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _apply_inner(self, gradients, variables):
         scale = self.dynamic_scale
-        unscaled = [None if g is None else ops.divide(g, scale) for g in gradients]
+        unscaled = [
+            gradient
+            if gradient is None or _is_overwritten(variable)
+            else ops.divide(gradient, scale)
+            for gradient, variable in zip(gradients, variables, strict=True)
+        ]
         self.inner_optimizer.apply(unscaled, variables)
         backend.leave_gradients_to_graph()
 
@@ -308,11 +339,16 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._skipped_in_a_row.assign(ops.where(skipped, in_a_row, ops.zeros_like(in_a_row)))
 
     def _split(self, grads, variables):
-        """Pairs `(gradient, variable)` of weights, and both kinds of reports by `id` of layers."""
-        weights, reports, operand_reports = [], {}, {}
+        """Pairs `(gradient, variable)`, and both kinds of reports by `id` of layers.
+
+        The pairs are of weights, and of variables of others that are overwritten with their
+        "gradient", such as the factors of Keras's float8 layers: it bears no loss scale.
+        """
+        weights, overwrites, reports, operand_reports = [], [], {}, {}
         for gradient, variable in zip(grads, variables, strict=True):
             if not _is_of_scaling(variable):
-                weights.append((gradient, variable))
+                pairs = overwrites if _is_overwritten(variable) else weights
+                pairs.append((gradient, variable))
             elif gradient is None or _is_scale(variable):
                 continue
             elif variable is variable.loss_scaled.loss_scale_report:
@@ -327,7 +363,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 f"Received: those of other LossScaled layers too: {sorted(set(names))}. "
                 "Compile the model, or make the optimizer, anew."
             )
-        return weights, reports, operand_reports
+        return weights, overwrites, reports, operand_reports
 
     def _states(self):
         """`LayerStates` and `LossState` as they are now."""
@@ -339,10 +375,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 ops.round(ops.log2(ops.convert_to_tensor(self.dynamic_scale))),
                 self._loss_memory.value,
                 self._steps_to_sample.value,
+                self._loss_ceiling.value,
+                self._blamed.value,
             ),
         )
 
-    def _evidence(self, weights, reports, operand_reports, layer_states, loss_state):
+    def _evidence(self, weights, overwrites, reports, operand_reports, layer_states, loss_state):
         """The `Evidence` of a step, of all replicas together."""
         weights = [(gradient, v) for gradient, v in weights if gradient is not None]
 
@@ -358,7 +396,13 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             narrow=np.array([layer.is_narrow for layer in self._scaled_layers]),
             sampled=is_sampled(loss_state),
             float_formats=[layer.float_format for layer in self._scaled_layers],
+            answerable=np.array([not layer.called_at_s for layer in self._scaled_layers]),
         )
+        others = [gradient for gradient, _ in overwrites if gradient is not None]
+        if others:
+            broken = ops.any(ops.isinf(spectrum.peaks(others)))
+            broken = ops.maximum(evidence.weights_broken, ops.cast(broken, "float32"))
+            evidence = evidence._replace(weights_broken=broken)
         if layer_states.saturations is not None:
             operands = report.OperandReport.unpacked(stacked(operand_reports, report.OPERAND_SIZE))
             operands = Operands.of(operands, is_sampled(loss_state))
@@ -387,13 +431,15 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             variable.assign(getattr(layer_states, name))
         self.dynamic_scale.assign(power_of_two(loss_state.log2_scale))
         self._loss_memory.assign(loss_state.memory)
+        self._loss_ceiling.assign(loss_state.ceiling)
+        self._blamed.assign(loss_state.blamed)
         self._steps_to_sample.assign(ops.cast(loss_state.steps_to_sample, "int32"))
 
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         super().finalize_variable_values([v for v in var_list if not _is_of_scaling(v)])
 
     def load_own_variables(self, store: Any) -> None:
-        super().load_own_variables(store)
+        super().load_own_variables(self._with_added(store))
         scale = float(self.dynamic_scale.numpy())
         states = [*self._layer_states.values(), self._loss_memory]
         damaged = [v.path for v in states if not np.all(np.isfinite(v.numpy()))]
@@ -404,6 +450,15 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 + (f" and others in {', '.join(damaged)}" if damaged else "")
                 + ". The file is damaged: take another copy of it."
             )
+
+    def _with_added(self, store):
+        """`store`, with variables that optimizers saved by version 0.2 did not have yet."""
+        added = [id(self._loss_ceiling), id(self._blamed)] if self.built else []
+        if len(store.keys()) != len(self.variables) - len(added):
+            return store
+        saved = (store[str(i)] for i in range(len(store.keys())))
+        values = [v.numpy() if id(v) in added else next(saved) for v in self.variables]
+        return {str(i): value for i, value in enumerate(values)}
 
     def get_config(self) -> dict[str, Any]:
         return stamped(
@@ -444,6 +499,10 @@ def _is_of_scaling(variable):
 
 def _is_scale(variable):
     return _is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
+
+
+def _is_overwritten(variable):
+    return getattr(variable, "overwrite_with_gradient", False)  # a `tf.Variable` does not have it
 
 
 def _unzipped(weights):

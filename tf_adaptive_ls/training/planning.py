@@ -5,12 +5,15 @@ import dataclasses
 import keras
 from keras import tree
 
-from tf_adaptive_ls.training.keras_internals import graph_of, nodes_of, parts_of
+from tf_adaptive_ls.training.keras_internals import (
+    graph_of,
+    is_from_keras,
+    is_plain_keras_layer,
+    nodes_of,
+    parts_of,
+)
 from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.scale_plan import AT_S, Route, ScaleGroup, ScalePlan
-
-# Keras layers that run code Keras does not know.
-_FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
 
 _NORMALISATIONS = (
     keras.layers.BatchNormalization,
@@ -86,7 +89,33 @@ def plan_of(model):
         )
         for call in planned
     }
-    return ScalePlan(tuple(call.operation for call in planned), routes, tuple(models))
+    layers = tuple(call.operation for call in planned)
+    inputs = tuple(map(id, graph_of(model).inputs))
+    return ScalePlan(layers, routes, tuple(models), _with_keys(calls), inputs)
+
+
+def _with_keys(calls):
+    """Operations, with keys of what they take and return: `ScalePlan.calls`."""
+    same = {}  # a tensor of a nested graph is that outside of it
+    for call in calls:
+        if call.nested is not None:
+            pairs = [*zip(call.nested.inputs, call.inputs, strict=True)]
+            pairs += zip(call.outputs, call.nested.outputs, strict=True)
+            same.update((id(a), id(b)) for a, b in pairs if a is not b)
+
+    def keys(tensors):
+        found = []
+        for key in map(id, tensors):
+            while key in same:
+                key = same[key]
+            found.append(key)
+        return tuple(found)
+
+    return tuple(
+        (call.operation, keys(call.inputs), keys(call.outputs))
+        for call in calls
+        if call.nested is None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,25 +179,11 @@ def _may_pass(call):
 def _only_hands_gradients_on(operation):
     """Whether `operation` has a linear backward pass and no gradients of its own."""
     if not isinstance(operation, keras.layers.Layer):
-        return _is_from_keras(type(operation))
+        return is_from_keras(type(operation))
     return all(
         is_plain_keras_layer(layer) and not layer.weights and layer.activity_regularizer is None
         for layer in parts_of(operation)
     )
-
-
-def is_plain_keras_layer(layer):
-    """Whether `layer` is one of Keras's own and runs only code of Keras."""
-    function = getattr(layer, "activation", None)
-    return (
-        _is_from_keras(type(layer))
-        and type(layer).__name__ not in _FOREIGN_CODE
-        and (function is None or _is_from_keras(function))
-    )
-
-
-def _is_from_keras(definition):
-    return definition.__module__.partition(".")[0] == "keras"
 
 
 class _Groups:

@@ -1,8 +1,10 @@
 """Matrix products and convolutions of Keras layers, and how they run on operands of 8 bits."""
 
 import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -105,17 +107,42 @@ PRODUCTS = (
 def product_of(layer):
     """The `Product` that a layer is, or `None`.
 
-    One whose class has a `call` of its own is none: who knows what that does.
+    One with a `call` of its own, of its class or itself, is none: who knows what that does.
     """
     for product in PRODUCTS:
         if isinstance(layer, product.layer_class):
-            return product if type(layer).call is product.layer_class.call else None
+            is_own = type(layer).call is not product.layer_class.call
+            return None if is_own or not isinstance(_own_call(layer), _Route | None) else product
     return None
 
 
 def products_in(layer):
     """A layer and those inside it, at any depth, that are products."""
     return [part for part in keras_internals.parts_of(layer) if product_of(part)]
+
+
+# How layers that are products compute in the running context, by `id`; all others as ever.
+_computing: contextvars.ContextVar[Mapping[int, Callable[..., Any]]] = contextvars.ContextVar(
+    "computing_in_float8", default=types.MappingProxyType({})
+)
+
+
+class _Route:
+    """What stands for `layer.call`: it looks up how to compute, in whatever thread.
+
+    It is left on the layer, since taking it away would take it from a call that runs meanwhile.
+    """
+
+    def __init__(self, layer):
+        functools.update_wrapper(self, layer.call)
+        self._plain, self._key = layer.call, id(layer)
+
+    def __call__(self, *args, **kwargs):
+        return _computing.get().get(self._key, self._plain)(*args, **kwargs)
+
+
+def _own_call(layer):
+    return vars(layer).get("call")
 
 
 @contextlib.contextmanager
@@ -128,17 +155,21 @@ def in_float8(parts, float8, tap):
         tap: Function `(tensor, place, number, cast) -> tensor`: identity whose gradient is
             rounded, for the product at that place among so many, see `rounded` for `cast`.
     """
-    try:
-        for place, part in enumerate(parts):
-            cast = casts(part, float8)
-            own_tap = functools.partial(tap, place=place, number=len(parts), cast=cast)
-            call = functools.partial(_call_in_float8, part, float8.forward_format, own_tap, cast)
+    calls = dict(_computing.get())
+    for place, part in enumerate(parts):
+        cast = casts(part, float8)
+        own_tap = functools.partial(tap, place=place, number=len(parts), cast=cast)
+        calls[id(part)] = functools.partial(
+            _call_in_float8, part, float8.forward_format, own_tap, cast
+        )
+        if _own_call(part) is None:
             # As it is: Keras keeps track of attributes of layers.
-            object.__setattr__(part, "call", call)
+            object.__setattr__(part, "call", _Route(part))
+    token = _computing.set(calls)
+    try:
         yield
     finally:
-        for part in parts:
-            part.__dict__.pop("call", None)
+        _computing.reset(token)
 
 
 def casts(layer, float8):

@@ -75,11 +75,16 @@ class ScalePlan:
         routes: the `Route` of each, by its `id`.
         models: The model and those nested in it that are planned with it, each
             with the graph that the plan was derived from.
+        calls: What the graph computes, in an order in which it can: an operation, and the keys
+            of the tensors that it takes and returns.
+        inputs: The keys of the inputs of the model.
     """
 
     layers: tuple
     routes: dict
     models: tuple
+    calls: tuple = ()
+    inputs: tuple = ()
 
     def covers(self, model):
         return any(model is planned for planned, _ in self.models)
@@ -92,8 +97,10 @@ class ScalePlan:
 class _Run:
     """One run of a planned graph; computes the factors of all layers at once."""
 
-    def __init__(self, plan):
+    def __init__(self, plan, from_inputs):
         self.plan = plan
+        self._from_inputs = from_inputs
+        self._reached = None
         self._of_layers = None
         self._of_groups = {}
 
@@ -107,6 +114,19 @@ class _Run:
             )
         return self._of_groups[group]
 
+    def reaches(self, layer):
+        """Whether what is trained, or an input, comes to a layer through the graph."""
+        if self._reached is None:
+            self._reached = set()
+            tensors = set(self.plan.inputs) if self._from_inputs else set()
+            for operation, taken, returned in self.plan.calls:
+                comes = not tensors.isdisjoint(taken)
+                if comes:
+                    self._reached.add(id(operation))
+                if comes or _is_trained(operation):
+                    tensors.update(returned)
+        return id(layer) in self._reached
+
     def _factors_of_one(self, layer):
         if self._of_layers is None:
             layers = self.plan.layers
@@ -116,10 +136,20 @@ class _Run:
         return self._of_layers[id(layer)]
 
 
+def _is_trained(operation):
+    layer = getattr(operation, "layer", operation)  # inside a `LossScaled` one
+    return bool(getattr(layer, "trainable_variables", ()))
+
+
 @contextlib.contextmanager
-def running(plan):
-    """Makes `plan` hold for the `LossScaled` layers called inside; `None` for none."""
-    token = _running.set(plan and _Run(plan))
+def running(plan, from_inputs=True):
+    """Makes a plan hold for the `LossScaled` layers called inside.
+
+    Args:
+        plan: The `ScalePlan`, `None` for none.
+        from_inputs: Whether anybody may want gradients by the inputs of the model.
+    """
+    token = _running.set(plan and _Run(plan, from_inputs))
     try:
         yield
     finally:
@@ -136,6 +166,12 @@ def route_of(layer):
     """The `Route` of `layer` under the plan that holds, `None` if there is none."""
     run = _running.get()
     return run and run.plan.routes.get(id(layer))
+
+
+def may_be_passed(layer):
+    """Whether gradients that pass a layer may be of use to anybody before it."""
+    run = _running.get()
+    return run is None or route_of(layer) is None or run.reaches(layer)
 
 
 def factors(group):

@@ -9,20 +9,25 @@ from typing import TypeVar
 import keras
 
 from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.training import scale_plan
+from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.keras_internals import (
     NEVER_REMATERIALISED,
     arguments_of_compile,
     graph_of,
+    is_all_config,
+    may_be_trained,
     nodes_of,
+    own_weights,
     parts_of,
     variables_built_for,
 )
 from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter, with_path
 from tf_adaptive_ls.training.loss_scaled import LossScaled, release, wrapper_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
-from tf_adaptive_ls.training.planning import is_plain_keras_layer, plan_of
+from tf_adaptive_ls.training.planning import plan_of
 from tf_adaptive_ls.training.products import products_in
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
@@ -69,11 +74,12 @@ def wrap_model(
     def wrapped(operation, path):
         if not isinstance(operation, keras.layers.Layer) or isinstance(operation, LossScaled):
             return operation
-        if not operation.trainable_weights:
+        if not may_be_trained(operation):
             return _fresh_if_stateless(operation)
         if _class_of_graph(operation) is not None:
             return rebuilt(operation, f"{path}/")
         if not wants(operation, path):
+            left_out.append(operation.name)
             return operation
         if wrapper_of(operation) is None:
             LossScaled(operation, float8=float8 if id(operation) in in_float8 else None)
@@ -85,9 +91,11 @@ def wrap_model(
         return _rebuilt(model, lambda each: converted(each, prefix), planned_class)
 
     newly_wrapped: list[keras.layers.Layer] = []
+    left_out: list[str] = []
     converted = _once_per_operation(wrapped)
     try:
         result = rebuilt(model)
+        result.left_out = tuple(left_out)
         if model.compiled:
             _compile_like(model, result, AdaptiveLossScaleOptimizer)
     except Exception:
@@ -191,6 +199,8 @@ class LossScaledModel:
     """
 
     base_class = None
+    # The names of layers that a filter left out when the model was wrapped.
+    left_out: tuple[str, ...] = ()
     _plan = None
     # In the backward pass its plan would not hold. Its layers are, each by itself.
     _remat_mode = NEVER_REMATERIALISED
@@ -200,7 +210,8 @@ class LossScaledModel:
             return super().call(inputs, training=training, mask=mask, **kwargs)
         if self._plan is None or not self._plan.is_current():
             self._plan = plan_of(self)
-        with scale_plan.running(self._plan):
+        from_inputs = backend.is_differentiated(CallTensors(inputs).tensors)
+        with scale_plan.running(self._plan, from_inputs):
             return super().call(inputs, training=training, mask=mask, **kwargs)
 
     def make_train_function(self, force=False):
@@ -218,6 +229,8 @@ class LossScaledModel:
                 "Compile it with AdaptiveLossScaleOptimizer.",
                 stacklevel=3,
             )
+        if known and (self.train_function is None or force):
+            self._name_layers_without_scale()
         num_replicas = backend.num_replicas_of(self)
         if known and self.jit_compile and num_replicas > 1:
             raise ValueError(
@@ -227,6 +240,29 @@ class LossScaledModel:
                 "`jit_compile=False`."
             )
         return super().make_train_function(force)
+
+    def _name_layers_without_scale(self):
+        scaled = {
+            id(part)
+            for each in parts_of(self)
+            if isinstance(each, LossScaled)
+            for part in parts_of(each)
+        }
+        without = [
+            part.name
+            for part in parts_of(self)
+            if id(part) not in scaled
+            and part.name not in self.left_out
+            and any(v.trainable for v in own_weights(part))
+            and FloatFormat(part.compute_dtype).is_narrow
+        ]
+        if without:
+            warnings.warn(
+                f"Layers of model '{self.name}' are trained that have no loss scale of their own: "
+                f"{', '.join(without)}. Wrap the model once more: `wrap_model(model)` leaves the "
+                "scales that there are.",
+                stacklevel=4,
+            )
 
     def quantize(self, *args, **kwargs):
         in_float8 = [each.name for each in parts_of(self) if getattr(each, "float8", None)]
@@ -254,12 +290,17 @@ class LossScaledModel:
 
     def get_config(self):
         base_class = keras.saving.get_registered_name(self.base_class)
-        return stamped({**super().get_config(), "base_class": base_class})
+        config = stamped({**super().get_config(), "base_class": base_class})
+        return config | {"left_out": list(self.left_out)} if self.left_out else config
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         if cls.base_class is not None:
-            return super().from_config(config, custom_objects=custom_objects)
+            config = dict(config)
+            left_out = config.pop("left_out", ())
+            model = super().from_config(config, custom_objects=custom_objects)
+            model.left_out = tuple(left_out)
+            return model
         config = opened(config, "wrapped model", ["base_class"], optional=None)
         name = config.pop("base_class")
         known = {"Functional": _functional_class(), "Sequential": keras.Sequential}
@@ -338,11 +379,11 @@ def _rebuilt(model, converted, model_class):
 
 
 def _fresh_if_stateless(layer):
-    """A layer like `layer`, if it is one of Keras without any state, or `layer` itself.
+    """A layer like `layer`, if its config is known to be all there is to it, or `layer` itself.
 
     So that `layer.output` of a layer of the result belongs to the result's graph.
     """
-    if not is_plain_keras_layer(layer) or layer.variables or len(parts_of(layer)) > 1:
+    if not is_all_config(layer):
         return layer
     return type(layer).from_config(layer.get_config())
 
