@@ -405,7 +405,6 @@ def test_fine_tuning_is_that_of_the_plain_model(how):
     assert_same(*ends)
 
 
-@pytest.mark.filterwarnings("error")  # also while only a head in float32 is trained
 @pytest.mark.parametrize("how", ["the base that was wrapped", "the base in the wrapped model"])
 def test_layers_that_were_frozen_when_wrapped_find_scales_once_they_are_not(how, mixed_float16):
     model, optimizer = fine_tuned(

@@ -460,7 +460,7 @@ def test_an_overflow_in_neutral_scales_is_not_blamed_on_a_layer(first, mixed_flo
             lambda: optimizer.scale_loss(sum(part() for part in parts)), variables
         )
         optimizer.apply(gradients, variables)
-    assert 1 <= optimizer.skipped_steps <= 3
+    assert 1 <= optimizer.skipped_steps <= 5
     assert [layer.overflows for layer in scaled_layers(model)] == [0, 0]
     assert optimizer.loss_scale < 2.0**15
 

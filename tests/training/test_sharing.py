@@ -89,6 +89,7 @@ MODELS = (*OF_STRINGS, adapted_numbers, patched, with_statistics, with_own_activ
 
 
 # Keras compares the names of such inputs with themselves.
+@pytest.mark.filterwarnings("ignore:(?s).*Explicitly requested dtype int64")
 @pytest.mark.filterwarnings("ignore:(?s).*The structure of `inputs` doesn't match")
 @pytest.mark.parametrize("make", MODELS)
 def test_what_layers_hold_besides_weights_is_kept(make):
