@@ -181,6 +181,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         object.__setattr__(self, "_scaled_layers", layers)
         self.show_on_layers()
 
+    def build_once(self, var_list: list[keras.Variable]) -> None:
+        """`build`, unless that was done, as the first `apply` would do it."""
+        if not self.built:
+            with keras.name_scope(self.name, caller=self):
+                self.build(var_list)
+
     def _add_counter(self, name):
         return self.add_variable(
             shape=(), dtype="int32", initializer="zeros", aggregation="none", name=name
@@ -265,10 +271,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 )
             trainable_variables = self._model_variables
         trainable_variables = list(trainable_variables)
-        if not self.built:
-            with keras.name_scope(self.name, caller=self):
-                self.build(trainable_variables)
-
+        self.build_once(trainable_variables)
         self._step(grads, trainable_variables, without_effects=backend.only_values())
 
     def stateless_apply(

@@ -239,6 +239,9 @@ class LossScaledModel:
                 f"jit_compile=True for model '{self.name}' on {num_replicas}. Compile it with "
                 "`jit_compile=False`."
             )
+        if known and num_replicas == 1:
+            # TensorFlow traces a function that makes variables twice.
+            self.optimizer.build_once(self.trainable_variables)
         return super().make_train_function(force)
 
     def _name_layers_without_scale(self):
