@@ -45,7 +45,8 @@ def fresh_keras():
     keras.config.set_dtype_policy("float32")
     yield
     keras.config.set_dtype_policy("float32")
-    keras.backend.clear_session()
+    # Without looking for garbage: it would take longer than most tests.
+    keras.utils.clear_session(free_memory=False)
 
 
 @pytest.fixture

@@ -2,7 +2,14 @@
 
 import re
 
-KNOWN: dict[str, str] = {}
+FROZEN = (
+    "a frozen layer has a scale, which SGD finds no gradient of: plain Keras has nothing to train"
+)
+FLOAT8 = "its factors and histories are measured at the scale of the layer"
+KNOWN: dict[str, str] = {
+    r"dense_test.py::DenseTest::test_quantize_dtype_argument_float8": FLOAT8,
+    r"embedding_test.py::EmbeddingTest::test_quantize_dtype_argument_int": FROZEN,
+}
 
 
 def reason_for(nodeid):

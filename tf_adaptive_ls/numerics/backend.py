@@ -75,10 +75,14 @@ def is_differentiated(tensors, others=()):
         others: On JAX, more of them, without which it cannot be told of those that nothing is
             wanted of them.
     """
+    if not tensors:
+        return False
     if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
         from tensorflow.python.eager import record
 
-        return bool(tensors) and record.should_record_backprop(tensors)
+        known = [tensor for tensor in tensors if isinstance(tensor, tf.Tensor)]
+        return len(known) < len(tensors) or record.should_record_backprop(known)
     import jax
 
     found = []
