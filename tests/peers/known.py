@@ -7,8 +7,9 @@ FROZEN = (
 )
 FLOAT8 = "its factors and histories are measured at the scale of the layer"
 KNOWN: dict[str, str] = {
-    r"dense_test.py::DenseTest::test_quantize_dtype_argument_float8": FLOAT8,
-    r"embedding_test.py::EmbeddingTest::test_quantize_dtype_argument_int": FROZEN,
+    r"dense_test.py::\w+::test_quantize_dtype_argument_float8": FLOAT8,
+    r"identity_test.py::IdentityTest::test_identity_basics": "a wrapper computes in float32 as Keras sees it",
+    r"embedding_test.py::\w+::test_quantize_dtype_argument_int": FROZEN,
 }
 
 

@@ -26,7 +26,11 @@ from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.held_call import call_held, check_gradients, runs_again
 from tf_adaptive_ls.training.held_variables import ReadElsewhere, scaled_weights_of
-from tf_adaptive_ls.training.keras_internals import is_plain_keras_layer, parts_of
+from tf_adaptive_ls.training.keras_internals import (
+    is_plain_keras_layer,
+    may_be_trained,
+    parts_of,
+)
 from tf_adaptive_ls.training.products import in_float8, products_in
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
@@ -303,10 +307,10 @@ class LossScaled(keras.layers.Wrapper):
         return border.tap_outputs(outputs)
 
     def _is_to_report(self, args, kwargs):
-        """Whether its gradients matter: to its own weights, or to what comes before it."""
+        """Whether its gradients matter. If it is frozen, they may to what comes before it."""
         if not self.loss_scale.trainable:
             return False
-        if self.layer.trainable_variables:
+        if self.layer.trainable_variables or not may_be_trained(self.layer):
             return True
         if not scale_plan.may_be_passed(self):
             return False
