@@ -6,9 +6,10 @@ FROZEN = (
     "a frozen layer has a scale, which SGD finds no gradient of: plain Keras has nothing to train"
 )
 FLOAT8 = "its factors and histories are measured at the scale of the layer"
+DTYPE = "a wrapper computes in float32, as Keras sees it: the layer inside casts"
 KNOWN: dict[str, str] = {
     r"dense_test.py::\w+::test_quantize_dtype_argument_float8": FLOAT8,
-    r"identity_test.py::IdentityTest::test_identity_basics": "a wrapper computes in float32 as Keras sees it",
+    r"identity_test.py::IdentityTest::test_identity_basics": DTYPE,
     r"embedding_test.py::\w+::test_quantize_dtype_argument_int": FROZEN,
 }
 
