@@ -229,6 +229,8 @@ def test_counts_of_one_format_are_those_of_a_narrower_one(name):
         (["float32", "float16", "bfloat16"], "float16"),
         (["float16", "float8_e5m2"], "float8_e5m2"),
         (["float8_e5m2", "float8_e4m3fn"], "float8_e4m3fn"),
+        (["int64", "float16", "string"], "float16"),
+        (["int64"], "float32"),
     ],
 )
 def test_the_narrowest_of_several_formats(dtypes, expected):

@@ -13,7 +13,11 @@ What fails for the harness, or on purpose, is in `known.py`, with the reason.
 """
 
 import functools
+import importlib.util
 import inspect
+import re
+import sys
+import types
 
 import keras
 import numpy as np
@@ -33,6 +37,8 @@ from tf_adaptive_ls.numerics.backend import dense_parts, is_inexact_dtype, real_
 from tf_adaptive_ls.training.loss_scaled import wrapper_of
 
 SCALES = (0, 5)
+OTHERS = ("grain", "pandas", "torch")
+MISSING = [name for name in OTHERS if importlib.util.find_spec(name) is None]
 
 
 def pytest_configure(config):
@@ -43,6 +49,19 @@ def pytest_configure(config):
     test_case.TestCase.run_layer_test = also_scaled(test_case.TestCase.run_layer_test)
     Layer.__call__ = through_a_wrapper(Layer.__call__)
     trainer.optimizers = _Optimizers()
+    sys.modules["conftest"] = types.ModuleType("conftest")  # Keras's is not in the wheel
+    sys.modules["conftest"].skip_if_backend = skip_if_backend
+
+
+def skip_if_backend(name, reason):
+    return pytest.mark.skipif(backend.backend() == name, reason=reason)
+
+
+def pytest_ignore_collect(collection_path):
+    if collection_path.suffix != ".py" or not MISSING:
+        return None
+    imports = re.search(rf"^import ({'|'.join(MISSING)})$", collection_path.read_text(), re.M)
+    return True if imports else None
 
 
 def pytest_collection_modifyitems(items):
@@ -207,7 +226,7 @@ def _step(data, layer, call, kwargs):
         given = keras.tree.pack_sequence_as(data, filled)
         outputs = call(**given, **kwargs) if isinstance(data, dict) else call(given, **kwargs)
         numbers = [part for y in keras.tree.flatten(outputs) for part in dense_parts(y)[0]]
-        loss = 0.0
+        loss = keras.ops.zeros(())
         for place, y in enumerate(numbers):
             if is_inexact_dtype(y.dtype):
                 y = real_numbers(y)

@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Iterable
 
+import keras
 import ml_dtypes
 
 
@@ -87,9 +88,15 @@ COUNTING_FORMAT = FloatFormat("float16")
 
 
 def narrowest(dtypes: Iterable[str]) -> FloatFormat:
-    """The `FloatFormat` with the least range of several, given by name."""
-    formats = map(FloatFormat, dtypes)
-    return min(formats, key=lambda each: (each.max_exponent, -each.min_exponent))
+    """The `FloatFormat` with the least range of several dtypes, float32 if none is one of floats."""
+    formats = [FloatFormat(dtype) for dtype in dtypes if keras.backend.is_float_dtype(dtype)]
+    widest = FloatFormat("float32")
+    return min(formats, key=lambda each: (each.max_exponent, -each.min_exponent), default=widest)
+
+
+def is_narrow_dtype(dtype: str) -> bool:
+    """Whether a dtype is one of floating-point numbers that lacks the range of float32."""
+    return keras.backend.is_float_dtype(dtype) and FloatFormat(dtype).is_narrow
 
 
 def _exponent(value):

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
 from tf_adaptive_ls.observe.named_layers import named_layers
 from tf_adaptive_ls.training.keras_internals import graph_of, nodes_of, parts_of
 from tf_adaptive_ls.training.loss_scaled import LossScaled
@@ -50,17 +50,17 @@ def narrow_reductions(model: keras.layers.Layer) -> tuple[NarrowReduction, ...]:
 
     for name, layer in named_layers(model):
         for part in parts_of(layer):
-            if not isinstance(part, LossScaled) and _is_narrow(part.compute_dtype):
+            if not isinstance(part, LossScaled) and is_narrow_dtype(part.compute_dtype):
                 for reason in _reasons_of(part):
                     add(name, reason)
     graph: Any = graph_of(model) if isinstance(model, keras.Model) else None
     for node in nodes_of(graph) if graph else ():
-        narrow = any(_is_narrow(tensor.dtype) for tensor in node.input_tensors)
+        narrow = any(is_narrow_dtype(tensor.dtype) for tensor in node.input_tensors)
         kind = type(node.operation).__name__
         if narrow and not isinstance(node.operation, keras.layers.Layer) and kind in _OPERATIONS:
             add(node.operation.name, _OPERATIONS[kind])
         for tensor in node.output_tensors:
-            if _is_narrow(tensor.dtype) and any(tensor is output for output in graph.outputs):
+            if is_narrow_dtype(tensor.dtype) and any(tensor is output for output in graph.outputs):
                 add(node.operation.name, "output of the model")
     return tuple(NarrowReduction(name, ", ".join(each)) for name, each in reasons.items())
 
@@ -79,7 +79,3 @@ def _reasons_of(layer):
         yield "softmax"
     if layer.activity_regularizer is not None:
         yield "activity regularizer"
-
-
-def _is_narrow(dtype):
-    return keras.backend.is_float_dtype(dtype) and FloatFormat(dtype).is_narrow

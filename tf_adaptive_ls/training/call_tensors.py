@@ -6,7 +6,7 @@ import keras
 from keras import tree
 
 from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
 from tf_adaptive_ls.training import keras_internals
 from tf_adaptive_ls.training.scale_plan import AT_S
 
@@ -134,8 +134,7 @@ class Arguments(CallTensors):
 
 def is_narrow(tensor):
     """Whether the gradient of `tensor` is written in a format that a scale matters to."""
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return keras.backend.is_float_dtype(dtype) and FloatFormat(dtype).is_narrow
+    return is_narrow_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 
 def is_inexact(x):

@@ -443,6 +443,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(self._with_added(store))
+        if not self.built:
+            return  # Keras warns
         scale = float(self.dynamic_scale.numpy())
         states = [*self._layer_states.values(), self._loss_memory]
         damaged = [v.path for v in states if not np.all(np.isfinite(v.numpy()))]
@@ -456,7 +458,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _with_added(self, store):
         """`store`, with variables that optimizers saved by version 0.2 did not have yet."""
-        added = [id(self._loss_ceiling), id(self._blamed)] if self.built else []
+        if not self.built:
+            return store
+        added = [id(self._loss_ceiling), id(self._blamed)]
         if len(store.keys()) != len(self.variables) - len(added):
             return store
         saved = (store[str(i)] for i in range(len(store.keys())))

@@ -9,7 +9,7 @@ from typing import TypeVar
 import keras
 
 from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.float8 import Float8
@@ -257,7 +257,7 @@ class LossScaledModel:
             if id(part) not in scaled
             and part.name not in self.left_out
             and any(v.trainable for v in own_weights(part))
-            and FloatFormat(part.compute_dtype).is_narrow
+            and is_narrow_dtype(part.compute_dtype)
         ]
         if without:
             warnings.warn(
