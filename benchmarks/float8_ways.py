@@ -9,7 +9,9 @@ from keras import layers, ops
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import backend, scale_update, spectrum
+from tf_adaptive_ls.numerics.report import OperandReport
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
+from tf_adaptive_ls.numerics.tiny_unit import TOP
 from tf_adaptive_ls.training.products import in_float8, products_in
 
 NO_SCALING, BEST_FIXED, OURS = "no scaling", "best fixed scale", "ours"
@@ -222,10 +224,11 @@ class LogMax(keras.callbacks.Callback):
         backend.sync_state(self.model)
         scale = self.model.optimizer.dynamic_scale
         scaled = [each for each in self.model.layers if getattr(each, "float8", None)]
-        largest = max(float(each.float8_report.numpy()[0]) for each in scaled)
+        reports = (OperandReport.unpacked(each.float8_report.numpy()) for each in scaled)
+        largest = max(float(report.largest) for report in reports)
         top = scaled[0].operand_format.max_exponent + 1
         log2_scale = math.log2(float(scale.numpy()))
-        if 0 < largest < math.inf:
+        if 0 < largest < TOP:
             x = math.log2(largest) - log2_scale
             if self.mean is None:
                 self.mean, self.square = x, x * x

@@ -90,14 +90,15 @@ _erf = np.vectorize(math.erf)
 def evidence_of_replica(sample, largest, log2_scales):
     nothing = tf.zeros(LAYERS)
     seen = Report(
+        arrived_broken=nothing,
+        shifted_broken=nothing,
         arrived_at_s=nothing,
-        arrived_otherwise=nothing,
         set_out_from=nothing,
         num_arrived=nothing,
         arrived_sample=tf.zeros((LAYERS, SAMPLE_SIZE)),
+        produced_broken=nothing,
         produced=largest,
         produced_least=largest,
-        produced_wide=nothing,
         num_produced=nothing + SAMPLE_SIZE,
         produced_sample=sample,
     )

@@ -77,11 +77,11 @@ def optimizer_config(config):
 CHANGES = {
     "a newer version": (
         lambda config: layer_config(config).update(tf_adaptive_ls=99),
-        "LossScaled layer saved in version 2 .* Received: version 99. Install a newer",
+        "LossScaled layer saved in version 2 or 3 .* Received: version 99. Install a newer",
     ),
     "an older version": (
         lambda config: config["config"].pop("tf_adaptive_ls"),
-        "wrapped model saved in version 2 .* Received: version 1. Load it with",
+        "wrapped model saved in version 2 or 3 .* Received: version 1. Load it with",
     ),
     "a layer without a layer": (
         lambda config: layer_config(config).pop("layer"),
@@ -120,17 +120,19 @@ AFTERWARDS = pytest.mark.filterwarnings("ignore:Skipping nested container")
 
 
 @AFTERWARDS
-@pytest.mark.parametrize("value", [[0.5, 2**0.5], [3.0, 4.0], [np.nan, 1.0], [61.0, 2.0**61]])
-def test_a_scale_that_is_none_is_refused(value, tmp_path):
+@pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
+def test_a_scale_that_is_not_finite_is_refused(suffix, tmp_path):
     inputs = keras.Input((4,))
     model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="scores")(inputs)))
     model.layers[-1].log2_scale = 5
-    model.save_weights(tmp_path / "good.weights.h5")
-    model.layers[-1].loss_scale.assign(value)
-    model.save_weights(tmp_path / "bad.weights.h5")
-    model.load_weights(tmp_path / "good.weights.h5")
-    with pytest.raises(ValueError, match="Expected a whole number and that power of two"):
-        model.load_weights(tmp_path / "bad.weights.h5")
+    good, bad = tmp_path / f"good{suffix}", tmp_path / f"bad{suffix}"
+    save = model.save if suffix == ".keras" else model.save_weights
+    save(good)
+    model.layers[-1].loss_scale.assign([np.nan, 1.0])
+    save(bad)
+    model.load_weights(good)
+    with pytest.raises(ValueError, match=r"Expected finite numbers as the scale of .*'scores'"):
+        model.load_weights(bad)
     assert model.layers[-1].log2_scale == 5
 
 

@@ -16,8 +16,10 @@ from tf_adaptive_ls.numerics.report import (
     report_of_operand,
     report_of_products,
 )
+from tf_adaptive_ls.numerics.tiny_unit import BOTTOM, TOP
 
 FLOAT16, E4M3 = als.FloatFormat("float16"), als.FloatFormat("float8_e4m3fn")
+FIRST = 2 + 5  # place of the first element of a sample
 SMALL, LARGE = np.float16([0, -(2.0**-24)]), np.float16([1, -65504, 3])
 
 
@@ -36,8 +38,8 @@ def test_what_arrived_is_told_at_its_scale_and_at_that_of_the_layer():
         )
     )
     assert report.arrived_at_s == 2.0**-24
-    assert report.arrived_otherwise == np.float32(1e9)
-    assert report.set_out_from == 4 * 65504
+    assert report.set_out_from == TOP < 4 * 65504
+    assert (report.arrived_broken, report.shifted_broken) == (0, 1)
     assert report.num_arrived == 2
     np.testing.assert_array_equal(report.arrived_sample[:3], [0, 2.0**-24, 0])
     assert (report.produced, report.produced_least, report.num_produced) == (0, 0, 0)
@@ -47,8 +49,8 @@ def test_what_is_produced_is_told_by_its_largest_and_smallest_peak():
     report = read(
         report_of_products([SMALL, LARGE, np.float32([-1e9])], narrow=[True, True, False])
     )
-    figures = report.produced, report.produced_least, report.produced_wide
-    assert figures == (65504, 2.0**-24, np.float32(1e9))
+    figures = report.produced, report.produced_least, report.produced_broken
+    assert figures == (65504, 2.0**-24, 0)
     assert report.num_produced == 5
     np.testing.assert_array_equal(
         report.produced_sample[:6], [0, 2.0**-24, *np.abs(LARGE.astype("float32")), 0]
@@ -80,7 +82,7 @@ def test_operands_saturate_whatever_dtype_they_have():
         saturated, sample, _ = operands_of(x)
         assert saturated == 1 and occupied(sample) == {8 if x[0] < 1e3 else 15: 1, 0: 1}
     saturated, _, peaks = operands_of(np.float32([np.inf]))
-    assert saturated == 0 and occupied(peaks) == {"nonfinite": 1}
+    assert saturated == 0 and occupied(peaks) == {15: 1}
     assert occupied(operands_of(np.zeros(3, "float16"))[2]) == {}
 
 
@@ -93,8 +95,15 @@ def test_what_is_not_finite_is_told(value, mode):
     )
     produced = compiled(lambda: report_of_products([x], narrow=[True]), mode=mode)
     arrived, produced = read(arrived()), read(produced())
-    assert arrived.arrived_at_s == arrived.set_out_from == np.inf
-    assert produced.produced == produced.produced_least == np.inf
+    assert arrived.arrived_broken == arrived.shifted_broken == produced.produced_broken == 1
+    assert arrived.arrived_at_s == arrived.set_out_from == TOP
+    assert produced.produced == produced.produced_least == TOP
+
+
+def test_what_is_too_small_for_any_narrow_format_is_told_as_no_zero():
+    tiny = np.float32(2.0**100)
+    report = report_of_arrivals([SMALL], [tiny], at_s=[False], narrow=[True])
+    assert read(report).set_out_from == BOTTOM
 
 
 def test_reports_add_up():
@@ -104,6 +113,39 @@ def test_reports_add_up():
     assert arrived.shape == produced.shape == (SIZE,)
     assert (both.arrived_at_s, both.produced) == (65504, 2.0**-24)
     assert (both.num_arrived, both.num_produced) == (3, 2)
+    twice = read(arrived + produced + arrived)
+    assert (twice.arrived_at_s, twice.num_arrived, twice.produced) == (2 * 65504, 6, 2.0**-24)
+    assert twice.arrived_broken == 0
+
+
+WALKS = {
+    "clipped by value": lambda x: np.clip(x, -1e-12, 1e-12),
+    "clipped by norm": lambda x: x * np.float32(1e-3 / max(np.sqrt(np.sum(x * x)), 1e-3)),
+    "halved": lambda x: x / 2,
+    "unscaled": lambda x: x / np.float32(2.0**15),
+    "clipped, and of two micro-batches": lambda x: x * np.float32(0.3) + x * np.float32(0.3),
+    "made as long as 1": lambda x: x * np.float32(2.0**70),
+    "in bfloat16": lambda x: x.astype("bfloat16").astype("float32"),
+}
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_a_report_is_read_whatever_somebody_has_multiplied_it_by(walk):
+    report = report_of_arrivals([LARGE], [None], at_s=[True], narrow=[True])
+    report = np.array(report + report_of_products([SMALL], narrow=[True]))
+    after = WALKS[walk](report)
+    assert np.max(report) < 1e-19 and np.sum(report**2, dtype="float32") < 1e-36
+    for expected, found in zip(read(report), read(after), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2**-8)
+    assert read(after).num_arrived == 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e-3])
+def test_a_report_that_was_written_over_tells_nothing(value, rng):
+    report = np.array(report_of_arrivals([LARGE], [None], at_s=[True], narrow=[True]))
+    noise = np.full_like(report, value) if value != 1e-3 else rng.normal(size=SIZE) * value
+    assert not any(np.any(field) for field in read((report + noise).astype("float32")))
+    assert not any(np.any(field) for field in read(report * 0))
 
 
 def of_two_layers(gradients=(), owner=(), arrived=(), produced=(), r=(0, 0), **options):
@@ -219,11 +261,11 @@ def test_a_report_of_parts_is_that_of_the_whole(monkeypatch, number):
     monkeypatch.setattr(backend, "max_over_shards", over_parts)
     parts = read(report_of_arrivals(gradients, divisors, **options))
     least_of_parts = read(report_of_products(gradients, narrow=[True, True]))
-    assert parts[:3] == whole[:3] and least_of_parts.produced == least.produced
+    assert parts[:4] == whole[:4] and least_of_parts.produced == least.produced
     # No part knows which tensor has the smallest peak of all.
     assert 0 < least_of_parts.produced_least <= least.produced_least
     # A part of each is in the sample, and nothing twice.
     sample = parts.arrived_sample[: int(parts.num_arrived)]
     for place, part in enumerate(np.split(np.abs(gradients[0]), number)):
-        of_part = sample[(np.arange(len(sample)) + 4) % number == place]
+        of_part = sample[(np.arange(len(sample)) + FIRST) % number == place]
         assert np.all(np.isin(of_part, part)) and len(np.unique(of_part)) > 0.9 * len(of_part)

@@ -193,7 +193,7 @@ def test_a_path_that_is_not_finite_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": 3}, "again and again"),
+        ({"data": 3}, "data as for `fit`"),
         ({"data": iter(DATA)}, "again and again"),
         ({"every": 0}, "steps, at least 1"),
         ({"path": ""}, "path of a file"),

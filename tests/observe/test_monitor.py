@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import JIT
+from backends import JIT, ON_JAX, value_and_gradients
 from graphs import floats
 from keras import layers, ops
 from steps import scaled_layers
@@ -484,6 +484,93 @@ def test_another_optimizer_is_refused_before_training():
     model.compile("sgd", loss="mse")
     with pytest.raises(ValueError, match=r"Expected a model compiled with .* Received: .* SGD"):
         fit(model, als.LossScaleMonitor())
+
+
+def net(size, outputs, name):
+    last = layers.Dense(outputs, dtype="float32")
+    return als.wrap_model(
+        keras.Sequential([keras.Input((size,)), layers.Dense(4, name=name), last])
+    )
+
+
+class Gan(keras.Model):
+    """With a `compile` of its own, as those of Keras's examples."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.generator, self.critic = (
+            als.wrap_model(
+                keras.Sequential(
+                    [
+                        keras.Input((n,)),
+                        layers.Dense(4, name=name),
+                        layers.Dense(m, dtype="float32"),
+                    ]
+                )
+            )
+            for n, m, name in ((2, 3, "made"), (3, 1, "judged"))
+        )
+
+    def compile(self, d_optimizer, g_optimizer):
+        super().compile()
+        self.d_optimizer, self.g_optimizer = d_optimizer, g_optimizer
+
+    def call(self, x):
+        return self.critic(x)
+
+    def train_step(self, *args):
+        return gan_step(self, *args)
+
+
+def gan_step(gan, real):
+    noise = ops.ones((8, 2))
+    for net, optimizer, sign in (
+        (gan.critic, gan.d_optimizer, 1.0),
+        (gan.generator, gan.g_optimizer, -1.0),
+    ):
+
+        def loss(optimizer=optimizer, sign=sign):
+            fake = gan.generator(noise, training=True)
+            scores = gan.critic(fake, training=True) - gan.critic(real, training=True)
+            return optimizer.scale_loss(sign * ops.mean(scores))
+
+        variables = net.trainable_variables
+        _, gradients = value_and_gradients(loss, variables)
+        optimizer.apply(gradients, variables)
+    return {"loss": ops.zeros(())}
+
+
+def adaptive():
+    return als.AdaptiveLossScaleOptimizer("sgd", 2.0**8)
+
+
+@pytest.mark.skipif(ON_JAX, reason="this `train_step` is TensorFlow's")
+def test_optimizers_under_names_of_the_users_own(mixed_float16, tmp_path):
+    gan, path = Gan(), tmp_path / "run.jsonl"
+    gan.compile(adaptive(), adaptive())
+    monitor = als.LossScaleMonitor(path, every=2, tensorboard=tmp_path / "logs")
+    x = np.ones((32, 3), "float32")
+    logs = gan.fit(x, batch_size=8, epochs=2, verbose=0, callbacks=[monitor]).history
+    for name, layer in (("d_optimizer", "judged"), ("g_optimizer", "made")):
+        assert len(logs[f"{name}_loss_scale"]) == len(logs[f"{name}_skipped_steps"]) == 2
+        run = als.load_run(tmp_path / f"run-{name}.jsonl")
+        assert run.layers[0].endswith(layer) and len(run.layers) == 2
+        assert run.steps[-1] == 8
+        assert any((tmp_path / "logs" / name).iterdir())
+    # And one of them, or as somebody calls them.
+    logs = gan.fit(
+        x, batch_size=8, verbose=0, callbacks=[als.LossScaleMonitor(optimizer=gan.d_optimizer)]
+    ).history
+    assert "loss_scale" in logs
+    named = als.LossScaleMonitor(optimizer={"a": gan.d_optimizer, "b": gan.g_optimizer})
+    logs = gan.fit(x, batch_size=8, verbose=0, callbacks=[named]).history
+    assert {"a_loss_scale", "b_underflow"} <= logs.keys()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", {"d": "sgd"}, [None]])
+def test_only_adaptive_optimizers_are_watched(optimizer):
+    with pytest.raises(ValueError, match=r"`optimizer` to be an AdaptiveLossScaleOptimizer"):
+        als.LossScaleMonitor(optimizer=optimizer)
 
 
 def test_a_model_without_scaled_layers_is_watched_too(mixed_float16, tmp_path):

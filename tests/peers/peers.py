@@ -193,7 +193,7 @@ def compare(
         )
     layer, call_kwargs = layer_cls(**(init_kwargs or {})), dict(call_kwargs or {})
     step = functools.partial(_step, input_data, layer)
-    step(layer, call_kwargs)  # builds it
+    _call(layer, input_data, call_kwargs)  # builds it
     if not layer.trainable_variables:
         return
     modes = [call_kwargs]
@@ -224,7 +224,7 @@ def _step(data, layer, call, kwargs):
         remaining = iter(floats)
         filled = [x if _dense_float(x) is None else next(remaining) for x in leaves]
         given = keras.tree.pack_sequence_as(data, filled)
-        outputs = call(**given, **kwargs) if isinstance(data, dict) else call(given, **kwargs)
+        outputs = _call(call, given, kwargs)
         numbers = [part for y in keras.tree.flatten(outputs) for part in dense_parts(y)[0]]
         loss = keras.ops.zeros(())
         for place, y in enumerate(numbers):
@@ -246,6 +246,10 @@ def _step(data, layer, call, kwargs):
         *(("added loss", _array(loss)) for loss in losses),
         *after,
     ]
+
+
+def _call(call, data, kwargs):
+    return call(**data, **kwargs) if isinstance(data, dict) else call(data, **kwargs)
 
 
 def _state_of(layer):

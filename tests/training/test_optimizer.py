@@ -10,6 +10,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from backends import JIT, ON_JAX, compiled, value_and_gradients
 from graphs import chain, floats
 from keras import layers, ops, optimizers
@@ -112,6 +113,7 @@ def test_a_custom_loop_as_keras_documents_it():
     gradients = [ops.zeros(v.shape) for v in wrapped.trainable_variables]
     ours.apply(gradients)
     fresh = als.AdaptiveLossScaleOptimizer("sgd")
+    fresh.scale_loss(0.0)
     fresh.apply_gradients(zip(gradients, wrapped.trainable_variables, strict=True))
     assert fresh.built and not fresh.last_step_skipped
 
@@ -173,8 +175,91 @@ def test_only_scales_to_train():
     optimizer = als.AdaptiveLossScaleOptimizer("sgd")
     variables = model.trainable_variables
     assert [v.name for v in variables] == ["loss_scale", "loss_scale_report"] * 4
+    optimizer.scale_loss(0.0)
     optimizer.apply([ops.zeros(v.shape) for v in variables], variables)
     assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*without trainable LossScaled")
+@pytest.mark.parametrize("kind", ["no layers", "all of them frozen"])
+def test_where_no_report_comes_the_loss_scale_moves_as_in_keras_but_within_bounds(
+    kind, mixed_float16
+):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2, name="head")])
+    if kind == "all of them frozen":
+        model.layers[0].trainable = False
+        model = als.wrap_model(model, layer_filter=lambda layer: layer.name != "head")
+    ours = als.AdaptiveLossScaleOptimizer(optimizers.SGD(0.0))
+    keras_own = optimizers.LossScaleOptimizer(optimizers.SGD(0.0))
+    variables = model.trainable_variables
+    weights = [v for v in variables if not v.overwrite_with_gradient]
+    for optimizer in (ours, keras_own):
+        optimizer.build(variables if optimizer is ours else weights)
+    ours.scale_loss(0.0)
+
+    def step(value):
+        gradients = [
+            None if v.overwrite_with_gradient else value * ops.ones(v.shape) for v in variables
+        ]
+        ours.apply(gradients, variables)
+        keras_own.apply([g for g in gradients if g is not None], weights)
+        return ours.loss_scale, float(keras_own.dynamic_scale)
+
+    for _ in range(2):
+        scales = step(np.inf)
+        assert scales[0] == scales[1]
+    for optimizer in (ours, keras_own):
+        optimizer.step_counter.assign(1999)
+    assert step(1.0) == (2.0**14, 2.0**14)
+    for _ in range(80):
+        step(np.inf)
+    assert ours.loss_scale == 2.0**-60
+    assert ours.skipped_steps == 82
+
+
+@pytest.mark.parametrize("wrap", [als.wrap_model, lambda model: model], ids=["wrapped", "plain"])
+@pytest.mark.filterwarnings("ignore:.*without trainable LossScaled")
+def test_gradients_of_a_loss_that_was_not_scaled_are_told_of_once(wrap):
+    model = wrap(chain()[0])
+    optimizer, variables = als.AdaptiveLossScaleOptimizer("sgd"), model.trainable_variables
+
+    def step(scaled):
+        _, gradients = value_and_gradients(
+            lambda: scaled(ops.mean(model(X, training=True) ** 2)), variables
+        )
+        optimizer.apply(gradients, variables)
+
+    with pytest.warns(UserWarning, match=r"of `optimizer\.scale_loss\(loss\)`") as caught:
+        step(lambda loss: loss)
+        step(lambda loss: loss)
+    assert times("was not asked to scale", caught) == 1
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was not asked to scale")
+        step(optimizer.scale_loss)
+
+
+@pytest.mark.skipif(ON_JAX, reason="JAX refuses a loss scale that would be a constant")
+@pytest.mark.parametrize("fit_before", [False, True])
+def test_a_loss_traced_before_the_optimizer_is_built_follows_its_scale(fit_before, mixed_float16):
+    model = als.wrap_model(chain()[0])
+    optimizer = als.AdaptiveLossScaleOptimizer("sgd", 2.0**10)
+
+    @tf.function
+    def scaled():
+        return optimizer.scale_loss(tf.constant(1.0))
+
+    assert scaled() == 2.0**10
+    if fit_before:
+        fitted(model, optimizer)
+    else:
+        optimizer.build(model.trainable_variables)
+    optimizer.dynamic_scale.assign(2.0**7)
+    assert scaled() == optimizer.loss_scale == 2.0**7
+    # The files of both are alike.
+    other = als.AdaptiveLossScaleOptimizer("sgd", 2.0**10)
+    other.build(model.trainable_variables)
+    assert [v.name for v in other.variables] == [v.name for v in optimizer.variables]
 
 
 def test_without_scaled_layers_it_is_keras_own(mixed_float16):

@@ -396,6 +396,24 @@ def would_be_constant(value):
     return compiles and not isinstance(value, jax.core.Tracer)
 
 
+def is_traced_alone():
+    """Whether TensorFlow traces a function, and not one of several replicas."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly() and not tf.distribute.has_strategy()
+
+
+def outside_of_traces():
+    """Context in which what is computed is not part of a function that is being traced."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.init_scope()
+
+
 def bitcast(x, dtype):
     """The bits of `x`, read as another dtype of the same size.
 

@@ -186,13 +186,13 @@ def evidence_of(
     gradients = list(map(backend.real_numbers, gradients))
     scales = ownership.scales(log2_scales)
     num_layers = len(narrow)
-    infinity = np.float32(np.inf)
+    beyond_all = np.finfo("float32").max
 
     # The peaks of weights, at the scales that the layers wrote them at.
     peaks = ops.concatenate([spectrum.peaks(gradients), np.zeros(1, "float32")])
     of_weights = ops.take(peaks, ownership.places, axis=0) * scales[:, None]
     largest = ops.max(of_weights, axis=1)
-    smallest = ops.min(ops.where(ownership.is_weight, of_weights, infinity), axis=1)
+    smallest = ops.min(ops.where(ownership.is_weight, of_weights, beyond_all), axis=1)
     made_narrow = ops.where(np.logical_and(narrow, answerable), largest, 0.0)
     made_wide = ops.where(np.logical_and(np.logical_not(narrow), answerable), largest, 0.0)
 
@@ -200,33 +200,27 @@ def evidence_of(
     any_input = reports.num_produced > 0
     largest = ops.maximum(reports.produced, ops.where(narrow, largest, 0.0))
     smallest = ops.minimum(
-        ops.where(any_input, reports.produced_least, infinity),
-        ops.where(narrow, smallest, infinity),
+        ops.where(any_input, reports.produced_least, beyond_all),
+        ops.where(narrow, smallest, beyond_all),
     )
     any_produced = ops.logical_or(any_input, np.logical_and(narrow, ownership.is_weight.any(1)))
 
-    overflow = np.exp2(np.float32([each.max_exponent + 1 for each in float_formats]))
-    arrived_whole = ops.logical_and(
-        reports.arrived_at_s < overflow, ops.isfinite(reports.arrived_otherwise)
-    )
-    produced_narrow = ops.maximum(ops.maximum(reports.produced, made_narrow), reports.set_out_from)
-    produced_whole = ops.logical_and(
-        produced_narrow < overflow, ops.isfinite(ops.maximum(reports.produced_wide, made_wide))
-    )
+    overflow = np.float32([each.overflow for each in float_formats])
+    weights_whole = ops.logical_and(made_narrow < overflow, ops.isfinite(made_wide))
+    inputs_broken = ops.maximum(reports.produced_broken, reports.shifted_broken)
+    produced_broken = ops.logical_or(inputs_broken > 0, ops.logical_not(weights_whole))
 
     def counts(values):
         return spectrum.spectrum(values, COUNTING_FORMAT)
 
-    def counts_of_one(values):
-        return counts(ops.maximum(values, 0.0)[:, None])
-
     # An output that nothing uses sends zeros back on purpose.
     nonzero = np.ones(spectrum.num_bins(COUNTING_FORMAT), "float32")
     nonzero[spectrum.ZERO] = 0.0
-    arrived_peaks = counts_of_one(reports.arrived_at_s) * nonzero
-    produced_peaks = counts_of_one(largest) * nonzero + counts_of_one(smallest)
-    produced_peaks = produced_peaks * ops.cast(any_produced, "float32")[:, None]
-    produced_peaks = produced_peaks + counts_of_one(reports.set_out_from) * nonzero
+    of_one = ops.stack([reports.arrived_at_s, reports.set_out_from, largest, smallest])
+    arrived_peaks, set_out, largest, smallest = ops.unstack(counts(of_one[..., None]), 4)
+    arrived_peaks = arrived_peaks * nonzero
+    made = (largest * nonzero + smallest) * ops.cast(any_produced, "float32")[:, None]
+    produced_peaks = made + set_out * nonzero
 
     def samples():
         """Spectra of what arrived at S and of what was produced, `[layers, 2, bins]`."""
@@ -242,9 +236,9 @@ def evidence_of(
     nothing = (num_layers, 2, len(nonzero))
     drawn = ops.cond(sampled, samples, lambda: ops.zeros(nothing))
     return Evidence(
-        _count(ops.all(ops.isfinite(peaks))),
-        _count(arrived_whole),
-        _count(produced_whole),
+        _count(ops.logical_not(ops.all(ops.isfinite(peaks)))),
+        _count(reports.arrived_broken > 0),
+        _count(produced_broken),
         drawn[:, 0],
         arrived_peaks,
         drawn[:, 1],
@@ -252,8 +246,8 @@ def evidence_of(
     )
 
 
-def _count(whole):
-    return ops.cast(ops.logical_not(whole), "float32")
+def _count(condition):
+    return ops.cast(condition, "float32")
 
 
 def _samples(gradients):

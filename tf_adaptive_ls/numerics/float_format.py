@@ -56,6 +56,11 @@ class FloatFormat:
         return _exponent(self.largest)
 
     @property
+    def overflow(self) -> float:
+        """Smallest power of two that is too large."""
+        return 2.0 ** (self.max_exponent + 1)
+
+    @property
     def min_normal_exponent(self) -> int:
         """Binade of the smallest normal value."""
         return _exponent(self.smallest_normal)
@@ -88,7 +93,7 @@ COUNTING_FORMAT = FloatFormat("float16")
 
 
 def narrowest(dtypes: Iterable[str]) -> FloatFormat:
-    """The `FloatFormat` with the least range of several dtypes, float32 if none is one of floats."""
+    """The `FloatFormat` with the least range of several dtypes, float32 if none has floats."""
     formats = [FloatFormat(dtype) for dtype in dtypes if keras.backend.is_float_dtype(dtype)]
     widest = FloatFormat("float32")
     return min(formats, key=lambda each: (each.max_exponent, -each.min_exponent), default=widest)

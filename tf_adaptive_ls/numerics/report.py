@@ -14,6 +14,8 @@ from keras import ops
 
 from tf_adaptive_ls.numerics import backend, spectrum
 from tf_adaptive_ls.numerics.backend import Tensor
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
+from tf_adaptive_ls.numerics.tiny_unit import NUM_UNITS, heard, told
 
 # Elements that are looked at of each gradient of a weight, and of the gradients of all
 # inputs and of all outputs of a layer. The binade that a share of 1e-3 lies below is then
@@ -21,52 +23,71 @@ from tf_adaptive_ls.numerics.backend import Tensor
 # with 256, 0.8 with 4096), and the default rule moves a scale by half of that.
 SAMPLE_SIZE = 1008
 
-_NUM_FIGURES = 4
-_HALF = _NUM_FIGURES + SAMPLE_SIZE
-SIZE = 2 * _HALF
-
 
 class Report(NamedTuple):
     """A report, or those of several layers, stacked: float32 `[…]`, samples `[…, size]`.
 
     "Narrow" are gradients that are written in a format that has not the range of float32:
-    those that a scale is for.
+    those that a scale is for. What is "broken" is more than zero if anything is not finite.
 
     Attributes:
-        arrived_at_s: The largest of the narrow gradients that arrived at the layer's
-            outputs at scale S.
-        arrived_otherwise: The largest of the others: at a scale that a plan chose, or wide.
+        arrived_broken: Of all gradients that arrived at the layer's outputs.
+        shifted_broken: Of the narrow ones, once they are at the layer's own scale.
+        arrived_at_s: The largest of the narrow gradients that arrived at scale S.
         set_out_from: The largest of all narrow ones that arrived, once they are at the
             layer's own scale.
         num_arrived: How many elements the next has.
         arrived_sample: Magnitudes of `arrived_at_s`, followed by zeros.
+        produced_broken: Of all input gradients.
         produced: The largest of the narrow input gradients, at the layer's own scale.
         produced_least: The largest of that one of them that has the smallest.
-        produced_wide: The largest of the wide input gradients.
         num_produced: How many elements the next has.
         produced_sample: Magnitudes of `produced`, followed by zeros.
     """
 
+    arrived_broken: Tensor
+    shifted_broken: Tensor
     arrived_at_s: Tensor
-    arrived_otherwise: Tensor
     set_out_from: Tensor
     num_arrived: Tensor
     arrived_sample: Tensor
+    produced_broken: Tensor
     produced: Tensor
     produced_least: Tensor
-    produced_wide: Tensor
     num_produced: Tensor
     produced_sample: Tensor
 
     @classmethod
     def unpacked(cls, vectors):
         """The fields of reports `[…, SIZE]`."""
-        halves = vectors[..., :_HALF], vectors[..., _HALF:]
-        fields = [
-            [*(half[..., i] for i in range(_NUM_FIGURES)), half[..., _NUM_FIGURES:]]
-            for half in halves
-        ]
-        return cls(*fields[0], *fields[1])
+        arrived, produced = vectors[..., : _OF_ARRIVALS.size], vectors[..., _OF_ARRIVALS.size :]
+        return cls(*_OF_ARRIVALS.fields(arrived), *_OF_PRODUCTS.fields(produced))
+
+
+class _Layout(NamedTuple):
+    """Where in a vector figures and a sample are: behind the units, one after the other."""
+
+    num_figures: int
+
+    @property
+    def size(self):
+        return NUM_UNITS + self.num_figures + SAMPLE_SIZE
+
+    @property
+    def is_figure(self):
+        return np.arange(self.size) < NUM_UNITS + self.num_figures
+
+    def fields(self, vectors):
+        numbers = heard(vectors)
+        figures = (numbers[..., i] for i in range(self.num_figures - 1))
+        number = ops.round(numbers[..., self.num_figures - 1])  # of elements
+        return *figures, number, numbers[..., self.num_figures :]
+
+
+_OF_ARRIVALS, _OF_PRODUCTS, _OF_OPERANDS = _Layout(5), _Layout(4), _Layout(3)
+SIZE = _OF_ARRIVALS.size + _OF_PRODUCTS.size
+OPERAND_SIZE = _OF_OPERANDS.size
+_IS_FIGURE = np.concatenate([_OF_ARRIVALS.is_figure, _OF_PRODUCTS.is_figure])
 
 
 class OperandReport(NamedTuple):
@@ -90,12 +111,7 @@ class OperandReport(NamedTuple):
     @classmethod
     def unpacked(cls, vectors):
         """The fields of reports `[…, OPERAND_SIZE]`."""
-        figures = (vectors[..., i] for i in range(_OPERAND_FIGURES))
-        return cls(*figures, vectors[..., _OPERAND_FIGURES:])
-
-
-_OPERAND_FIGURES = 3
-OPERAND_SIZE = _OPERAND_FIGURES + SAMPLE_SIZE
+        return cls(*_OF_OPERANDS.fields(vectors))
 
 
 def report_of_operand(gradient, float_format, place, number):
@@ -119,9 +135,9 @@ def report_of_operand(gradient, float_format, place, number):
         peak = spectrum.peaks(gradients)
         beyond = ops.logical_and(peak > np.float32(float_format.largest), ops.isfinite(peak))
         figures = [peak, ops.cast(beyond, "float32"), np.float32([sample.shape[0]])]
-        return _packed([*figures, before, sample, after])
+        return told([*figures, before, sample, after])
 
-    return _of_all_parts(of_part, [gradient], np.arange(OPERAND_SIZE) < _OPERAND_FIGURES)
+    return _of_all_parts(of_part, [gradient], _OF_OPERANDS.is_figure)
 
 
 def report_of_arrivals(gradients, divisors, *, at_s, narrow):
@@ -142,14 +158,16 @@ def report_of_arrivals(gradients, divisors, *, at_s, narrow):
         gradients, divisors = tensors[: len(at_s)], tensors[len(at_s) :]
         peaks = spectrum.peaks(gradients)
         divisors = divisors[0] if len(divisors) == 1 else ops.stack(divisors)
+        set_out_from = _largest(peaks / divisors, narrow)
         figures = [
+            _is_broken(peaks),
+            ops.cast(set_out_from >= COUNTING_FORMAT.overflow, "float32"),
             _largest(peaks, at_s),
-            _largest(peaks, np.logical_not(at_s)),
-            _largest(peaks / divisors, narrow),
+            set_out_from,
         ]
-        return _packed([*_half(figures, _chosen(gradients, at_s)), np.zeros(_HALF, "float32")])
+        return told(_parts(figures, _chosen(gradients, at_s)), rest=_OF_PRODUCTS.size)
 
-    return _of_all_parts(of_part, [*map(backend.real_numbers, gradients), *divisors])
+    return _of_all_parts(of_part, [*map(backend.real_numbers, gradients), *divisors], _IS_FIGURE)
 
 
 def report_of_products(gradients, *, narrow):
@@ -165,37 +183,30 @@ def report_of_products(gradients, *, narrow):
 
     def of_part(gradients):
         peaks = spectrum.peaks(gradients)
-        figures = [
-            _largest(peaks, narrow),
-            _smallest(peaks, narrow),
-            _largest(peaks, np.logical_not(narrow)),
-        ]
-        return _packed([np.zeros(_HALF, "float32"), *_half(figures, _chosen(gradients, narrow))])
+        figures = [_is_broken(peaks), _largest(peaks, narrow), _smallest(peaks, narrow)]
+        return told(_parts(figures, _chosen(gradients, narrow)), place=_OF_ARRIVALS.size)
 
-    return _of_all_parts(of_part, list(map(backend.real_numbers, gradients)))
+    return _of_all_parts(of_part, list(map(backend.real_numbers, gradients)), _IS_FIGURE)
 
 
-_IS_FIGURE = np.arange(SIZE) % _HALF < _NUM_FIGURES
-
-
-def _of_all_parts(of_part, tensors, is_figure=_IS_FIGURE):
+def _of_all_parts(of_part, tensors, is_figure):
     """The report of all devices, where one computation spans several.
 
     Each tells the peaks of its part, and of its samples every so many elements: the
     largest of all are then those of the whole, and its sample is as large as of one.
     """
 
-    def told(tensors, part, num_parts):
+    def told_by(tensors, part, num_parts):
         vector = of_part(tensors)
         if num_parts == 1:
             return vector
         places = np.arange(len(is_figure))
         return ops.where(ops.logical_or(is_figure, places % num_parts == part), vector, 0.0)
 
-    return backend.max_over_shards(told, tensors)
+    return backend.max_over_shards(told_by, tensors)
 
 
-def _half(figures, gradients):
+def _parts(figures, gradients):
     gradients = gradients[:SAMPLE_SIZE]
     samples = [spectrum.sample(g, SAMPLE_SIZE // len(gradients)) for g in gradients]
     number = sum(sample.shape[0] for sample in samples)
@@ -203,9 +214,8 @@ def _half(figures, gradients):
     return [ops.stack(figures), np.float32([number]), *samples, rest]
 
 
-def _packed(parts):
-    # One concatenation of all: XLA may compile for hours what concatenates parts of it.
-    return ops.abs(ops.concatenate(parts))
+def _is_broken(peaks):
+    return ops.cast(ops.logical_not(ops.all(ops.isfinite(peaks))), "float32")
 
 
 def _chosen(items, chosen):
@@ -219,7 +229,7 @@ def _largest(peaks, chosen):
 
 def _smallest(peaks, chosen):
     """The smallest of those peaks `[n]` that are `chosen`, 0 if none is."""
-    return _reduced(ops.min, peaks, chosen, np.float32(np.inf))
+    return _reduced(ops.min, peaks, chosen, np.finfo("float32").max)
 
 
 def _reduced(reduce, peaks, chosen, others):

@@ -73,7 +73,7 @@ def rounded(x, float_format, *, noise=None, factor=None, cast=False):
     )
     sign = ops.bitwise_and(bits, np.int32(~_MAGNITUDE))
     result = backend.bitcast(ops.bitwise_or(backend.bitcast(result, "int32"), sign), "float32")
-    result = ops.where(size < np.float32(np.inf), result, wide)
+    result = ops.where(size <= _FLOAT32.max, result, wide)
     if cast:
         # What XLA looks for: the cast back, and nothing but a product with a number after it.
         narrow = ops.cast(ops.cast(result, x.dtype), float_format.name)
@@ -103,5 +103,5 @@ def fitting_factor(peak, float_format, dtype="float32"):
     beyond = ops.cast(mantissa > np.int32(largest), "int32")
     most = min(_MAX_LOG2_FACTOR, -FloatFormat(dtype).min_exponent)
     log2_factor = ops.clip(float_format.max_exponent - beyond - exponent, -_MAX_LOG2_FACTOR, most)
-    usable = ops.logical_and(peak > 0, peak < np.float32(np.inf))
+    usable = ops.logical_and(peak > 0, peak <= _FLOAT32.max)
     return power_of_two(ops.where(usable, log2_factor, ops.zeros_like(log2_factor)))

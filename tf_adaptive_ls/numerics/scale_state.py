@@ -1,9 +1,10 @@
 """What is kept from step to step: the scales themselves, and what they are moved by.
 
-Each layer has its scale in a weight of its own, as the pair `(r, 2**r)`, so that no step
-computes a power. An optimizer that knows nothing of scales leaves the "gradient" of that
-weight there, which is zero: that stands for r = 0, and for knowing nothing else. All other
-state is stacked, in the optimizer.
+Each layer has its scale in a weight of its own, as the pair `(r, 1)` in a `tiny_unit`: its
+quotient is r whatever both are multiplied by, and averages of weights leave a fraction, which is
+rounded. An optimizer that knows nothing of scales leaves the "gradient" of that weight there,
+which is zero: that stands for r = 0, and for knowing nothing else. All other state is stacked,
+in the optimizer.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.numerics.spectrum import Spectrum
+from tf_adaptive_ls.numerics.tiny_unit import UNIT
 
 # Bound of log2 scales, of layers and of the loss alike, either way. The largest
 # shift between two layers is then 2**120, which float32 holds.
@@ -74,13 +76,19 @@ class LossState(NamedTuple):
 
 def packed_scale(log2_scale):
     """`[…, 2]`, what a layer's weight holds, of r `[…]`."""
-    return ops.stack([log2_scale, power_of_two(log2_scale)], axis=-1)
+    return ops.stack([log2_scale * UNIT, ops.full_like(log2_scale, UNIT)], axis=-1)
+
+
+def log2_scale_of(packed):
+    """The r of scales `[…, 2]`, whole numbers `[…]`; 0 for what can be no scale."""
+    amount, unit = packed[..., 0], packed[..., 1]
+    r = ops.round(amount / ops.where(unit > 0, unit, 1.0))
+    return ops.where(ops.abs(r) <= MAX_LOG2_SCALE, r, 0.0)  # NaN is not
 
 
 def factor_of(packed):
     """2**r of scales `[…, 2]`, `[…]`."""
-    factor = packed[..., 1]
-    return ops.where(factor > 0, factor, 1.0)
+    return power_of_two(log2_scale_of(packed))
 
 
 def is_known(packed):
@@ -88,17 +96,22 @@ def is_known(packed):
     return bool(packed[1] > 0)
 
 
-def is_valid(packed):
-    """Whether a scale `[2]`, of a NumPy array, is one that may be left there by anyone."""
-    r, factor = map(float, packed)
-    if r == factor == 0:
-        return True
-    return r.is_integer() and abs(r) <= MAX_LOG2_SCALE and factor == 2.0**r
+def restored(saved):
+    """The scale `[2]` that a file holds, with its unit as it should be; NumPy arrays.
+
+    Up to version 0.2 the pair was `(r, 2**r)`.
+    """
+    r, factor = map(float, saved)
+    if r.is_integer() and abs(r) <= MAX_LOG2_SCALE and factor == 2.0**r:
+        saved = np.float32([r, 1.0]) * UNIT
+    if not is_known(saved):
+        return np.zeros(2, "float32")
+    return np.array(packed_scale(log2_scale_of(saved)))
 
 
 def initial_scale(shape=(2,), dtype="float32"):
     """A scale of 1: an initializer."""
-    return ops.convert_to_tensor(np.array([0, 1], dtype))
+    return ops.convert_to_tensor(np.array([0, UNIT], dtype))
 
 
 def initial_loss_state(log2_scale, num_formats, num_layers, memory_size):

@@ -30,6 +30,9 @@ PATIENCE = 1
 # doubles its scale.
 CEILING_RISE = 1 / 2000
 
+# A finite one: a run under `tf.debugging.enable_check_numerics` is to stop at those of others.
+_UNLIMITED = np.finfo("float32").max
+
 
 class Flow(NamedTuple):
     """How gradients flow between layers; NumPy arrays.
@@ -260,7 +263,7 @@ def moves(evidence, layers, loss, rule, float_formats, restart):
             float_format,
         )
         any_arrived = spectrum.nonzero_total(peaks[-1]) > 0
-        of_loss = ops.where(any_arrived, changes[-1], np.float32(np.inf))
+        of_loss = ops.where(any_arrived, changes[-1], _UNLIMITED)
         results.append((changes[:-1], memory - totals[:, None], of_loss))
     of_layers, memories, of_loss = zip(*results, strict=True)
     order = np.argsort(np.concatenate(list(places_of.values())))
@@ -269,7 +272,7 @@ def moves(evidence, layers, loss, rule, float_formats, restart):
     back_up = ops.where(is_sampled(loss), ops.maximum(restart - loss.log2_scale, 0.0), 0.0)
     return Moves(
         _in_order(of_layers, order),
-        ops.where(ops.isfinite(of_loss), of_loss, back_up),
+        ops.where(of_loss < _UNLIMITED, of_loss, back_up),
         _in_order([memory[:-1] for memory in memories], order),
         ops.stack([memory[-1] for memory in memories]),
     )
@@ -301,7 +304,7 @@ def _held(log2_scales, move, held_to):
     if not held_to.any():
         return log2_scales
     moved = ops.max(ops.where(held_to, ops.abs(move), 0.0), axis=1) + ops.abs(move) > 0
-    limit = ops.min(ops.where(held_to, log2_scales, np.float32(np.inf)), axis=1)
+    limit = ops.min(ops.where(held_to, log2_scales, _UNLIMITED), axis=1)
     return ops.where(moved, ops.minimum(log2_scales, limit), log2_scales)
 
 

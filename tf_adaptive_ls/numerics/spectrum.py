@@ -91,7 +91,7 @@ def _peaks(tensors, dtype):
 
 def spectrum(values, float_format):
     """Spectrum `[..., bins]` of the magnitudes `values[..., n]`, float32; NaN is infinite."""
-    values = ops.where(ops.isnan(values), np.float32(np.inf), values)
+    values = ops.where(ops.isnan(values), np.finfo("float32").max, values)
     edges = np.ldexp(np.float32(1), float_format.exponents)
     # The lowest binade also takes what is smaller still in float32, but for its
     # subnormals: processors may flush those to zero.

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -12,6 +11,7 @@ import numpy as np
 
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
+from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
 from tf_adaptive_ls.observe.snapshot import Snapshot
@@ -111,7 +111,7 @@ class Calibration:
         return f"{text}\n\n{text_table(columns, rows)}{advice(self.narrow_reductions)}"
 
 
-def calibrate(model: keras.Model, batches: Iterable[Any]) -> Calibration:
+def calibrate(model: keras.Model, batches: Any, *, batch_size: int = 32) -> Calibration:
     """Finds every layer's scale without training.
 
     Runs batches forward and backward, samples all gradients and moves the scales, until
@@ -122,8 +122,9 @@ def calibrate(model: keras.Model, batches: Iterable[Any]) -> Calibration:
     Args:
         model: A built model with `LossScaled` layers, compiled with an
             `AdaptiveLossScaleOptimizer`, whose rule is used.
-        batches: Iterable of batches `(x, y)` or `(x, y, sample_weight)`, such as a
-            `tf.data.Dataset`. Twenty are usually enough.
+        batches: As for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`, or an iterable of such
+            batches, such as a `tf.data.Dataset`. Twenty batches are usually enough.
+        batch_size: Int. How many examples at a time, of arrays.
 
     Returns:
         A `Calibration`, which prints as a table.
@@ -135,12 +136,7 @@ def calibrate(model: keras.Model, batches: Iterable[Any]) -> Calibration:
     named = scaled_layers(model)
     layers = [layer for _, layer in named]
 
-    if not isinstance(batches, Iterable):
-        raise ValueError(
-            "`calibrate` expected an iterable of batches `(x, y)`. Received: "
-            f"batches={batches!r} (of type {type(batches).__name__})."
-        )
-    batches = iter(batches)
+    batches = batches_of(batches, batch_size)
     first = next(batches, None)
     if first is None:
         raise ValueError("`calibrate` expected at least one batch. Received: none.")

@@ -14,7 +14,7 @@ whatever is missing was lost to underflow.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import keras
@@ -23,6 +23,7 @@ from keras import ops, tree
 
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.numerics.quadrature import RULES
+from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
 from tf_adaptive_ls.training import keras_internals
@@ -111,12 +112,13 @@ def loss_change(
     model: keras.Model,
     before: Sequence[np.ndarray],
     after: Sequence[np.ndarray],
-    data: Iterable[Any],
+    data: Any,
     *,
     tolerance: float = 1e-3,
     max_intervals: int = 32,
     dtype: Literal["float32", "as trained"] = "float32",
     rule: Literal["simpson", "trapezoid", "first order"] = "simpson",
+    batch_size: int = 32,
 ) -> Allocation:
     """Divides the change of the loss between two points of training among the weights.
 
@@ -132,8 +134,9 @@ def loss_change(
         before: Its weights at the one point, as `model.get_weights()` returns them. Loss scales
             among them do not matter: they are taken as they are now.
         after: Its weights at the other point.
-        data: Iterable of batches `(x, y)` or `(x, y, sample_weight)`, such as a list, or a
-            `tf.data.Dataset`. They weigh by their number of examples.
+        data: As for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`, or an iterable of such
+            batches, such as a list, a `tf.data.Dataset` or a `keras.utils.PyDataset`. Batches
+            weigh by their number of examples.
         tolerance: Float > 0. For each batch the path is divided further, into 2, 4, 8 …
             intervals, until all that is allocated in float32 differs from the change of the loss
             by no more than this.
@@ -143,6 +146,7 @@ def loss_change(
             lost to underflow. The loss is still taken in float32.
         rule: How the integral along the path is taken: by Simpson, as in the paper, or for
             comparison by the "trapezoid" or to "first order", both in one interval.
+        batch_size: Int. How many examples at a time, of arrays.
 
     Returns:
         An `Allocation`, which prints as a table.
@@ -156,13 +160,9 @@ def loss_change(
         if value not in choices:
             raise ValueError(f"Expected `{name}` to be one of {choices}. Received: {value!r}.")
     check_ready(model)
-    if not isinstance(data, Iterable):
-        raise ValueError(
-            "Expected `data` to be an iterable of batches `(x, y)`. "
-            f"Received: data={data!r} (of type {type(data).__name__})."
-        )
+    batches = batches_of(data, batch_size)
     path = LossPath(model, tolerance, max_intervals, rule)
-    return path.allocate(before, after, data, as_trained=dtype == DTYPES[1])[-1]
+    return path.allocate(before, after, batches, as_trained=dtype == DTYPES[1])[-1]
 
 
 class LossPath:
@@ -192,13 +192,13 @@ class LossPath:
             if name in owner_of.values()
         }
 
-    def allocate(self, before, after, data, as_trained=False):
+    def allocate(self, before, after, batches, as_trained=False):
         """A list of `Allocation`s: in float32 and, if asked for, as trained."""
         before, after = self._coordinates("before", before), self._coordinates("after", after)
         moves = _flat(after) - _flat(before)
         ends = [[ops.convert_to_tensor(w) for w in weights] for weights in (before, after)]
         total, examples, losses, by_layer, most_intervals = 0.0, [], [], [], 0
-        for number, batch in enumerate(data):
+        for number, batch in enumerate(batches):
             batch, size = _as_tensors(batch)
             both, allocated, intervals = self._integral(ends, moves, batch, number, as_trained)
             examples.append(size)

@@ -2,12 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.loss_change import (
     LossPath,
     NonfiniteLossError,
@@ -34,9 +35,9 @@ class LossChangeMonitor(keras.callbacks.Callback):
     To the `logs` of Keras it adds `loss_change_error`, that of the last record.
 
     Args:
-        data: Batches `(x, y)` or `(x, y, sample_weight)` to take the loss of, the same whenever
-            they are iterated over, such as a list, or a `tf.data.Dataset`. A few are enough for
-            what is large; figures have standard errors.
+        data: What to take the loss of, as for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`,
+            or such batches, the same whenever they are iterated over, such as a list, or a
+            `tf.data.Dataset`. A few are enough for what is large; figures have standard errors.
         path: File to append records to, for `load_run`, `plots` and
             `python -m tf_adaptive_ls`. It may be that of a `LossScaleMonitor` of the same
             `fit`. None are kept by default.
@@ -58,7 +59,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        data: Iterable[Any],
+        data: Any,
         path: str | os.PathLike[str] | None = None,
         *,
         every: int = 100,
@@ -67,9 +68,11 @@ class LossChangeMonitor(keras.callbacks.Callback):
         as_trained: bool = False,
         tolerance: float = 1e-3,
         max_intervals: int = 4,
+        batch_size: int = 32,
     ):
         super().__init__()
-        if not isinstance(data, Iterable) or iter(data) is data:
+        batches_of(data, batch_size)
+        if isinstance(data, Iterator):
             raise ValueError(
                 "Expected `data` to be batches `(x, y)` that can be iterated over again and again, "
                 f"such as a list. Received: data={data!r} (of type {type(data).__name__})."
@@ -87,6 +90,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
         self.data, self.path, self.every, self.tensorboard = data, path, every, tensorboard
         self.single_steps, self.as_trained = single_steps, as_trained
         self.tolerance, self.max_intervals = tolerance, max_intervals
+        self.batch_size = batch_size
         self._figures: Logs = {}
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
@@ -150,8 +154,9 @@ class LossChangeMonitor(keras.callbacks.Callback):
         self._set_out()
         step = self._since
         if step > since:
+            batches = batches_of(self.data, self.batch_size)
             try:
-                found = self._path.allocate(before, self._weights, self.data, self.as_trained)
+                found = self._path.allocate(before, self._weights, batches, self.as_trained)
             except NonfiniteLossError as error:
                 warnings.warn(
                     f"LossChangeMonitor leaves out steps {since} to {step}: {error}", stacklevel=2

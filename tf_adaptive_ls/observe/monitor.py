@@ -1,26 +1,20 @@
 """`LossScaleMonitor`: records a run, and ends it with a reason when it is stuck."""
 
-import collections
 import contextlib
 import os
+import pathlib
 import warnings
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import keras
 
 from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
+from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch, adaptive_optimizers
 from tf_adaptive_ls.observe.run_record import RunWriter, check_path
-from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
-
-_RECENT = 6
-
-# Of so many steps at least a share is told of, and which is worth a word.
-_SKIPS_SEEN_OVER = 300
-_MANY_SKIPS = 0.05
 
 Logs: TypeAlias = dict[str, Any]
 
@@ -62,14 +56,19 @@ class LossScaleMonitor(keras.callbacks.Callback):
             `fit` ends.
         tensorboard: Directory for TensorBoard: scalars per layer, and histograms of
             log2 of its gradients.
+        optimizer: The `AdaptiveLossScaleOptimizer` to watch, or a dict of several by name. Those
+            that are attributes of the model, or in lists or dicts that are, are found without:
+            that of `compile`, or `d_optimizer` and `g_optimizer` of a GAN. Where there are
+            several, names of figures, files and directories begin or end with theirs:
+            `d_optimizer_loss_scale`, "run-d_optimizer.jsonl".
         stuck_after: Int >= 1, or `None` for never. After so many steps skipped in a row
             the next batch is not trained on but looked into, and `fit` raises a
             `StuckTrainingError` that says what is not finite and since when. Weights
             are then as they were after the last step that was not skipped.
 
     Raises:
-        ValueError: If an argument is not as said; from `fit`, if the model is not
-            compiled with an `AdaptiveLossScaleOptimizer`.
+        ValueError: If an argument is not as said; from `fit`, if the model has no
+            `AdaptiveLossScaleOptimizer`.
     """
 
     # Batches end here without waiting for the device.
@@ -82,6 +81,9 @@ class LossScaleMonitor(keras.callbacks.Callback):
         every: int = 100,
         tensorboard: str | os.PathLike[str] | None = None,
         stuck_after: int | None = 100,
+        optimizer: AdaptiveLossScaleOptimizer
+        | Mapping[str, AdaptiveLossScaleOptimizer]
+        | None = None,
     ):
         super().__init__()
         check_steps("every", every)
@@ -90,23 +92,41 @@ class LossScaleMonitor(keras.callbacks.Callback):
         for name, value in (("path", path), ("tensorboard", tensorboard)):
             if value is not None:
                 check_path(name, value)
+        given = optimizer.values() if isinstance(optimizer, Mapping) else [optimizer]
+        if optimizer is not None and not all(map(_is_adaptive, given)):
+            raise ValueError(
+                "Expected `optimizer` to be an AdaptiveLossScaleOptimizer, or a dict of them. "
+                f"Received: optimizer={optimizer!r}."
+            )
         self.path, self.every = path, every
         self.tensorboard, self.stuck_after = tensorboard, stuck_after
+        self.optimizer = optimizer
         self._look_every = every if stuck_after is None else min(every, stuck_after)
         self._figures: Logs = {}
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
-        if not isinstance(self.model.optimizer, AdaptiveLossScaleOptimizer):
-            raise ValueError(
-                "Expected a model compiled with an AdaptiveLossScaleOptimizer. Received: model "
-                f"'{self.model.name}' with {type(self.model.optimizer).__name__}. Leave out "
-                "LossScaleMonitor, or compile the model with that optimizer."
-            )
-        self._epoch = 0
+        self._optimizers = self._named_optimizers()
+        self._epoch = self._unseen = 0
         self._logs: Logs = {}
-        self._recent: collections.deque[Snapshot] = collections.deque(maxlen=_RECENT)
-        # What a callback after this one may restore is known with the first batch.
-        self._begun = self._stuck = False
+        self._watches: dict[str, OptimizerWatch] = {}
+        self._writers: dict[str, Writers] = {}
+
+    def _named_optimizers(self):
+        """By name; a single one has none."""
+        named = self.optimizer
+        if named is None:
+            named = adaptive_optimizers(self.model)
+        elif not isinstance(named, Mapping):
+            named = {"": named}
+        if not named:
+            kind = type(getattr(self.model, "optimizer", None)).__name__
+            raise ValueError(
+                "Expected a model compiled with an AdaptiveLossScaleOptimizer, or with one among "
+                f"its attributes. Received: model '{self.model.name}' with {kind}. Leave out "
+                "LossScaleMonitor, compile the model with that optimizer, or hand it over: "
+                "LossScaleMonitor(optimizer=…)."
+            )
+        return {"": next(iter(named.values()))} if len(named) == 1 else dict(named)
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         self._epoch = epoch
@@ -115,8 +135,8 @@ class LossScaleMonitor(keras.callbacks.Callback):
     # Records are made before a batch, not after: Keras may call what is after one in
     # another thread, while the next is being trained on.
     def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
-        if not self._begun:
-            self._begin()
+        # What a callback after this one may restore is known with the first batch.
+        self._begin()
         self._unseen += batch - self._batches_done
         self._batches_done = batch
         if self._unseen >= self._look_every:
@@ -137,10 +157,11 @@ class LossScaleMonitor(keras.callbacks.Callback):
             logs.update(self._figures)
 
     def on_train_end(self, logs: Logs | None = None) -> None:
-        if not self._begun:
+        if not self._watches:
             return
         self._look(end=True)
-        self._writers.write("close")
+        for writers in self._writers.values():
+            writers.write("close")
         if self._stuck:
             raise StuckTrainingError(
                 f"{self._complaint()}\nTo find out where, call "
@@ -148,61 +169,43 @@ class LossScaleMonitor(keras.callbacks.Callback):
             )
 
     def _begin(self):
-        self._layers = scaled_layers(self.model)
-        snapshot = self._take_snapshot()
-        self._unseen, self._last_recorded = 0, snapshot.step
-        self._skips_since, self._skips_told = snapshot, False
-        self._overflows = [layer_snapshot.overflows for layer_snapshot in snapshot.layers]
-        self._writers = Writers("LossScaleMonitor")
-        if backend.is_first_process():
-            self._writers.open(RunWriter.shared, self.path, self._layers, snapshot.step)
-            self._writers.open(TensorBoardWriter, self.tensorboard, self._layers, snapshot.step)
-        self._begun = True
+        """Watches what there is to be seen: which layers one of several scales it knows later."""
+        several = len(self._optimizers) > 1
+        for name, optimizer in self._optimizers.items():
+            if name in self._watches or (several and not optimizer.built):
+                continue
+            backend.sync_state(self.model)
+            watch = OptimizerWatch(self.model, optimizer, name, self.every, self.stuck_after)
+            self._watches[name] = watch
+            self._figures.update(watch.figures)
+            writers = self._writers[name] = Writers("LossScaleMonitor")
+            if backend.is_first_process():
+                path, directory = _path_of(self.path, name), self.tensorboard
+                if directory is not None and name:
+                    directory = pathlib.Path(directory) / name
+                writers.open(RunWriter.shared, path, watch.layers, watch.first_step)
+                writers.open(TensorBoardWriter, directory, watch.layers, watch.first_step)
 
-    def _take_snapshot(self):
-        backend.sync_state(self.model)
-        snapshot = Snapshot.of([layer for _, layer in self._layers], self.model.optimizer)
-        self._figures = {
-            "loss_scale": 2.0**snapshot.log2_loss_scale,
-            "skipped_steps": snapshot.skipped_steps,
-            "underflow": snapshot.worst_underflow,
-        }
-        if snapshot.worst_flushed is not None:
-            self._figures["float8_flushed"] = snapshot.worst_flushed
-        return snapshot
+    @property
+    def _stuck(self):
+        return any(watch.stuck for watch in self._watches.values())
+
+    def _complaint(self):
+        return " ".join(watch.complaint() for watch in self._watches.values() if watch.stuck)
 
     def _look(self, end=False):
-        """Reads the scales; notices if training is stuck; records them if it is time."""
-        snapshot = self._take_snapshot()
+        """Reads the scales; records them if it is time."""
+        backend.sync_state(self.model)
         self._unseen = 0
-        self._recent.append(snapshot)
-        stuck_after = self.stuck_after
-        self._stuck = stuck_after is not None and snapshot.skipped_in_a_row >= stuck_after
-        self._look_at_skips(snapshot)
-        new = snapshot.step - self._last_recorded
-        if new >= self.every or (new > 0 and (end or self._stuck)):
-            self._last_recorded = snapshot.step
-            self._writers.write("add", snapshot, self._epoch, self._logs)
-
-    def _look_at_skips(self, snapshot):
-        """Warns, once, if many steps are skipped, though never many in a row."""
-        steps = snapshot.step - self._skips_since.step
-        if steps < _SKIPS_SEEN_OVER or self._skips_told:
-            return
-        skipped = snapshot.skipped_steps - self._skips_since.skipped_steps
-        self._skips_since = snapshot
-        if skipped > _MANY_SKIPS * steps:
-            self._skips_told = True
-            warnings.warn(
-                f"{skipped} of the last {steps} steps were skipped, since their gradients were not "
-                f"finite.{self._blamed()} Call `scale_table(model)` to see how near to overflow "
-                "layers are; layers without a loss scale of their own are not in it.",
-                stacklevel=2,
-            )
+        for name, watch in self._watches.items():
+            snapshot = watch.look(end)
+            self._figures.update(watch.figures)
+            if snapshot is not None:
+                self._writers[name].write("add", snapshot, self._epoch, self._logs)
 
     def _look_into_next_batch(self):
         """Makes `fit` explain the next batch instead of training on it."""
-        train_function = self.model.train_function
+        train_function, complaint = self.model.train_function, self._complaint()
 
         def look(*args):
             self.model.train_function = train_function
@@ -212,42 +215,33 @@ class LossScaleMonitor(keras.callbacks.Callback):
                 explanation = explain_nonfinite(self.model, *batch)
             except Exception as error:  # a step of its own that cannot be run like this
                 raise StuckTrainingError(
-                    f"{self._complaint()}\nTo find out where, the next batch could not be run "
+                    f"{complaint}\nTo find out where, the next batch could not be run "
                     f"again: {error}"
                 ) from error
             if explanation.first is None:
                 warnings.warn(
-                    f"{self._complaint()} All is finite with the next batch, which was looked "
+                    f"{complaint} All is finite with the next batch, which was looked "
                     "into and not trained on: training goes on.",
                     stacklevel=2,
                 )
                 return backend.no_step(self.model, args)
-            raise StuckTrainingError(f"{self._complaint()}\n{explanation}", explanation)
+            raise StuckTrainingError(f"{complaint}\n{explanation}", explanation)
 
-        self._stuck = False
+        for watch in self._watches.values():
+            watch.stuck = False
         self.model.train_function = look
 
-    def _complaint(self):
-        last = self._recent[-1]
-        since = last.step - last.skipped_in_a_row
-        scales = ", ".join(f"2^{m.log2_loss_scale} at {m.step}" for m in self._recent)
-        text = (
-            f"Training is stuck: the last {last.skipped_in_a_row} steps were skipped, all since "
-            f"step {since}, since their gradients were not finite. Weights are as they were "
-            f"then. Loss scale S: {scales}."
-        )
-        return text + self._blamed()
 
-    def _blamed(self):
-        """A sentence, or nothing."""
-        blamed = [
-            f"'{name}' ({layer_snapshot.overflows - before})"
-            for (name, _), layer_snapshot, before in zip(
-                self._layers, self._recent[-1].layers, self._overflows, strict=True
-            )
-            if layer_snapshot.overflows > before
-        ]
-        return f" Layers blamed in this run: {', '.join(blamed)}." if blamed else ""
+def _is_adaptive(optimizer):
+    return isinstance(optimizer, AdaptiveLossScaleOptimizer)
+
+
+def _path_of(path, name):
+    """The path of the record of one of several optimizers."""
+    if path is None or not name:
+        return path
+    path = pathlib.Path(path)
+    return path.with_name(f"{path.stem}-{name}{path.suffix}")
 
 
 class Writers:

@@ -255,3 +255,11 @@ def arguments_of_compile(model):
 def variables_built_for(optimizer):
     """The variables that an optimizer was built for, in its order."""
     return list(optimizer._trainable_variables)
+
+
+def track_variable(optimizer, variable):
+    """Makes a variable that was made elsewhere the next of an optimizer.
+
+    `add_variable` would make another.
+    """
+    optimizer._track_variable(variable)

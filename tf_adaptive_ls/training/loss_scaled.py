@@ -161,6 +161,8 @@ class LossScaled(keras.layers.Wrapper):
         # How it reads weights if that keeps it from working at a scale of its own.
         self._read_elsewhere: str | None = None
         self._gradients_checked = False
+        # Why its file was refused.
+        self._refused: ValueError | None = None
         # Whether it was ever called so that its scale does not act on the gradients of weights.
         self.called_at_s = False
         # The one that knows about it.
@@ -211,7 +213,7 @@ class LossScaled(keras.layers.Wrapper):
         Assignable between steps, from -60 to 60. It changes no gradient but for
         rounding in float16.
         """
-        return int(self.loss_scale.numpy()[0])
+        return int(scale_state.log2_scale_of(self.loss_scale.numpy()))
 
     @log2_scale.setter
     def log2_scale(self, value: int) -> None:
@@ -222,7 +224,7 @@ class LossScaled(keras.layers.Wrapper):
                 f"log2_scale={value!r} for layer '{self.name}'. It is an exponent: "
                 "3 stands for a scale of 8."
             )
-        self.loss_scale.assign([float(value), 2.0 ** int(value)])
+        self.loss_scale.assign(scale_state.packed_scale(np.float32(value)))
 
     @property
     def is_narrow(self) -> bool:
@@ -381,6 +383,9 @@ class LossScaled(keras.layers.Wrapper):
             return None
         return self.layer.compute_mask(inputs, previous_mask)
 
+    def count_params(self) -> int:
+        return self.layer.count_params()
+
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         if self.float8 is not None:
             raise ValueError(
@@ -391,15 +396,26 @@ class LossScaled(keras.layers.Wrapper):
         self.layer.quantize(*args, **kwargs)
 
     def load_own_variables(self, store: Any) -> None:
-        super().load_own_variables(store)
+        if self._refused is not None and not store.keys():
+            raise self._refused  # Keras tries once more, by another way, and shows only the last
+        super().load_own_variables(self._without_reports(store))
         scale = self.loss_scale.numpy()
-        if not scale_state.is_valid(scale):
+        self._refused = None
+        if not np.isfinite(scale).all():
             self.loss_scale.assign(scale_state.initial_scale())
-            raise ValueError(
-                "Expected a whole number and that power of two as the scale of LossScaled layer "
-                f"'{self.name}'. Received: {scale.tolist()}. The file is damaged: take another "
-                "copy of it."
+            self._refused = ValueError(
+                f"Expected finite numbers as the scale of LossScaled layer '{self.name}'. "
+                f"Received: {scale.tolist()}. What was saved is not finite: load what was saved "
+                "before, and look at its weights, too."
             )
+            raise self._refused
+        self.loss_scale.assign(scale_state.restored(scale))
+
+    def _without_reports(self, store):
+        """`store`, with reports as they are: nobody reads the last one, whatever its length."""
+        reports = {"1": self.loss_scale_report, "2": self.float8_report}
+        own = {key: v.numpy() for key, v in reports.items() if v is not None and key in store}
+        return {key: store[key] for key in list(store.keys())} | own
 
     def get_config(self) -> dict[str, Any]:
         config = {
@@ -459,6 +475,16 @@ def wrapper_of(layer):
     """The `LossScaled` layer around `layer`, or `None`."""
     owner = layer.__dict__.get("_loss_scaled")
     return owner and owner.wrapper
+
+
+def layer_of(variable):
+    """The `LossScaled` layer that keeps its scale or its report in `variable`, or `None`."""
+    return getattr(variable, "loss_scaled", None)
+
+
+def is_of_scaling(variable):
+    """Whether `variable` is not a weight of a model, but of what scales it."""
+    return layer_of(variable) is not None
 
 
 def release(layer):

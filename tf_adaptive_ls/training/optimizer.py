@@ -24,15 +24,22 @@ from tf_adaptive_ls.numerics.scale_state import (
     initial_layer_states,
     initial_loss_state,
     is_known,
+    log2_scale_of,
     packed_scale,
 )
 from tf_adaptive_ls.numerics.scale_update import is_sampled, update
-from tf_adaptive_ls.training.loss_scaled import LossScaled, flow_of, ownership_of
+from tf_adaptive_ls.training import keras_internals
+from tf_adaptive_ls.training.loss_scaled import (
+    LossScaled,
+    flow_of,
+    is_of_scaling,
+    layer_of,
+    ownership_of,
+)
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
-# Keras's own default, for models without `LossScaled` layers.
+# Keras's own default, for models without `LossScaled` layers, or with frozen ones alone.
 _KERAS_GROWTH_STEPS = 2000
-_NEVER = 0  # a step counter that counts from 1 never gets there
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
@@ -124,11 +131,19 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         super().__init__(inner_optimizer, initial_scale=float(initial_scale), name=name)
         self.rule = rule
         self.sample_every = sample_every
+        # S, if a function was traced that computes with it before there were any variables.
+        object.__setattr__(self, "_first_scale", None)
+        self._any_loss_scaled = False
 
     @property
     def loss_scale(self) -> float:
         """S, the scale of the loss: a float, readable between steps."""
         return float(self.dynamic_scale.numpy()) if self.built else self.initial_scale
+
+    @property
+    def scaled_layers(self) -> list[LossScaled]:
+        """The `LossScaled` layers whose scales it chooses; known once it is built."""
+        return list(self._scaled_layers) if self.built else []
 
     @property
     def steps(self) -> int:
@@ -159,8 +174,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         operand_formats = {layer.operand_format for layer in layers} - {None}
         for float_format in float_formats | operand_formats:
             self.rule.check(float_format)
-        super().build([v for v in var_list if not _is_of_scaling(v)])
-        self.dynamic_growth_steps = _NEVER if layers else _KERAS_GROWTH_STEPS
+        super().build([v for v in var_list if not is_of_scaling(v)])
+        self.dynamic_growth_steps = _KERAS_GROWTH_STEPS
         self._steps = self._add_counter("steps")
         self._skipped_steps = self._add_counter("skipped_steps")
         self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
@@ -217,7 +232,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             place, scale = places.get(id(layer)), layer.loss_scale.numpy()
             if place is None or not is_known(scale):
                 return LayerSnapshot.of_unknown(layer.log2_scale, layer.float_format)
-            state = LayerStates(scale[0], **{k: v[place] for k, v in known.items()})
+            state = LayerStates(layer.log2_scale, **{k: v[place] for k, v in known.items()})
             return LayerSnapshot.of(state, layer.float_format, layer.operand_format)
 
         return [snapshot(layer) for layer in layers]
@@ -234,7 +249,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Raises:
             ValueError: In a function that JAX compiles, if S would become a constant of it.
         """
-        scale = self.dynamic_scale if self.built else self.initial_scale
+        self._any_loss_scaled = True
+        scale = self.dynamic_scale if self.built else self._scale_before_built()
         if backend.would_be_constant(getattr(scale, "value", scale)):
             raise ValueError(
                 "Expected the loss scale to be among what a compiled function of JAX is given. "
@@ -245,6 +261,22 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "inside `with keras.StatelessScope(zip(optimizer.variables, values)):`."
             )
         return ops.multiply(loss, scale)
+
+    def _scale_before_built(self):
+        if self._first_scale is None and backend.is_traced_alone():
+            with backend.outside_of_traces(), keras.name_scope(self.name, caller=self):
+                # Set as it is: its place among the variables is that of `dynamic_scale`.
+                first = keras.Variable(
+                    self.initial_scale, trainable=False, aggregation="none", name="dynamic_scale"
+                )
+            object.__setattr__(self, "_first_scale", first)
+        return self.initial_scale if self._first_scale is None else self._first_scale
+
+    def add_variable(self, shape: Sequence[int], *args: Any, **kwargs: Any) -> keras.Variable:
+        if kwargs.get("name") == "dynamic_scale" and self._first_scale is not None:
+            keras_internals.track_variable(self, self._first_scale)
+            return self._first_scale
+        return super().add_variable(shape, *args, **kwargs)
 
     def apply(
         self,
@@ -294,6 +326,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _step(self, grads, variables, without_effects):
         """Args: without_effects: that a conditional may have none, and returns new values."""
+        self._warn_if_nothing_scaled()
         weights, overwrites, reports, operand_reports = self._split(grads, variables)
         gradients, variables = _unzipped([*weights, *overwrites])
         if not reports:
@@ -305,6 +338,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 _assign([*variables, *self.variables], itertools.chain(*new_values))
             else:
                 super().apply(gradients, variables)
+            limits = 2.0**-MAX_LOG2_SCALE, 2.0**MAX_LOG2_SCALE
+            self.dynamic_scale.assign(ops.clip(self.dynamic_scale.value, *limits))
             self._count_step(finite)
             return
         states = self._states()
@@ -322,6 +357,16 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         after_skip = ops.greater(self._skipped_in_a_row.value, 0)
         self._count_step(evidence.finite)
         self._update_scales(evidence, *states, after_skip)
+
+    def _warn_if_nothing_scaled(self):
+        if not self._any_loss_scaled:
+            self._any_loss_scaled = True  # once
+            warnings.warn(
+                "AdaptiveLossScaleOptimizer is given gradients of a loss that it was not asked to "
+                "scale, and divides them by its loss scale: weights hardly move. Compute gradients "
+                "of `optimizer.scale_loss(loss)`.",
+                stacklevel=4,
+            )
 
     def _apply_inner(self, gradients, variables):
         scale = self.dynamic_scale
@@ -349,7 +394,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         weights, overwrites, reports, operand_reports = [], [], {}, {}
         for gradient, variable in zip(grads, variables, strict=True):
-            if not _is_of_scaling(variable):
+            if not is_of_scaling(variable):
                 pairs = overwrites if _is_overwritten(variable) else weights
                 pairs.append((gradient, variable))
             elif gradient is None or _is_scale(variable):
@@ -360,7 +405,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 operand_reports[id(variable.loss_scaled)] = gradient
         unknown = reports.keys() - {id(layer) for layer in self._scaled_layers}
         if unknown:
-            names = [v.loss_scaled.name for v in variables if id(_layer_of(v)) in unknown]
+            names = [v.loss_scaled.name for v in variables if id(layer_of(v)) in unknown]
             raise ValueError(
                 "Expected gradients of the variables that the optimizer was built with. "
                 f"Received: those of other LossScaled layers too: {sorted(set(names))}. "
@@ -373,7 +418,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         scales = ops.stack([layer.loss_scale.value for layer in self._scaled_layers])
         kept = {name: variable.value for name, variable in self._layer_states.items()}
         return (
-            LayerStates(ops.where(scales[:, 1] > 0, scales[:, 0], 0.0), **kept),
+            LayerStates(log2_scale_of(scales), **kept),
             LossState(
                 ops.round(ops.log2(ops.convert_to_tensor(self.dynamic_scale))),
                 self._loss_memory.value,
@@ -439,7 +484,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._steps_to_sample.assign(ops.cast(loss_state.steps_to_sample, "int32"))
 
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
-        super().finalize_variable_values([v for v in var_list if not _is_of_scaling(v)])
+        super().finalize_variable_values([v for v in var_list if not is_of_scaling(v)])
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(self._with_added(store))
@@ -495,17 +540,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return cls(**config)
 
 
-def _layer_of(variable):
-    """The `LossScaled` layer that keeps its scale or its report in `variable`, or `None`."""
-    return getattr(variable, "loss_scaled", None)
-
-
-def _is_of_scaling(variable):
-    return _layer_of(variable) is not None
-
-
 def _is_scale(variable):
-    return _is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
+    return is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
 
 
 def _is_overwritten(variable):

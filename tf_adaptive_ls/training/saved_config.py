@@ -1,7 +1,8 @@
 """What stands in a saved config besides the arguments of its object, and what is checked in it."""
 
-# 1 is what tf_adaptive_ls 0.1.0 wrote, which did not say so.
-VERSION = 2
+# 1 is what tf_adaptive_ls 0.1.0 wrote, which did not say so, 2 what 0.2.0 wrote, with other scales.
+VERSION = 3
+_KNOWN = (2, VERSION)
 _KEY = "tf_adaptive_ls"
 
 
@@ -11,7 +12,7 @@ def stamped(config):
 
 
 def opened(config, kind, required, optional=()):
-    """What was `stamped`, once it is known to be of this version and whole.
+    """What was `stamped`, once it is known to be of a version that is read here, and whole.
 
     Args:
         config: Dict, as it was read from a file.
@@ -26,10 +27,11 @@ def opened(config, kind, required, optional=()):
         raise ValueError(f"Expected the config of a {kind} to be a dict. Received: {config!r}.")
     config = dict(config)
     version = config.pop(_KEY, 1)
-    if version != VERSION:
+    if version not in _KNOWN:
         newer = isinstance(version, int) and version > VERSION
+        known = " or ".join(map(str, _KNOWN))
         raise ValueError(
-            f"Expected a {kind} saved in version {VERSION} of the file format of tf_adaptive_ls. "
+            f"Expected a {kind} saved in version {known} of the file format of tf_adaptive_ls. "
             f"Received: version {version!r}. "
             + (
                 "Install a newer tf_adaptive_ls to load it."

@@ -25,7 +25,7 @@ from tf_adaptive_ls.training.keras_internals import (
     variables_built_for,
 )
 from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter, with_path
-from tf_adaptive_ls.training.loss_scaled import LossScaled, release, wrapper_of
+from tf_adaptive_ls.training.loss_scaled import LossScaled, is_of_scaling, release, wrapper_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.planning import plan_of
 from tf_adaptive_ls.training.products import products_in
@@ -213,6 +213,14 @@ class LossScaledModel:
         from_inputs = backend.is_differentiated(CallTensors(inputs).tensors)
         with scale_plan.running(self._plan, from_inputs):
             return super().call(inputs, training=training, mask=mask, **kwargs)
+
+    def count_params(self):
+        return sum(math.prod(v.shape) for v in self.weights if not is_of_scaling(v))
+
+    @property
+    def _collected_trainable_weights(self):
+        # What `summary` counts, if a model has it.
+        return [v for v in self.trainable_weights if not is_of_scaling(v)]
 
     def make_train_function(self, force=False):
         known = isinstance(self.optimizer, AdaptiveLossScaleOptimizer)

@@ -1,0 +1,55 @@
+"""Batches of what `fit` takes as data."""
+
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+from keras import tree
+
+
+def batches_of(data, batch_size=32):
+    """Iterates over the batches of data.
+
+    Args:
+        data: `(x, y)` or `(x, y, sample_weight)`, of arrays or of structures of arrays; or a
+            `keras.utils.PyDataset`; or an iterable of batches, such as a list of them, a generator
+            or a `tf.data.Dataset`.
+        batch_size: Int. Of arrays, how many examples a batch has.
+
+    Raises:
+        ValueError: If `data` is none of these.
+    """
+    if isinstance(data, keras.utils.PyDataset):
+        return (data[i] for i in range(len(data)))
+    if _is_of_arrays(data):
+        return _slices(data, _number_of_examples(data), batch_size)
+    if isinstance(data, Iterable) and not isinstance(data, (str, bytes, np.ndarray, dict)):
+        return iter(data)
+    raise ValueError(
+        "Expected data as for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`, or an iterable of "
+        f"such batches. Received: {data!r:.200} (of type {type(data).__name__})."
+    )
+
+
+def _is_of_arrays(data):
+    """Whether `data` is one tuple of arrays, and no tuple of batches."""
+    return isinstance(data, tuple) and 2 <= len(data) <= 3 and not isinstance(data[0], tuple)
+
+
+def _number_of_examples(data):
+    leaves = [leaf for leaf in tree.flatten(data) if leaf is not None]
+    sizes = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in leaves}
+    if len(sizes) != 1 or None in sizes:
+        shapes = [tuple(np.shape(leaf)) for leaf in leaves]
+        raise ValueError(
+            f"Expected arrays of as many examples each. Received: arrays of shapes {shapes}."
+        )
+    return sizes.pop()
+
+
+def _slices(data, size, batch_size):
+    for start in range(0, size, batch_size):
+        yield tree.map_structure(
+            lambda leaf, start=start: None if leaf is None else leaf[start : start + batch_size],
+            data,
+        )
