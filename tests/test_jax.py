@@ -18,16 +18,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = [
     "training/test_graphs_exact.py::test_any_scales_give_the_plain_model[residual-eager]",
     "training/test_jax_loops.py::test_as_keras_documents_it[checkpoint]",
+    "training/test_jax_loops.py::test_shards_of_a_batch_as_jax_checks_them",
     "training/test_overflow.py::test_a_layer_that_passes_a_fault_on_is_not_to_blame",
     "training/test_self_contained.py::test_second_order_gradients_are_refused[xla]",
 ]
 
 
+# As in `conftest.py`, and two devices.
+XLA_FLAGS = "--xla_cpu_max_isa=AVX --xla_force_host_platform_device_count=2"
+
+
 def run(backend, *arguments):
+    of_jax = {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, **of_jax},
         capture_output=True,
         text=True,
         check=False,

@@ -12,6 +12,7 @@ from keras import layers, ops
 from steps import randomize_scales, scaled_layers
 
 import tf_adaptive_ls as als
+from tf_adaptive_ls.numerics.report import Report
 
 if not ON_JAX:
     pytest.skip("JAX's alone", allow_module_level=True)
@@ -206,3 +207,50 @@ def test_a_loss_scale_that_would_be_a_constant_is_refused():
         optimizer.dynamic_scale.assign(scale)
         values = [v.value for v in optimizer.variables]
         np.testing.assert_array_equal(right(X, values), np.full_like(X, scale))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_shards_of_a_batch_as_jax_checks_them(policy):
+    """In `jax.shard_map` with its default checks; what is reported is that of the whole batch."""
+    keras.config.set_dtype_policy(policy)
+    inputs = keras.Input((4,))
+    plain = keras.Model(inputs, layers.Dense(2)(layers.Dense(6, **RELU)(inputs)))
+    wrapped = als.wrap_model(plain)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("shards",))
+    whole, divided = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("shards")
+
+    def gradients_of(model):
+        def loss(weights, x):
+            outputs, _ = model.stateless_call(weights, [], x, training=True)
+            return jax.lax.pmean(ops.mean(ops.cast(outputs, "float32") ** 2), "shards")
+
+        over_mesh = jax.shard_map(
+            jax.grad(loss), mesh=mesh, in_specs=(whole, divided), out_specs=whole
+        )
+        values = [v.value for v in model.trainable_variables]
+        found = jax.jit(over_mesh)(values, 2.0**10 * X)
+        return dict(zip((v.path for v in model.trainable_variables), found, strict=True))
+
+    found, expected = gradients_of(wrapped), gradients_of(plain)
+    for path, gradient in expected.items():
+        np.testing.assert_array_equal(found[path], gradient)
+    last = scaled_layers(wrapped)[-1]
+    report = Report.unpacked(np.array(found[last.loss_scale_report.path]))
+    assert float(report.arrived_broken) == 0
+    if policy == "mixed_float16":
+        outputs = np.array(plain(2.0**10 * X), "float32")
+        peak = np.max(np.abs(2 * outputs / outputs.size))
+        np.testing.assert_allclose(report.arrived_at_s, peak, rtol=2e-3)
+        assert report.num_arrived == outputs.size / len(jax.devices())
+
+
+def test_forward_mode_is_refused_by_name():
+    model = als.wrap_model(network())
+    with pytest.raises(NotImplementedError, match=r"(?s)reverse mode.*neutral_scales"):
+        jax.jacfwd(model)(X)
+
+    def neutral(x):
+        with als.neutral_scales():
+            return model(x)
+
+    np.testing.assert_allclose(jax.jacfwd(neutral)(X), jax.jacrev(model)(X), rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import re
 import weakref
@@ -41,7 +42,25 @@ def custom_gradient(function, constants=()):
         zeros = [keras.ops.zeros_like(constant) for constant in given]
         return outputs, lambda *gradients: (*zeros, *backward(*gradients))
 
-    return functools.partial(with_constants, *constants)
+    def in_reverse_mode(*inputs):
+        try:
+            return with_constants(*constants, *inputs)
+        except TypeError as error:
+            if not _is_of_forward_mode(error):
+                raise
+            raise NotImplementedError(
+                "Expected gradients through a LossScaled layer to be taken in reverse mode, as by "
+                "`jax.grad` or `jax.jacrev`. Received: forward mode, as of `jax.jvp` or "
+                "`jax.jacfwd`. Run the forward pass it belongs to inside "
+                "`with tf_adaptive_ls.neutral_scales():`."
+            ) from error
+
+    return in_reverse_mode
+
+
+def _is_of_forward_mode(error):
+    """Whether JAX says that a function with a backward rule is computed in forward mode."""
+    return "forward-mode" in str(error)
 
 
 def _left_to_graph(outputs):
@@ -96,7 +115,12 @@ def is_differentiated(tensors, others=()):
         return tuple(tensor.value for tensor in tensors), None
 
     identity.defvjp(forward, lambda _, gradients: gradients, symbolic_zeros=True)
-    identity(*tensors, *others)
+    try:
+        identity(*tensors, *others)
+    except TypeError as error:
+        if not _is_of_forward_mode(error):
+            raise
+        return True
     return any(found[: len(tensors)]) if found else True
 
 
@@ -583,21 +607,52 @@ def _run_if(condition, function):
     keras.ops.cond(condition, run, lambda: None)
 
 
+def _varies_over(tensor):
+    """The axes of a mesh that a tensor has other values along, where JAX keeps account of it."""
+    import jax
+
+    kind = jax.typeof(tensor)
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return getattr(kind, "vma", ())  # up to JAX 0.9
+
+
+def varying_as(x, other):
+    """`x`, with JAX told that it has other values wherever `other` has."""
+    if keras.backend.backend() != "jax":
+        return x
+    import jax
+
+    axes = tuple(set(_varies_over(other)) - set(_varies_over(x)))
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # up to JAX 0.8
+
+
 def max_over_shards(function, tensors):
     """The element-wise maximum of a function over the parts of a batch that devices hold.
 
     With `keras.distribution` on JAX one computation spans all devices. What reads gradients
-    of activations is told here to stay with the part that a device has, lest they travel.
+    of activations is told here to stay with the part that a device has, lest they travel. In a
+    `jax.shard_map` a part is what varies; what is said of all is then the same everywhere.
 
     Args:
         function: Function `(tensors, part, num_parts) -> tensor` that is not negative.
         tensors: List of tensors whose first axis is that of the batch.
     """
-    distribution = keras.distribution.distribution()
-    if keras.backend.backend() != "jax" or distribution is None:
+    if keras.backend.backend() != "jax":
         return function(tensors, 0, 1)
     import jax
 
+    axes = tuple(sorted(set().union(*map(_varies_over, tensors))))
+    if axes:  # in a `jax.shard_map` of the user's
+        number = math.prod(jax.lax.axis_size(axis) for axis in axes)
+        return jax.lax.pmax(function(tensors, jax.lax.axis_index(axes), number), axes)
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return function(tensors, 0, 1)
     mesh, axis = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
     num_parts = mesh.shape[axis]
     whole, divided = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(axis)

@@ -51,7 +51,7 @@ def gradient_tap(tensors, divisors, receivers=(), report=None):
             shifted = _refuse_second_order(shifted)
             if not receivers:
                 return tuple(shifted)
-            reported = report(list(gradients), of_each)
+            reported = backend.varying_as(report(list(gradients), of_each), inputs[-1])
             return (*shifted, *map(ops.zeros_like, silent), reported)
 
         return tuple(values), backward
