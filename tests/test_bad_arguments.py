@@ -72,6 +72,7 @@ CALLS = {
         "every": 3,
         "tensorboard": None,
         "stuck_after": 3,
+        "optimizer": None,
     },
     als.LossChangeMonitor: lambda: {
         "data": [(X, Y)],
@@ -82,6 +83,7 @@ CALLS = {
         "as_trained": True,
         "tolerance": 0.1,
         "max_intervals": 2,
+        "batch_size": 2,
     },
     als.loss_change: lambda: {
         "model": model(),
@@ -92,11 +94,12 @@ CALLS = {
         "max_intervals": 2,
         "dtype": "as trained",
         "rule": "trapezoid",
+        "batch_size": 2,
     },
     als.wrap_model: lambda: {"model": model(), "layer_filter": None, "float8": None},
     als.strip_model: lambda: {"model": model()},
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
-    als.calibrate: lambda: {"model": model(), "batches": [(X, Y)]},
+    als.calibrate: lambda: {"model": model(), "batches": [(X, Y)], "batch_size": 2},
     als.explain_nonfinite: lambda: {
         "model": model(),
         "x": X,

@@ -24,12 +24,9 @@ SMOKE = [
 ]
 
 
-# As in `conftest.py`, and two devices.
-XLA_FLAGS = "--xla_cpu_max_isa=AVX --xla_force_host_platform_device_count=2"
-
-
 def run(backend, *arguments):
-    of_jax = {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    of_jax = {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

@@ -5,6 +5,8 @@ bit, where the plain one ends under the inner optimizer: whatever that one does
 with gradients, it does it to unscaled ones, and to those of weights alone.
 """
 
+import copy
+import pickle
 import warnings
 
 import keras
@@ -341,9 +343,9 @@ def test_wrapping_and_stripping_a_compiled_and_trained_model(name):
     assert ours.loss_scale == (2.0**9 if name == "keras" else 2.0**15)
     stripped = als.strip_model(wrapped)
     assert type(stripped.optimizer) is optimizers.Adam
-    for copy in (ours.inner_optimizer, stripped.optimizer):
-        assert copy is not inner
-        assert_all_equal([v.numpy() for v in copy.variables], [v.numpy() for v in inner.variables])
+    for other in (ours.inner_optimizer, stripped.optimizer):
+        assert other is not inner
+        assert_all_equal([v.numpy() for v in other.variables], [v.numpy() for v in inner.variables])
     # All three go on alike from here.
     start = model.get_weights()
     ends = []
@@ -427,3 +429,34 @@ def test_a_weight_that_no_call_used_has_no_gradient(jit_compile):
         np.testing.assert_array_equal(plain.layers[0].unused.kernel.numpy(), before)
         ends.append(weights_of(plain))
     assert_all_equal(*ends)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_optimizers_are_as_those_of_keras(copied):
+    """With their settings, and without variables, which Keras makes anew."""
+    ours = als.AdaptiveLossScaleOptimizer(optimizers.Adam(0.25), 2.0**9, sample_every=7)
+    fresh = copied(ours)
+    fitted(als.wrap_model(chain()[0]), ours)
+    for each in (fresh, copied(ours)):
+        assert not each.built and each.get_config() == fresh.get_config()
+        assert (each.loss_scale, each.sample_every) == (2.0**9, 7)
+        assert float(each.inner_optimizer.learning_rate) == 0.25
+
+
+@pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="Keras 3.12 has none")
+def test_an_optimizer_of_several():
+    def several():
+        rest, of_some = optimizers.SGD(0.1, momentum=0.9), optimizers.Adam(0.01)
+        by_path = {path: of_some for path in paths}
+        return optimizers.MultiOptimizer(optimizers.OptimizerMap(rest, by_path))
+
+    plain, _ = chain()
+    paths = [v.path for v in plain.trainable_variables[:2]]
+    start = plain.get_weights()
+    wrapped = als.wrap_model(keras.Model(plain.input, plain.output))
+    expected = weights_of(fitted(plain, several()))
+    plain.set_weights(start)
+    fitted(wrapped, als.AdaptiveLossScaleOptimizer(several()))
+    assert_all_equal(weights_of(wrapped), expected)
+    assert any((a != b).any() for a, b in zip(expected, start, strict=True))

@@ -114,7 +114,7 @@ def gradients_of(model, optimizer, penalty=lambda variables: 0.0):
     return value_and_gradients(loss, variables)[1]
 
 
-def steps(model, optimizer, change=lambda gradients, variables: gradients, number=4, **options):
+def steps(model, optimizer, change=lambda gradients, variables: gradients, number=3, **options):
     optimizer.build(model.trainable_variables)
     for _ in range(number):
         variables = model.trainable_variables
@@ -152,7 +152,7 @@ def test_layers_find_scales_that_no_step_is_lost_at(change, mixed_float16):
     """They see what becomes of the gradients of weights, so not those that they find without."""
     model = als.wrap_model(network())
     optimizer = adaptive(optimizers.SGD(0.0))
-    steps(model, optimizer, change, number=40)
+    steps(model, optimizer, change, number=25)
     assert optimizer.skipped_steps == 0
     assert all(abs(layer.log2_scale) < 12 for layer in scaled_layers(model))
     if change is not with_noise:
@@ -181,7 +181,7 @@ def test_sharpness_aware_minimization():
     def train(model, make):
         optimizer, variables = make(optimizers.SGD(0.1)), model.trainable_variables
         optimizer.build(variables)
-        for _ in range(4):
+        for _ in range(2):
             gradients = gradients_of(model, optimizer)
             before = [ops.copy(v.value) for v in variables]
             length = norm(gradients)
@@ -213,7 +213,7 @@ def test_weights_that_are_clipped():
 def test_noise_on_weights():
     def train(model, make):
         optimizer = make(optimizers.SGD(0.1))
-        for _ in range(3):
+        for _ in range(2):
             before = [ops.copy(v.value) for v in model.trainable_variables]
             for v in model.trainable_variables:
                 v.assign_add(noise_for(v, 0.01))

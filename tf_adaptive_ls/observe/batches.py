@@ -17,8 +17,14 @@ def batches_of(data, batch_size=32):
         batch_size: Int. Of arrays, how many examples a batch has.
 
     Raises:
-        ValueError: If `data` is none of these.
+        ValueError: If `data` is none of these, or `batch_size` not as said.
     """
+    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if not whole or batch_size < 1:
+        raise ValueError(
+            "Expected `batch_size` to be a whole number of examples, at least 1. "
+            f"Received: batch_size={batch_size!r}."
+        )
     if isinstance(data, keras.utils.PyDataset):
         return (data[i] for i in range(len(data)))
     if _is_of_arrays(data):

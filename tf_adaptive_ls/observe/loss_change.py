@@ -157,7 +157,7 @@ def loss_change(
     """
     check_settings(tolerance, max_intervals)
     for name, value, choices in (("dtype", dtype, DTYPES), ("rule", rule, tuple(RULES))):
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise ValueError(f"Expected `{name}` to be one of {choices}. Received: {value!r}.")
     check_ready(model)
     batches = batches_of(data, batch_size)

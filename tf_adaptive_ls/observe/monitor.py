@@ -187,7 +187,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
                 writers.open(TensorBoardWriter, directory, watch.layers, watch.first_step)
 
     @property
-    def _stuck(self):
+    def _stuck(self) -> bool:
         return any(watch.stuck for watch in self._watches.values())
 
     def _complaint(self):

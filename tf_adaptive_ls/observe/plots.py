@@ -184,7 +184,7 @@ def plot_training(run: Drawable, *, dark: bool = False) -> Figure:
             positive = run.logs["loss"][np.isfinite(run.logs["loss"])]
             if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
                 top.set_yscale("log")
-        top.set_ylabel("loss")
+        top.set_ylabel("loss (mean of the\nepoch so far)")
         bottom.step(run.steps, run.log2_loss_scale, where="post", color=BLUE, label="S")
         total = run.log2_loss_scale[:, None] + run.log2_scales
         bottom.fill_between(

@@ -386,14 +386,14 @@ class LossScaled(keras.layers.Wrapper):
     def count_params(self) -> int:
         return self.layer.count_params()
 
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
+    def quantize(self, *args: Any, **kwargs: Any) -> Any:
         if self.float8 is not None:
             raise ValueError(
                 f"Expected layer '{self.name}' to be quantised once. Received: `quantize` for a "
                 "LossScaled layer that computes in float8 already. `strip_model` it before, or "
                 "leave `float8` out."
             )
-        self.layer.quantize(*args, **kwargs)
+        return self.layer.quantize(*args, **kwargs)
 
     def load_own_variables(self, store: Any) -> None:
         if self._refused is not None and not store.keys():

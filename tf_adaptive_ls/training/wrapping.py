@@ -283,7 +283,7 @@ class LossScaledModel:
                 f"model with LossScaled layers that compute in float8 already: {in_float8}. "
                 "`strip_model` it before, or leave `float8` out."
             )
-        super().quantize(*args, **kwargs)
+        return super().quantize(*args, **kwargs)
 
     def load_weights(self, filepath, *args, **kwargs):
         """As in Keras, but a file that cannot be read leaves the model as it was."""
