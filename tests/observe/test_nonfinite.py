@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from backends import JIT
 from graphs import floats, tokens
 from keras import layers, ops
@@ -196,6 +197,16 @@ def test_what_it_cannot_run_is_refused(case):
     }[case]()
     with pytest.raises(ValueError, match=r"expected a built and compiled model\. Received"):
         als.explain_nonfinite(model, X, Y)
+
+
+@pytest.mark.parametrize("kind", ["tf.data", "a generator"])
+def test_one_batch_is_asked_for(kind):
+    data = {
+        "tf.data": tf.data.Dataset.from_tensor_slices((X, Y)).batch(2),
+        "a generator": (each for each in [(X, Y)]),
+    }[kind]
+    with pytest.raises(ValueError, match=r"Expected one batch of inputs.*next\(iter\(data\)\)"):
+        als.explain_nonfinite(network(), data)
 
 
 def _constant(value):

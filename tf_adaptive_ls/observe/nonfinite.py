@@ -7,6 +7,7 @@ to tell about a gradient leaves the backward pass as the "gradient" of a dummy i
 
 import contextlib
 import dataclasses
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import keras
@@ -146,9 +147,16 @@ def explain_nonfinite(
         An `Explanation`, which prints as a sentence, what to try, and a table.
 
     Raises:
-        ValueError: If `model` is not as said.
+        ValueError: If `model` is not as said, or `x` is no batch.
     """
     _check_ready(model)
+    batches = isinstance(x, Iterable) and not isinstance(x, Collection) and not hasattr(x, "shape")
+    if batches or isinstance(x, keras.utils.PyDataset):
+        raise ValueError(
+            "Expected one batch of inputs, as arrays. Received: "
+            f"x={x!r:.200} (of type {type(x).__name__}). Of a dataset pass one batch: "
+            "`explain_nonfinite(model, *next(iter(data)))`."
+        )
     x, y, sample_weight = tree.map_structure(
         lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), (x, y, sample_weight)
     )
