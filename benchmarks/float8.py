@@ -226,7 +226,7 @@ class Trainee:
 
     def _rounding(self, steps):
         """What became of gradients that our layers have rounded."""
-        layers_of_ours = [x for x in self.model.layers if isinstance(x, als.LossScaled)]
+        layers_of_ours = [x.loss_scaling for x in self.model.layers if x.weights]
         shown = [layer.snapshot for layer in layers_of_ours if layer.float8]
         if not shown or shown[0].operands is None:
             return {}

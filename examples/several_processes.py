@@ -87,9 +87,9 @@ def train(epochs, batch_size, record):
         callbacks=[als.LossScaleMonitor(record, every=10)],
     )
     total = [
-        f"{layer.name} 2^{layer.log2_scale}"
-        for layer in model.layers
-        if isinstance(layer, als.LossScaled)
+        f"{row.name} 2^{row.log2_scale}"
+        for row in als.scale_table(model)
+        if row.log2_scale is not None
     ]
     print(f"Process {process}: S = {model.optimizer.loss_scale:g}, {', '.join(total)}", flush=True)
     if process == 0:

@@ -125,7 +125,7 @@ def main():
     except als.StuckTrainingError as error:
         result["stuck"] = str(error)
     if not args.plain:
-        layers = [each for each in model.layers if isinstance(each, als.LossScaled)]
+        layers = [each.loss_scaling for each in model.layers if each.weights]
         result["log2_scales"] = [layer.log2_scale for layer in layers]
         result["loss_scale"] = model.optimizer.loss_scale
         result["skipped_steps"] = model.optimizer.skipped_steps

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 from backends import compiled, dense, value_and_gradients
 
-import tf_adaptive_ls as als
+from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
+from tf_adaptive_ls.training.planned_call import planned_call_of
 
 
 @dataclasses.dataclass
@@ -86,7 +87,7 @@ def _linear(y, noise):
 
 def layer_stepper(layer, plain, inputs, **options):
     """`stepper` of `layer`, with regard to the variables of the layer `plain` inside."""
-    weights = plain.trainable_variables
+    weights = [v for v in plain.trainable_variables if not is_of_scaling(v)]
     others = plain.non_trainable_variables + rnn_states(plain)
     return stepper(layer, inputs, weights, others, losses=lambda: layer.losses, **options)
 
@@ -98,9 +99,14 @@ def rnn_states(layer):
 
 
 def scaled_layers(model):
-    """All `LossScaled` layers of a model, nested ones too."""
+    """What scales the layers of a model, nested ones too."""
     layers = model._flatten_layers()
-    return [layer for layer in layers if isinstance(layer, als.LossScaled)]
+    return [layer for layer in layers if isinstance(layer, LayerScaling)]
+
+
+def plans_of(model):
+    """The scale plans that a model has run under."""
+    return [plan for plan, _ in planned_call_of(model)._plans.values() if plan is not None]
 
 
 def randomize_scales(model, rng):

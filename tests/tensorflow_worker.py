@@ -65,7 +65,7 @@ x[5] = np.nan  # one of the examples of one process
 batches = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(16).with_options(options)
 step(next(iter(strategy.experimental_distribute_dataset(batches))))
 
-layers = [layer for layer in model.layers if isinstance(layer, als.LossScaled)]
+layers = [layer.loss_scaling for layer in model.layers if layer.weights]
 result = {
     "loss_scale": optimizer.loss_scale,
     "log2_scales": [layer.log2_scale for layer in layers],

@@ -96,8 +96,9 @@ CALLS = {
         "rule": "trapezoid",
         "batch_size": 2,
     },
-    als.wrap_model: lambda: {"model": model(), "layer_filter": None, "float8": None},
+    als.wrap_model: lambda: {"model": model(), "layer_filter": None, "float8": None, "plan": True},
     als.strip_model: lambda: {"model": model()},
+    als.plain_copy: lambda: {"model": model()},
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
     als.calibrate: lambda: {"model": model(), "batches": [(X, Y)], "batch_size": 2},
     als.explain_nonfinite: lambda: {

@@ -66,26 +66,22 @@ def archive(tmp_path):
     return path, change
 
 
-def layer_config(config):
-    return config["config"]["layers"][1]["config"]
-
-
 def optimizer_config(config):
     return config["compile_config"]["optimizer"]["config"]
 
 
 CHANGES = {
     "a newer version": (
-        lambda config: layer_config(config).update(tf_adaptive_ls=99),
-        "LossScaled layer saved in version 2 or 3 .* Received: version 99. Install a newer",
+        lambda config: config["config"].update(tf_adaptive_ls=99),
+        "wrapped model saved in version 2 to 4 .* Received: version 99. Install a newer",
     ),
     "an older version": (
         lambda config: config["config"].pop("tf_adaptive_ls"),
-        "wrapped model saved in version 2 or 3 .* Received: version 1. Load it with",
+        "wrapped model saved in version 2 to 4 .* Received: version 1. Load it with",
     ),
-    "a layer without a layer": (
-        lambda config: layer_config(config).pop("layer"),
-        "LossScaled layer to hold layer, perhaps name, trainable, float8. Received: name",
+    "float8 with something else": (
+        lambda config: config["config"].update(float8={"scores": {"unknown": 7}}),
+        "config of a Float8 to hold .* Received: .*unknown",
     ),
     "an optimizer with something else": (
         lambda config: optimizer_config(config).update(dynamic_growth_steps=7),
@@ -124,16 +120,16 @@ AFTERWARDS = pytest.mark.filterwarnings("ignore:Skipping nested container")
 def test_a_scale_that_is_not_finite_is_refused(suffix, tmp_path):
     inputs = keras.Input((4,))
     model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="scores")(inputs)))
-    model.layers[-1].log2_scale = 5
+    model.layers[-1].loss_scaling.log2_scale = 5
     good, bad = tmp_path / f"good{suffix}", tmp_path / f"bad{suffix}"
     save = model.save if suffix == ".keras" else model.save_weights
     save(good)
-    model.layers[-1].loss_scale.assign([np.nan, 1.0])
+    model.layers[-1].loss_scaling.loss_scale.assign([np.nan, 1.0])
     save(bad)
     model.load_weights(good)
     with pytest.raises(ValueError, match=r"Expected finite numbers as the scale of .*'scores'"):
         model.load_weights(bad)
-    assert model.layers[-1].log2_scale == 5
+    assert model.layers[-1].loss_scaling.log2_scale == 5
 
 
 @pytest.mark.parametrize("what", ["memory", pytest.param("dynamic_scale", marks=pytest.mark.long)])

@@ -20,9 +20,10 @@ from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain
 from tf_adaptive_ls.observe.run_record import Run, load_run, snapshot_run
 from tf_adaptive_ls.observe.scale_table import ScaleRow, ScaleTable, scale_table
 from tf_adaptive_ls.training.float8 import Float8
-from tf_adaptive_ls.training.loss_scaled import LossScaled, neutral_scales
+from tf_adaptive_ls.training.loss_scaled import LossScaled
+from tf_adaptive_ls.training.neutral_scales import neutral_scales
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
-from tf_adaptive_ls.training.wrapping import strip_model, wrap_model
+from tf_adaptive_ls.training.wrapping import plain_copy, strip_model, wrap_model
 
 __version__ = "0.2.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "load_run",
     "loss_change",
     "neutral_scales",
+    "plain_copy",
     "scale_table",
     "snapshot_run",
     "strip_model",

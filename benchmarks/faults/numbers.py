@@ -100,7 +100,7 @@ def _nan_weight(images):
     model = build()
     x, labels = zoo.classify_vector(images.x_train, images.y_train)
     y = np.eye(10, dtype="float32")[labels]
-    kernel = model.get_layer("hidden_1").layer.kernel
+    kernel = model.get_layer("hidden_1").kernel
     spoil = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: kernel.assign(kernel.numpy() * np.nan)
     )

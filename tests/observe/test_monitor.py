@@ -158,7 +158,7 @@ def test_a_live_model_makes_a_run_of_one_moment(mixed_float16):
 def test_overflows_are_counted_by_layer(mixed_float16):
     model = network()
     model.fit(X, Y, verbose=0)
-    model.get_layer("hidden").log2_scale += 14
+    model.get_layer("hidden").loss_scaling.log2_scale += 14
     model.fit(X[:32], Y[:32], verbose=0)
     assert model.optimizer.skipped_in_a_row == 1
     assert [layer.overflows for layer in scaled_layers(model)] == [1, 0]
@@ -172,7 +172,7 @@ def test_overflows_are_counted_by_layer(mixed_float16):
 def test_a_sample_is_told_at_the_scale_it_was_taken_at(mixed_float16):
     model = network()
     model.fit(X, Y, verbose=0)
-    layer = model.get_layer("hidden")
+    layer = model.get_layer("hidden").loss_scaling
     binades = layer.snapshot.binades
     layer.log2_scale += 5
     assert layer.snapshot.binades == binades
@@ -325,7 +325,7 @@ def test_tensorboard_can_read_what_is_written(mixed_float16, tmp_path):
 
     scalars = events.Tensors("log2_scale/hidden")
     assert [event.step for event in scalars] == [8, 16]
-    hidden = model.get_layer("hidden")
+    hidden = model.get_layer("hidden").loss_scaling
     total = np.log2(model.optimizer.loss_scale) + hidden.log2_scale
     assert tf.make_ndarray(scalars[-1].tensor_proto) == total
     left, right, count = tf.make_ndarray(
@@ -415,7 +415,7 @@ def test_a_weight_gradient_that_overflows_whatever_the_scale(mixed_float16):
     model = als.wrap_model(keras.Model(inputs, layers.Dense(2, name="scores")(x)))
     model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", **GRAPH)
     model.fit(X, Y, verbose=0)
-    model.get_layer("divided").layer.divisor.assign(0.0)
+    model.get_layer("divided").divisor.assign(0.0)
     error = stuck(model, before=0)[0]
     first = error.explanation.first
     assert (first.phase, first.layer, first.tensor) == ("backward", "divided", "gradient of kernel")
@@ -424,7 +424,7 @@ def test_a_weight_gradient_that_overflows_whatever_the_scale(mixed_float16):
 
 def test_a_nan_weight(mixed_float16):
     model = network()
-    model.get_layer("hidden").layer.kernel.assign(np.full((4, 8), np.nan))
+    model.get_layer("hidden").kernel.assign(np.full((4, 8), np.nan))
     first = stuck(model, before=0)[0].explanation.first
     assert (first.phase, first.layer, first.tensor) == ("weights", "hidden", "kernel")
 

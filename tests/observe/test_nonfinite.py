@@ -108,7 +108,7 @@ class TestEachKindOfFault:
 
 def test_an_overflow_of_a_weight_gradient_is_blamed_on_its_layer(mixed_float16):
     model = network()
-    model.get_layer("middle").log2_scale = 40
+    model.get_layer("middle").loss_scaling.log2_scale = 40
     explanation = als.explain_nonfinite(model, X, Y)
     first = explanation.first
     assert (first.phase, first.layer) == ("backward", "middle")
@@ -119,9 +119,9 @@ def test_an_overflow_of_a_weight_gradient_is_blamed_on_its_layer(mixed_float16):
 
 def test_an_overflow_of_an_input_gradient_is_blamed_on_its_layer(mixed_float16):
     model = network()
-    middle = model.get_layer("middle")
+    middle = model.get_layer("middle").loss_scaling
     middle.layer.kernel.assign(2.0**12 * np.eye(8))
-    model.get_layer("first").layer.kernel.assign(np.zeros((4, 8)))
+    model.get_layer("first").kernel.assign(np.zeros((4, 8)))
     middle.log2_scale = 0
     model.compile(als.AdaptiveLossScaleOptimizer("adam", 2.0**18), loss="mse")
     first = als.explain_nonfinite(model, X, 1e-3 * Y).first
@@ -163,7 +163,7 @@ def test_layers_of_nested_models_and_recurrent_ones(mixed_float16):
     assert explanation.first is None
     seen = {reading.layer for reading in explanation.trail if reading.phase == "backward"}
     assert seen == {"embedding", "inner/gru", "last"}
-    model.get_layer("inner").get_layer("gru").log2_scale = 60
+    model.get_layer("inner").get_layer("gru").loss_scaling.log2_scale = 60
     first = als.explain_nonfinite(model, tokens(16, 5), Y).first
     assert (first.phase, first.layer) == ("backward", "inner/gru")
 

@@ -42,11 +42,11 @@ def test_scales_and_binades_after_a_step(mixed_float16):
     model.fit(floats(8, 4), floats(8, 2), epochs=5, verbose=0)
     (row,) = [row for row in als.scale_table(model) if row.name == "scores"]
     assert row.log2_total == row.log2_scale + np.log2(model.optimizer.loss_scale)
-    layer = model.get_layer("scores")
+    layer = model.get_layer("scores").loss_scaling
     low, high = layer.spectrum.binades
     sampled_at = layer.snapshot.log2_sampled_at
     assert row.binades == (low - sampled_at, high - sampled_at)
-    assert row.underflow == model.get_layer("scores").spectrum.underflow_share
+    assert row.underflow == model.get_layer("scores").loss_scaling.spectrum.underflow_share
     assert als.scale_table(model, model.optimizer) == als.scale_table(model)
 
 

@@ -82,12 +82,15 @@ def test_names_of_weights_inside_a_wrapper():
     assert paths(als.LossScaled(dense())) == expected, "`LossScaled._open_name_scope` has to follow"
 
 
-def test_losses_are_dropped():
+def test_losses_are_forgotten():
     layer = layers.Dense(2, activity_regularizer="l2")
-    layer(floats(3, 4))
-    assert layer.losses
-    keras_internals.drop_losses(layer)
-    assert not layer.losses, FUNCTION.format("drop_losses")
+    with keras.StatelessScope(collect_losses=True):
+        for expected in (1, 2):
+            keras_internals.in_call_context  # noqa: B018
+            layer(floats(3, 4))
+            assert len(layer.losses) == 1, expected
+        keras_internals.forget_losses(layer, layer.losses)
+        assert not layer.losses, FUNCTION.format("forget_losses")
 
 
 def test_what_is_not_a_tensor_may_be_passed_by_position():

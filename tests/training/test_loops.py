@@ -70,7 +70,7 @@ def assert_ends_as_plain(loop, *builds, inner=sgd, assert_same=assert_same):
     assert any((a != b).any() for a, b in zip(plain, itertools.chain(*start), strict=True))
     for model, weights in zip(models, start, strict=True):
         model.set_weights(weights)
-    wrapped = [als.wrap_model(keras.Model(model.input, model.output)) for model in models]
+    wrapped = [als.wrap_model(model) for model in models]
     for i, model in enumerate(wrapped):
         randomize_scales(model, np.random.default_rng(i))
     ours = end_of(wrapped, lambda: als.AdaptiveLossScaleOptimizer(inner()))
@@ -444,14 +444,14 @@ def test_layers_left_out_on_purpose_are_not_named(how, tmp_path, mixed_float16):
     model.fit(X, Y, verbose=0)
 
 
-def test_layers_trained_without_a_scale_are_named_once(mixed_float16):
+def test_layers_that_are_added_later_find_scales_too(mixed_float16):
     inputs = keras.Input((4,))
-    model = als.wrap_model(keras.Sequential([inputs, layers.Dense(3, name="scaled")]))
-    model.add(layers.Dense(2, name="added"))
+    model = als.wrap_model(keras.Sequential([inputs, layers.Dense(3)]))
+    model.add(layers.Dense(2))
     model.compile(als.AdaptiveLossScaleOptimizer(sgd()), loss="mse", jit_compile=JIT)
-    with pytest.warns(UserWarning, match="no loss scale of their own: added"):
-        model.fit(X, Y, verbose=0)
     model.fit(X, Y, verbose=0)
+    assert len(scaled_layers(model)) == 2
+    assert all(each.spectrum.nonzero for each in scaled_layers(model))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

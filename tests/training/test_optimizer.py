@@ -59,6 +59,13 @@ def assert_all_equal(actual, expected):
         np.testing.assert_array_equal(a, b)
 
 
+def twin(plain):
+    """A wrapped model with the weights of a plain one."""
+    wrapped = als.wrap_model(keras.models.clone_model(plain))
+    wrapped.set_weights(plain.get_weights())
+    return wrapped
+
+
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
 @pytest.mark.parametrize("inner", INNER)
 def test_inner_optimizer_features_act_as_on_a_plain_model(inner, eager):
@@ -67,7 +74,7 @@ def test_inner_optimizer_features_act_as_on_a_plain_model(inner, eager):
     fitted(plain, INNER[inner](), run_eagerly=eager)
     end = weights_of(plain)
     plain.set_weights(start)
-    wrapped = als.wrap_model(keras.Model(plain.input, plain.output))
+    wrapped = twin(plain)
     for i, layer in enumerate(scaled_layers(wrapped)):
         layer.log2_scale = i - 5
     optimizer = als.AdaptiveLossScaleOptimizer(INNER[inner](), sample_every=2)
@@ -280,7 +287,7 @@ def test_a_wrapped_model_under_another_optimizer_trains_and_warns_once():
     start = plain.get_weights()
     expected = weights_of(fitted(plain, optimizers.Adam(0.1)))
     plain.set_weights(start)
-    wrapped = als.wrap_model(keras.Model(plain.input, plain.output))
+    wrapped = twin(plain)
     scaled_layers(wrapped)[1].log2_scale = 5
     with pytest.warns(UserWarning, match="compiled with Adam") as caught:
         fitted(wrapped, optimizers.Adam(0.1))
@@ -301,14 +308,16 @@ FOREIGN = {
 @pytest.mark.parametrize("foreign", ["sgd", "accumulation", "scaling"])
 def test_nothing_is_made_up_under_another_optimizer_and_ours_starts_afresh(foreign, mixed_float16):
     def ours(model):
-        fitted(model, als.AdaptiveLossScaleOptimizer("sgd"))
+        fitted(als.wrap_model(model), als.AdaptiveLossScaleOptimizer("sgd"))
         return [layer.snapshot.log2_scale for layer in scaled_layers(model)], model.optimizer
 
     model, _ = chain()
     start = model.get_weights()
-    expected, optimizer = ours(als.wrap_model(model))
-    model = als.wrap_model(model)
-    model.compile(FOREIGN[foreign](), loss="mse", jit_compile=JIT, auto_scale_loss=False)
+    expected, optimizer = ours(model)
+    als.strip_model(model).set_weights(start)
+    als.wrap_model(model).compile(
+        FOREIGN[foreign](), loss="mse", jit_compile=JIT, auto_scale_loss=False
+    )
     for x in (X, X, np.full_like(X, np.inf), X):
         model.fit(x, Y, batch_size=4, verbose=0)
         for layer in scaled_layers(model):
@@ -333,29 +342,37 @@ def test_a_policy_without_float16_works_and_warns_once(policy):
 
 @pytest.mark.parametrize("name", ["keras", "plain"])
 def test_wrapping_and_stripping_a_compiled_and_trained_model(name):
-    model, _ = chain()
-    inner = optimizers.Adam(0.1)
-    fitted(model, optimizers.LossScaleOptimizer(inner, 2.0**9) if name == "keras" else inner)
-    wrapped = als.wrap_model(model)
-    assert wrapped.compiled and wrapped.loss == "mse"
-    ours = wrapped.optimizer
-    assert isinstance(ours, als.AdaptiveLossScaleOptimizer)
-    assert ours.loss_scale == (2.0**9 if name == "keras" else 2.0**15)
-    stripped = als.strip_model(wrapped)
-    assert type(stripped.optimizer) is optimizers.Adam
-    for other in (ours.inner_optimizer, stripped.optimizer):
-        assert other is not inner
-        assert_all_equal([v.numpy() for v in other.variables], [v.numpy() for v in inner.variables])
-    # All three go on alike from here.
-    start = model.get_weights()
-    ends = []
-    for each in (model, wrapped, stripped):
-        model.set_weights(start)
-        each.jit_compile = JIT
-        each.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
-        ends.append(weights_of(each))
-    assert_all_equal(ends[1], ends[0])
-    assert_all_equal(ends[2], ends[0])
+    def go_on(change):
+        """How a model ends that is changed after some steps."""
+        keras.utils.set_random_seed(0)
+        model, _ = chain()
+        inner = optimizers.Adam(0.1)
+        fitted(model, optimizers.LossScaleOptimizer(inner, 2.0**9) if name == "keras" else inner)
+        change(model, inner)
+        model.jit_compile = JIT
+        model.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+        return weights_of(model)
+
+    def assert_copied(optimizer, inner):
+        assert type(optimizer) is optimizers.Adam and optimizer is not inner
+        values = [[v.numpy() for v in each.variables] for each in (optimizer, inner)]
+        assert_all_equal(*values)
+
+    def wrap(model, inner):
+        als.wrap_model(model)
+        assert model.compiled and model.loss == "mse"
+        assert isinstance(model.optimizer, als.AdaptiveLossScaleOptimizer)
+        assert model.optimizer.loss_scale == (2.0**9 if name == "keras" else 2.0**15)
+        assert_copied(model.optimizer.inner_optimizer, inner)
+
+    def wrap_and_strip(model, inner):
+        wrap(model, inner)
+        als.strip_model(model)
+        assert_copied(model.optimizer, inner)
+
+    expected = go_on(lambda model, inner: None)
+    for change in (wrap, wrap_and_strip):
+        assert_all_equal(go_on(change), expected)
 
 
 @pytest.mark.parametrize("make", [optimizers.Adam, lambda rate: optimizers.SGD(rate, 0.9)])
@@ -373,7 +390,7 @@ def test_state_is_carried_over_weight_by_weight_when_layers_are_unfrozen(make):
     before = {name_of(v): v.numpy() for v in model.optimizer.inner_optimizer.variables}
     base = model.get_layer("base")
     base.trainable = True
-    unfrozen = als.wrap_model(model)
+    unfrozen = als.wrap_model(als.strip_model(model))
     optimizer = unfrozen.optimizer.inner_optimizer
     assert len(optimizer.variables) > len(before)
     assert int(optimizer.iterations) == 8
@@ -386,7 +403,7 @@ def test_state_is_carried_over_weight_by_weight_when_layers_are_unfrozen(make):
     # And back again.
     unfrozen.get_layer("base").trainable = False
     before = {name_of(v): v.numpy() for v in optimizer.variables}
-    optimizer = als.wrap_model(unfrozen).optimizer.inner_optimizer
+    optimizer = als.wrap_model(als.strip_model(unfrozen)).optimizer.inner_optimizer
     assert len(optimizer.variables) < len(before)
     for variable in optimizer.variables:
         np.testing.assert_array_equal(variable.numpy(), before[name_of(variable)])
@@ -454,7 +471,7 @@ def test_an_optimizer_of_several():
     plain, _ = chain()
     paths = [v.path for v in plain.trainable_variables[:2]]
     start = plain.get_weights()
-    wrapped = als.wrap_model(keras.Model(plain.input, plain.output))
+    wrapped = twin(plain)
     expected = weights_of(fitted(plain, several()))
     plain.set_weights(start)
     fitted(wrapped, als.AdaptiveLossScaleOptimizer(several()))

@@ -133,7 +133,7 @@ def test_a_fault_before_any_layer_lowers_the_loss_scale(trained, place, value):
     "mode", [pytest.param(EAGER, marks=pytest.mark.long), GRAPH], ids=["eager", "graph"]
 )
 def test_a_fault_inside_a_layer_lowers_its_scale(trained, at, kind, value):
-    getattr(trained.get_layer(f"faulty_{at}").layer, kind).assign(value)
+    getattr(trained.get_layer(f"faulty_{at}"), kind).assign(value)
     before = state_of(trained)
     one_step(trained)
     after = assert_skipped(trained, before)
@@ -152,7 +152,7 @@ def test_a_fault_inside_a_float32_layer_is_its_own(mixed_float16):
     model = als.wrap_model(keras.Model(inputs, layers.Dense(2)(x)))
     model.compile(als.AdaptiveLossScaleOptimizer("sgd"), loss="mse", **GRAPH)
     model.fit(X, Y, batch_size=32, epochs=5, verbose=0)
-    model.get_layer("faulty").layer.weight_fault.assign(np.inf)
+    model.get_layer("faulty").weight_fault.assign(np.inf)
     before = state_of(model)
     one_step(model)
     after = assert_skipped(model, before)
@@ -177,7 +177,7 @@ def normalised(mode, mixed_float16):
 @pytest.mark.parametrize("mode", [GRAPH, XLA], ids=["graph", "xla"])
 def test_a_layer_that_passes_a_fault_on_is_not_to_blame(normalised):
     for name in ("f_1", "f_2"):
-        fault = normalised.get_layer(name).layer.input_fault
+        fault = normalised.get_layer(name).input_fault
         fault.assign(np.inf)
         before = state_of(normalised)
         one_step(normalised)
@@ -195,7 +195,7 @@ def test_a_layer_that_passes_a_fault_on_is_not_to_blame(normalised):
 
 def test_a_normalisation_that_overflows_is_to_blame(normalised):
     layer = normalised.get_layer("norm_1")
-    dense = normalised.get_layer("f_1").layer
+    dense = normalised.get_layer("f_1")
     for variable in (dense.kernel, dense.bias):  # its gradient is divided by what comes in
         variable.assign(1e-5 * variable)
     before = state_of(normalised)
@@ -208,7 +208,7 @@ def test_a_normalisation_that_overflows_is_to_blame(normalised):
     normalised.fit(X, Y, batch_size=32, epochs=3, verbose=0)
     assert normalised.optimizer.skipped_in_a_row == 0
     assert {each.name for each in scaled_layers(normalised) if each.overflows} <= {"norm_1", "f_1"}
-    assert layer.spectrum.underflow_share < 1e-2
+    assert layer.loss_scaling.spectrum.underflow_share < 1e-2
 
 
 def test_a_normalisation_works_at_no_larger_scale_than_what_it_passes_from(normalised):
@@ -222,7 +222,7 @@ def test_a_normalisation_works_at_no_larger_scale_than_what_it_passes_from(norma
 @pytest.mark.parametrize("mode", [XLA], ids=["xla"])
 def test_faults_inside_a_layer_under_xla(trained):
     before = state_of(trained)
-    layer = trained.get_layer("faulty_1").layer
+    layer = trained.get_layer("faulty_1")
     for fault in (layer.input_fault, layer.weight_fault):
         fault.assign(np.inf)
         before = state_of(trained)
@@ -237,7 +237,7 @@ def test_faults_inside_a_layer_under_xla(trained):
 
 
 def test_a_scale_that_is_too_large_is_lowered_alone(trained):
-    trained.get_layer("faulty_1").log2_scale = 40
+    trained.get_layer("faulty_1").loss_scaling.log2_scale = 40
     before = state_of(trained)
     one_step(trained)
     after = assert_skipped(trained, before)
@@ -306,7 +306,7 @@ def test_the_loss_scale_returns_when_nothing_needs_it_low(mixed_float16):
 
 @pytest.mark.parametrize("fault", ["loss", "layer"])
 def test_training_recovers_when_the_fault_stops(trained, fault):
-    layer = trained.get_layer("faulty_1").layer
+    layer = trained.get_layer("faulty_1")
     variable, normal = (trained.loss_fault, 1.0) if fault == "loss" else (layer.weight_fault, 0.0)
     variable.assign(np.inf)
     trained.fit(X, Y, batch_size=32, epochs=25, verbose=0)
@@ -321,7 +321,7 @@ def test_training_recovers_when_the_fault_stops(trained, fault):
 
 @pytest.mark.parametrize("fault", ["loss", "layer"])
 def test_scales_stay_within_bounds_whatever_happens(trained, fault):
-    layer = trained.get_layer("faulty_1").layer
+    layer = trained.get_layer("faulty_1")
     (trained.loss_fault if fault == "loss" else layer.weight_fault).assign(np.nan)
     trained.fit(X, Y, batch_size=32, epochs=150, verbose=0)
     for each in scaled_layers(trained):
@@ -356,7 +356,7 @@ def test_a_vanished_chain_recovers(mixed_float16):
     model.fit(x, y, batch_size=64, epochs=20, verbose=0)
 
     kernels = [v for v in model.trainable_variables if v.name == "kernel"]
-    reference.set_weights([v.numpy() for v in als.strip_model(model).weights])
+    reference.set_weights([v.numpy() for v in model.weights])
 
     def gradients(model, variables, scale):
         def loss():

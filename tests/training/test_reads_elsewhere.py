@@ -9,6 +9,7 @@ from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tf_adaptive_ls.training.layer_scaling import is_of_scaling
 
 WORKS = "works at the scale of its surroundings: it {}"
 
@@ -119,7 +120,7 @@ KINDS = {
 
 
 def variables_of(layer):
-    own = [v.value for v in layer.trainable_variables]
+    own = [v.value for v in layer.trainable_variables if not is_of_scaling(v)]
     module = getattr(layer, "module", None)
     others = [getattr(layer, "variable", None), module and module.w]
     return [*own, *(v for v in others if v is not None)]
@@ -148,7 +149,7 @@ def test_its_gradients_are_right_and_it_is_named(kind, graph, tmp_path):
     with pytest.warns(UserWarning, match=WORKS.format(how)):
         wrapped = als.wrap_model(plain)
         for place, r in enumerate((-3, 5, 7, 2), 1):
-            wrapped.layers[place].log2_scale = r
+            wrapped.layers[place].loss_scaling.log2_scale = r
         found = gradients(wrapped, plain, graph, x)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a, b)

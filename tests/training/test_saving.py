@@ -13,7 +13,7 @@ import tensorflow as tf
 from backends import JIT
 from graphs import GRAPHS, floats
 from keras import layers
-from steps import randomize_scales, scaled_layers
+from steps import plans_of, randomize_scales, scaled_layers
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import tf_adaptive_ls as als
@@ -94,18 +94,20 @@ def test_every_graph_is_loaded_with_its_plan(name, tmp_path):
 
 
 def routes(model):
-    """The plan of a model, with names for layers."""
+    """The plan of a model, with numbers for layers."""
+    number = {id(layer): i for i, layer in enumerate(scaled_layers(model))}
 
-    def named(groups):
-        return [[layer.name for layer in group.layers] for group in groups]
+    def numbered(groups):
+        return [{number[id(layer)] for layer in group.layers} for group in groups]
 
+    (plan,) = plans_of(model)
     for layer in scaled_layers(model):
-        route = model._plan.routes.get(id(layer))
+        route = plan.routes.get(id(layer))
         if route is None:
-            yield layer.name, None
+            yield None
         else:
-            kwargs = {name: named(value) for name, value in route.kwargs.items()}
-            yield layer.name, named(route.args), kwargs, named(route.outputs)
+            kwargs = {name: numbered(value) for name, value in route.kwargs.items()}
+            yield numbered(route.args), kwargs, numbered(route.outputs)
 
 
 def test_weights_alone(tmp_path, mixed_float16):

@@ -125,7 +125,7 @@ def test_float8_on_several_devices(mixed_float16, two):
     model = ours(two, float8=als.Float8(backward="float8_e4m3fn", rounding="stochastic"))
     fit(model)
     assert_replicas_agree(model)
-    deep = model.get_layer("deep")
+    deep = model.get_layer("deep").loss_scaling
     assert deep.snapshot.operands.counts.sum() == 16 * 8
     before = deep.snapshot.saturations
     # On the second replica alone the gradient of one step is too large for the format.
@@ -182,7 +182,7 @@ def test_an_overflow_on_one_replica_skips_the_step_on_all(mixed_float16, strateg
 def test_the_layer_that_overflowed_on_one_replica_is_blamed(mixed_float16, strategy):
     model = ours(strategy)
     fit(model)
-    deep = model.get_layer("deep")
+    deep = model.get_layer("deep").loss_scaling
     deep.log2_scale = 40
     # Only the last example, on the last replica, has gradients.
     fit(model, X[:16], Y[:16], epochs=1, sample_weight=np.float32([0] * 15 + [1]))

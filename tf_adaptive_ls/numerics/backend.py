@@ -33,7 +33,7 @@ def custom_gradient(function, constants=()):
     """
     if keras.backend.backend() != "jax":
         differentiable = keras.ops.custom_gradient(lambda *inputs: function(constants, *inputs))
-        return lambda *inputs: _left_to_graph(differentiable(*inputs))
+        return lambda *inputs: _left_to_graph(differentiable(*map(_of_this_graph, inputs)))
 
     @keras.ops.custom_gradient
     def with_constants(*all_inputs):
@@ -56,6 +56,18 @@ def custom_gradient(function, constants=()):
             ) from error
 
     return in_reverse_mode
+
+
+def _of_this_graph(tensor):
+    """A tensor in the graph that is being built: in a branch of a conditional it may be of another.
+
+    TensorFlow wants all outputs of a custom gradient in one graph.
+    """
+    import tensorflow as tf
+
+    if tf.executing_eagerly() or getattr(tensor, "graph", None) is tf.compat.v1.get_default_graph():
+        return tensor
+    return tf.identity(tensor)
 
 
 def _is_of_forward_mode(error):

@@ -28,7 +28,7 @@ from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variable
 from tf_adaptive_ls.observe.text_table import text_table
 from tf_adaptive_ls.training import keras_internals
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
-from tf_adaptive_ls.training.loss_scaled import neutral_scales
+from tf_adaptive_ls.training.neutral_scales import neutral_scales
 
 DTYPES = ("float32", "as trained")
 

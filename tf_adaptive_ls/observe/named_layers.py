@@ -2,16 +2,16 @@
 
 import keras
 
+from tf_adaptive_ls.training.companion import Companion, scaling_of
 from tf_adaptive_ls.training.keras_internals import parts_of
-from tf_adaptive_ls.training.loss_scaled import LossScaled
 
 
 def named_layers(model):
     """Pairs of a name and a layer, in the order of `model`.
 
     Models nested in it are gone through in turn, and prefix the names of their layers.
-    Any other layer stands for all that is inside it, but is followed by the
-    `LossScaled` layers among that.
+    Any other layer stands for all that is inside it, but is followed by the layers among that
+    which have a scale, if it has none itself.
 
     Args:
         model: A `keras.Model`, or a layer to list by itself.
@@ -20,8 +20,9 @@ def named_layers(model):
 
 
 def scaled_layers(model):
-    """Those of `named_layers` that are `LossScaled`."""
-    return [(name, layer) for name, layer in named_layers(model) if isinstance(layer, LossScaled)]
+    """Pairs of a name and a `LayerScaling`, of those of `named_layers` that have one."""
+    named = ((name, scaling_of(layer)) for name, layer in named_layers(model))
+    return [(name, scaling) for name, scaling in named if scaling is not None]
 
 
 def owners_of_variables(model):
@@ -30,10 +31,14 @@ def owners_of_variables(model):
 
 
 def scaled_inside(layer):
-    """The `LossScaled` layers inside a layer that is not one itself."""
-    if isinstance(layer, LossScaled):
+    """The layers with a scale inside one that has none itself."""
+    if scaling_of(layer) is not None:
         return []
-    return [each for each in parts_of(layer) if isinstance(each, LossScaled)]
+    return [
+        each
+        for each in parts_of(layer)
+        if scaling_of(each) is not None and not isinstance(each, Companion)
+    ]
 
 
 def _named(layers, prefix):

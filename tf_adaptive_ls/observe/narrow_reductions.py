@@ -8,7 +8,7 @@ import keras
 from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
 from tf_adaptive_ls.observe.named_layers import named_layers
 from tf_adaptive_ls.training.keras_internals import graph_of, nodes_of, parts_of
-from tf_adaptive_ls.training.loss_scaled import LossScaled
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 _ACTIVATIONS = (keras.activations.softmax, keras.activations.log_softmax)
 # Operations between layers, by the names of their classes, which Keras does not export.
@@ -50,7 +50,7 @@ def narrow_reductions(model: keras.layers.Layer) -> tuple[NarrowReduction, ...]:
 
     for name, layer in named_layers(model):
         for part in parts_of(layer):
-            if not isinstance(part, LossScaled) and is_narrow_dtype(part.compute_dtype):
+            if not isinstance(part, LayerScaling) and is_narrow_dtype(part.compute_dtype):
                 for reason in _reasons_of(part):
                     add(name, reason)
     graph: Any = graph_of(model) if isinstance(model, keras.Model) else None

@@ -7,6 +7,7 @@ to tell about a gradient leaves the backward pass as the "gradient" of a dummy i
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
+from tf_adaptive_ls.training import routes
 from tf_adaptive_ls.training.call_tensors import CallTensors, is_inexact
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
 from tf_adaptive_ls.training.keras_internals import parts_of
@@ -285,15 +287,8 @@ def _intercepted(operations, watch):
     """Passes every call of `operations`, pairs of a name and one, to `watch`."""
     with contextlib.ExitStack() as undo:
         for name, operation in operations:
-
-            def call(*args, _name=name, _call=operation.call, **kwargs):
-                return watch(_name, _call, args, kwargs)
-
-            if "call" in operation.__dict__:
-                undo.callback(object.__setattr__, operation, "call", operation.call)
-            else:
-                undo.callback(object.__delattr__, operation, "call")
-            object.__setattr__(operation, "call", call)
+            routes.lead(operation, "call", functools.partial(watch, name))
+            undo.callback(routes.take_away, operation, "call")
         yield
 
 

@@ -9,7 +9,7 @@ import keras
 from tf_adaptive_ls.observe.named_layers import named_layers, scaled_inside
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
-from tf_adaptive_ls.training.loss_scaled import LossScaled
+from tf_adaptive_ls.training.companion import scaling_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.products import products_in
 
@@ -139,16 +139,17 @@ def scale_table(
     named = list(named_layers(model))
     rows = [_row(name, layer, log2_loss_scale) for name, layer in named]
     layers = [layer for _, layer in named]
-    if any(isinstance(layer, LossScaled) and layer.float8 for layer in layers):
+    if any(scaling.float8 for scaling in map(scaling_of, layers) if scaling is not None):
         rows = list(map(_with_float8, rows, layers, _why_wide(layers)))
     return ScaleTable(rows, narrow_reductions(model))
 
 
 def _with_float8(row, layer, why_wide):
-    if not isinstance(layer, LossScaled) or layer.float8 is None:
+    scaling = scaling_of(layer)
+    if scaling is None or scaling.float8 is None:
         return dataclasses.replace(row, float8=why_wide)
-    formats = (layer.float8.forward_format, layer.float8.backward_format)
-    return float8_row(row, formats, layer.snapshot)
+    formats = (scaling.float8.forward_format, scaling.float8.backward_format)
+    return float8_row(row, formats, scaling.snapshot)
 
 
 def float8_row(row, formats, shown):
@@ -183,11 +184,14 @@ def _why_wide(layers):
 
 
 def _row(name, layer, log2_loss_scale):
-    if isinstance(layer, LossScaled):
-        row = scaled_row(name, type(layer.layer).__name__, layer.snapshot, log2_loss_scale)
-        if layer.layer.trainable or row.log2_scale or row.binades:
+    scaling = scaling_of(layer)
+    if scaling is not None:
+        layer = scaling.layer
+        row = scaled_row(name, type(layer).__name__, scaling.snapshot, log2_loss_scale)
+        if layer.trainable or row.log2_scale or row.binades:
             return row
-        layer = layer.layer  # frozen, and gradients did not pass it, either
+        # It is frozen, and gradients did not pass it, either.
+        return ScaleRow(name, type(layer).__name__, None, None, None, None, _why_not(layer))
     inside = scaled_inside(layer)
     note = f"has {len(inside)} scaled layers inside" if inside else _why_not(layer)
     return ScaleRow(name, type(layer).__name__, None, None, None, None, note)

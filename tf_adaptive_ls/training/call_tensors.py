@@ -119,7 +119,7 @@ class Arguments(CallTensors):
             self.groups += planned or [AT_S] * len(tree.flatten(value))
         self.narrow = [scaled.is_narrow] * len(self.tensors)
         layer = scaled.layer
-        if layer.autocast and not scaled.is_narrow:
+        if scaled.casts_inputs and not scaled.is_narrow:
             self.narrow = [is_narrow(tensor) for tensor in self.tensors]
             self.tensors = [
                 keras.ops.cast(tensor, layer.compute_dtype) if narrow else tensor

@@ -19,11 +19,12 @@ def runs_again():
     return _runs_again.get()
 
 
-def call_held(layer, weights, args, kwargs, within=contextlib.nullcontext, receivers=()):
+def call_held(layer, run, weights, args, kwargs, within=contextlib.nullcontext, receivers=()):
     """Calls a layer, and makes the updates of variables that its call asks for.
 
     Args:
-        layer: The layer inside a `LossScaled` one.
+        layer: A layer that is scaled.
+        run: Function `(*args, **kwargs)` that calls it.
         weights: Pairs of a variable that gradients are taken by and its value.
         args: A tuple of arguments by position.
         kwargs: A dict of arguments by name.
@@ -37,23 +38,23 @@ def call_held(layer, weights, args, kwargs, within=contextlib.nullcontext, recei
     again = keras_internals.is_rematerialised(layer, args, kwargs)
     with keras_internals.not_rematerialised(layer):
         call = _call_twice if again else _call
-        outputs, losses, updates, _ = call(layer, values, args, kwargs, within, receivers)
+        outputs, losses, updates, _ = call(layer, run, values, args, kwargs, within, receivers)
     for variable, value in updates:
         variable.assign(value)
     return outputs, losses
 
 
-def _call(layer, values, args, kwargs, within, receivers):
+def _call(layer, run, values, args, kwargs, within, receivers):
     with scale_plan.running(None), HeldVariables(layer, values, receivers) as held, within():
-        outputs = layer(*args, **kwargs)
+        outputs = run(*args, **kwargs)
         losses = list(held.losses)
         held.losses.clear()  # Keras 3.12 would look for each by its value, which graphs have not
-        keras_internals.drop_losses(layer)
+        keras_internals.forget_losses(layer, losses)
     held.check_reads()
     return outputs, losses, held.updates, held.found
 
 
-def check_gradients(layer, weights, args, kwargs):
+def check_gradients(layer, run, weights, args, kwargs):
     """Raises `ReadElsewhere` if gradients do not come to all given values that they should come to.
 
     So it is with a `tf.custom_gradient` that expects variables: it does not see values. Calls the
@@ -61,6 +62,7 @@ def check_gradients(layer, weights, args, kwargs):
 
     Args:
         layer: As that of `call_held`.
+        run: Likewise.
         weights: Likewise.
         args: Likewise.
         kwargs: Likewise.
@@ -69,13 +71,13 @@ def check_gradients(layer, weights, args, kwargs):
 
     def held_call():
         with scale_plan.running(None), HeldVariables(layer, values) as held:
-            outputs = layer(*args, **kwargs)
+            outputs = run(*args, **kwargs)
             read[:] = map(held.was_read, variables)
             return CallTensors((outputs, list(held.losses))).tensors
 
     def plain_call():
         with scale_plan.running(None), keras.StatelessScope(collect_losses=True) as scope:
-            outputs = layer(*args, **kwargs)
+            outputs = run(*args, **kwargs)
             return CallTensors((outputs, list(scope.losses))).tensors
 
     variables, tensors = zip(*weights, strict=True)
@@ -94,7 +96,7 @@ def check_gradients(layer, weights, args, kwargs):
             raise ReadElsewhere(f"has gradients of {', '.join(names)} that only variables get")
 
 
-def _call_twice(layer, values, args, kwargs, within, receivers):
+def _call_twice(layer, run_layer, values, args, kwargs, within, receivers):
     """`_call` that keeps nothing for the backward pass, but runs the layer there once more.
 
     So would Keras, but TensorFlow then finds no gradients by what are not variables, and
@@ -103,6 +105,7 @@ def _call_twice(layer, values, args, kwargs, within, receivers):
     variables = [variable for variable, _ in values]
     # As they are now: statistics and seeds are updated before the second run.
     given = CallTensors((args, kwargs, [ops.copy(value) for _, value in values]))
+    context = keras_internals.call_context()  # it is gone by the second run
     first = {}
 
     def run(*tensors):
@@ -110,9 +113,12 @@ def _call_twice(layer, values, args, kwargs, within, receivers):
         new_values = [*zip(variables, held, strict=True), *first.get("found", [])]
         token = _runs_again.set(bool(first) or runs_again())
         try:
-            with keras_internals.not_rematerialised(layer):
+            with (
+                keras_internals.in_call_context(context),
+                keras_internals.not_rematerialised(layer),
+            ):
                 outputs, losses, updates, found = _call(
-                    layer, new_values, new_args, new_kwargs, within, receivers
+                    layer, run_layer, new_values, new_args, new_kwargs, within, receivers
                 )
         finally:
             _runs_again.reset(token)

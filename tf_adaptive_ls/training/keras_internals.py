@@ -7,9 +7,14 @@ layer would be built at another time, and its weights be found under other paths
 
 import contextlib
 import contextvars
+import copy
 
 import keras
-from keras.src.backend.common import masking
+from keras.src.backend import AutocastScope, get_autocast_scope
+from keras.src.backend.common import global_state, masking
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+__all__ = ["AutocastScope"]
 
 
 def parts_of(layer):
@@ -61,6 +66,21 @@ def is_from_keras(definition):
     return definition.__module__.partition(".")[0] == "keras"
 
 
+def layers_in(layer):
+    """The layers inside a layer, one level deep, whatever lists they are kept in."""
+    return list(layer._layers)
+
+
+# Classes of Keras that say nothing of what a subclass computes.
+_OPEN_CLASSES = ("Layer", "Model", "Functional", "Sequential", "Wrapper")
+
+
+def computes_as_keras_does(layer):
+    """Whether a layer is of a class of Keras that computes something, or of a subclass of such."""
+    kind = next(kind for kind in type(layer).__mro__ if is_from_keras(kind))
+    return kind.__name__ not in _OPEN_CLASSES
+
+
 def may_be_trained(layer):
     """Whether a layer has weights that are trainable, or would be if it were not frozen."""
     return any(map(own_weights, parts_of(layer)))
@@ -95,6 +115,29 @@ def nodes_of(graph):
     ]
 
 
+def operations_of(layer):
+    """The operations in the graph of a Functional model, layers among them; of others, none."""
+    return list(getattr(layer, "_operations", ()))
+
+
+def calls_of(operation):
+    """The list in which Keras keeps all calls of an operation on symbolic tensors."""
+    return operation._inbound_nodes
+
+
+def calls_after(operation):
+    """The list in which Keras keeps all calls that take what comes from an operation."""
+    return operation._outbound_nodes
+
+
+def node_of(tensor):
+    """The call that a symbolic tensor comes from, or `None`."""
+    history = getattr(tensor, "_keras_history", None)
+    if history is None or history.operation is None:
+        return None
+    return history.operation._inbound_nodes[history.node_index]
+
+
 def _no_mode(layer: keras.layers.Layer) -> None:
     return None
 
@@ -121,9 +164,29 @@ def is_rematerialised(layer, args, kwargs):
     return any(
         mode.mode == "full"
         or part.name in mode.layer_names
-        or (part is layer and part.rematerialized_call(call, *args, **kwargs) is not call)
+        or (part is layer and _rematerialised(part, call, args, kwargs) is not call)
         for part, mode in _remat_modes(layer)
     )
+
+
+def may_be_rematerialised(layer):
+    """Whether Keras may run a layer once more, with all that is inside it."""
+    mode = layer._remat_mode
+    return mode is not None and (
+        mode.mode in ("full", "larger_than") or layer.name in mode.layer_names
+    )
+
+
+def _rematerialised(layer, call, args, kwargs):
+    # Of its class: its own may be a route.
+    return type(layer).rematerialized_call(layer, call, *args, **kwargs)
+
+
+def rematerialised_unless_held(layer, call, args, kwargs):
+    """`call`, or what runs it once more in the backward pass where Keras would have that."""
+    if layer._remat_mode is None or id(layer) in _run_once.get():
+        return call
+    return _rematerialised(layer, call, args, kwargs)
 
 
 # The `id` of layers that Keras shall not run once more, in the running context.
@@ -194,12 +257,14 @@ def build_for_call(layer, call_spec):
     layer._maybe_build(call_spec)
 
 
-def drop_losses(layer):
-    """Makes a layer forget the losses that its call has added.
+def forget_losses(layer, losses):
+    """Makes a layer, and layers inside it, forget losses that its call has added, and no others.
 
-    Keras's trainers do it once per step, for the whole model.
+    `_clear_losses` would take those of earlier calls with them.
     """
-    layer._clear_losses()
+    forgotten = set(map(id, losses))
+    for part in parts_of(layer):
+        part._loss_ids -= forgotten
 
 
 def allow_any_positional_arguments(layer):
@@ -208,6 +273,87 @@ def allow_any_positional_arguments(layer):
     Keras's own wrappers that take `*args`, and `Layer` for its subclasses, use a flag.
     """
     layer._allow_non_tensor_positional_args = True
+
+
+def is_symbolic():
+    """Whether shapes alone are computed."""
+    return in_symbolic_scope()
+
+
+def autocast_scope_of_call(layer, casts):
+    """What makes the scope that `Layer.__call__` opens around a call, `None` for none.
+
+    Args:
+        layer: A layer whose `autocast` is off, in such a call of it.
+        casts: What its `autocast` would be.
+    """
+    scope = get_autocast_scope()
+    if scope is None:
+        return None
+    dtype = scope.dtype
+    if dtype is None and casts and keras.backend.is_float_dtype(layer.compute_dtype):
+        dtype = layer.compute_dtype
+    return lambda: AutocastScope(dtype)
+
+
+def cast_inputs(layer, arguments):
+    """Casts the tensors among the arguments of a call as `Layer.__call__` does."""
+
+    def cast(x):
+        mask = mask_of(x)
+        y = layer.dtype_policy.convert_input(x, True, layer.input_dtype)
+        if mask is not None and y is not x:
+            set_mask(y, mask)
+        return y
+
+    return keras.tree.map_structure(cast, arguments) if layer._convert_input_args else arguments
+
+
+def add_part(layer, name, part):
+    """Makes `part` an attribute of a layer that may be built already."""
+    tracker = layer._tracker
+    was_locked = tracker.locked
+    tracker.unlock()
+    setattr(layer, name, part)
+    if was_locked:
+        tracker.lock(tracker._lock_violation_msg)
+
+
+def take_out(layer, name, part):
+    """Undoes `add_part`."""
+    if vars(layer).get(name) is part:
+        delattr(layer, name)
+        layer._tracker.untrack(part)
+
+
+def move_variables_to(layer, other):
+    """Lets the paths of a layer's variables read as if they were those of another."""
+    for variable in layer.variables:
+        variable._path = f"{other.path or other.name}/{variable.name}"
+
+
+def call_context():
+    """What layers hand on to those that they call, such as `training`, as it is now."""
+    return copy.copy(global_state.get_global_attribute(_CALL_CONTEXT))
+
+
+@contextlib.contextmanager
+def in_call_context(context):
+    """Makes what `call_context` returned hold."""
+    before = global_state.get_global_attribute(_CALL_CONTEXT)
+    global_state.set_global_attribute(_CALL_CONTEXT, copy.copy(context))
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_CALL_CONTEXT, before)
+
+
+_CALL_CONTEXT = "current_call_ctx"
+
+
+def unpickled_model(file):
+    """The model that a pickle holds as a file."""
+    return keras.Model._unpickle_model(file)
 
 
 def own_value(variable):

@@ -29,13 +29,8 @@ from tf_adaptive_ls.numerics.scale_state import (
 )
 from tf_adaptive_ls.numerics.scale_update import is_sampled, update
 from tf_adaptive_ls.training import keras_internals
-from tf_adaptive_ls.training.loss_scaled import (
-    LossScaled,
-    flow_of,
-    is_of_scaling,
-    layer_of,
-    ownership_of,
-)
+from tf_adaptive_ls.training.facts_of_layers import flow_of, ownership_of
+from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling, layer_of
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
 # Keras's own default, for models without `LossScaled` layers, or with frozen ones alone.
@@ -141,7 +136,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return float(self.dynamic_scale.numpy()) if self.built else self.initial_scale
 
     @property
-    def scaled_layers(self) -> list[LossScaled]:
+    def scaled_layers(self) -> list[LayerScaling]:
         """The `LossScaled` layers whose scales it chooses; known once it is built."""
         return list(self._scaled_layers) if self.built else []
 
@@ -221,7 +216,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         for layer in self._scaled_layers:
             layer.shows(self)
 
-    def layer_snapshots(self, layers: Sequence[LossScaled]) -> list[LayerSnapshot]:
+    def layer_snapshots(self, layers: Sequence[LayerScaling]) -> list[LayerSnapshot]:
         """A `LayerSnapshot` of each of several layers; of any it does not know, an empty one."""
         places, known = {}, {}
         if self.built:

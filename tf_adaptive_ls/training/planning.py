@@ -1,10 +1,10 @@
-"""Derives a scale plan from the graph of a model."""
+"""Derives a scale plan from the calls that a model is made of."""
 
-import dataclasses
+import collections
 
 import keras
-from keras import tree
 
+from tf_adaptive_ls.training.calls import CallGraph, graph_call
 from tf_adaptive_ls.training.keras_internals import (
     graph_of,
     is_from_keras,
@@ -12,7 +12,7 @@ from tf_adaptive_ls.training.keras_internals import (
     nodes_of,
     parts_of,
 )
-from tf_adaptive_ls.training.loss_scaled import LossScaled
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.scale_plan import AT_S, Route, ScaleGroup, ScalePlan
 
 _NORMALISATIONS = (
@@ -23,43 +23,21 @@ _NORMALISATIONS = (
 )
 
 
-def plan_of(model):
-    """Derives the `ScalePlan` of a Functional or built Sequential model."""
-    calls, models = [], []
-    _collect_calls(model, calls, models)
+def plan_of_graph(graph, models=()):
+    """Derives the `ScalePlan` of a `CallGraph`.
 
-    times_called = {}
-    for call in calls:
-        if call.nested is not None:
-            continue  # its layers have calls of their own in the list
-        for layer in _scaled_layers(call.operation):
-            times_called[id(layer)] = times_called.get(id(layer), 0) + 1
-
-    groups = _Groups()
-    for nested, graph in models:
-        if nested is model:
-            groups.pin([*graph.inputs, *graph.outputs])
-    for call in calls:
-        operation, inputs, outputs = call.operation, call.inputs, call.outputs
-        if isinstance(operation, LossScaled):
-            if times_called[id(operation)] > 1:
-                groups.pin([*inputs, *outputs])
-            for tensor in inputs:
-                groups.add_consumer(tensor, operation)
-        elif call.nested is not None:
-            for outside, inside in zip(inputs, call.nested.inputs, strict=True):
-                groups.join([outside, inside])
-            for outside, inside in zip(outputs, call.nested.outputs, strict=True):
-                groups.join([outside, inside])
-        else:
-            groups.join([*inputs, *outputs])
-            if not _only_hands_gradients_on(operation):
-                groups.pin([*inputs, *outputs])
-
+    Args:
+        graph: The graph. What has a scale stands in it as a `LayerScaling`.
+        models: As those of the plan.
+    """
+    times_called = collections.Counter(
+        id(layer) for call in graph.calls for layer in _scaled_layers(call.operation)
+    )
+    groups = _grouped(graph, times_called)
     planned = [
         call
-        for call in calls
-        if isinstance(call.operation, LossScaled) and times_called[id(call.operation)] == 1
+        for call in graph.calls
+        if isinstance(call.operation, LayerScaling) and times_called[id(call.operation)] == 1
     ]
     passing = [call for call in planned if _may_pass(call) and groups.consumers(call.outputs[0])]
     only_taken_by_it = [groups.consumers(call.inputs[0]) == (call.operation,) for call in passing]
@@ -68,8 +46,8 @@ def plan_of(model):
         if joined:
             groups.join([*call.inputs, *call.outputs])
 
-    def group_of(leaf):
-        return groups.scale_group(leaf) if isinstance(leaf, keras.KerasTensor) else AT_S
+    def group_of(key):
+        return AT_S if key is None else groups.scale_group(key)
 
     def passes_from(call):
         if not any(call is other for other in passing):
@@ -79,91 +57,94 @@ def plan_of(model):
 
     routes = {
         id(call.operation): Route(
-            args=tuple(group_of(leaf) for leaf in tree.flatten(call.args)),
-            kwargs={
-                name: tuple(group_of(leaf) for leaf in tree.flatten(value))
-                for name, value in call.kwargs.items()
-            },
-            outputs=tuple(group_of(tensor) for tensor in call.outputs),
+            args=tuple(map(group_of, call.args)),
+            kwargs={name: tuple(map(group_of, keys)) for name, keys in call.kwargs.items()},
+            outputs=tuple(map(group_of, call.outputs)),
             passes_from=passes_from(call),
         )
         for call in planned
     }
     layers = tuple(call.operation for call in planned)
-    inputs = tuple(map(id, graph_of(model).inputs))
-    return ScalePlan(layers, routes, tuple(models), _with_keys(calls), inputs)
+    order = None
+    if graph.order is not None:
+        order = tuple(layer for layer in graph.order if id(layer) in routes)
+    calls = tuple((call.operation, call.inputs, call.outputs) for call in graph.calls)
+    return ScalePlan(layers, routes, tuple(models), calls, graph.inputs, order)
 
 
-def _with_keys(calls):
-    """Operations, with keys of what they take and return: `ScalePlan.calls`."""
-    same = {}  # a tensor of a nested graph is that outside of it
-    for call in calls:
-        if call.nested is not None:
-            pairs = [*zip(call.nested.inputs, call.inputs, strict=True)]
-            pairs += zip(call.outputs, call.nested.outputs, strict=True)
-            same.update((id(a), id(b)) for a, b in pairs if a is not b)
-
-    def keys(tensors):
-        found = []
-        for key in map(id, tensors):
-            while key in same:
-                key = same[key]
-            found.append(key)
-        return tuple(found)
-
-    return tuple(
-        (call.operation, keys(call.inputs), keys(call.outputs))
-        for call in calls
-        if call.nested is None
-    )
+def _grouped(graph, times_called):
+    """The `_Groups` of the tensors of a graph."""
+    groups = _Groups()
+    groups.pin([*graph.inputs, *graph.ends])
+    for call in graph.calls:
+        operation, inputs, outputs = call.operation, call.inputs, call.outputs
+        if isinstance(operation, LayerScaling):
+            if times_called[id(operation)] > 1:
+                groups.pin([*inputs, *outputs])
+            if operation.layer.activity_regularizer is not None:
+                groups.pin(outputs)  # its loss may be computed outside of the border
+            for tensor in inputs:
+                groups.add_consumer(tensor, operation)
+        else:
+            groups.join([*inputs, *outputs])
+            if call.takes_values or not _only_hands_gradients_on(operation):
+                groups.pin([*inputs, *outputs])
+    return groups
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """One node of the graph; `nested` is the graph of a model planned inline."""
+def plan_of(model):
+    """Derives the `ScalePlan` of a Functional or built Sequential model from its graph."""
+    graph = graph_of(model)
+    same, nodes, models = {}, [], []
+    _collect_nodes(model, same, nodes, models)
 
-    operation: object
-    args: tuple
-    kwargs: dict
-    inputs: list
-    outputs: list
-    nested: object = None
+    def key_of(tensor):
+        key = id(tensor)
+        while key in same:
+            key = same[key]
+        return key
+
+    calls = [graph_call(node, node.operation, key_of) for node in nodes]
+    inputs, outputs = (tuple(map(key_of, tensors)) for tensors in (graph.inputs, graph.outputs))
+    return plan_of_graph(CallGraph(calls, inputs, outputs), models)
 
 
-def _collect_calls(model, calls, models):
-    """Lists the calls in `model`'s graph and those of models called once in it."""
+def _collect_nodes(model, same, nodes, models):
+    """Lists the calls in `model`'s graph and those of models called once in it.
+
+    Args:
+        model: The model.
+        same: Dict to fill: by the `id` of a tensor at the border of a nested graph, that of the one
+            that it is on the other side.
+        nodes: List to extend by the calls.
+        models: List to extend by pairs of a model and its graph.
+    """
     graph = graph_of(model)
     models.append((model, graph))
-    nodes = nodes_of(graph)
-    for node in nodes:
-        operation, arguments = node.operation, node.arguments
-        nested = None
+    own = nodes_of(graph)
+    for node in own:
+        operation = node.operation
         if isinstance(operation, keras.Model) and graph_of(operation) is not None:
-            shared = sum(other.operation is operation for other in nodes) > 1
+            nested = graph_of(operation)
+            shared = sum(other.operation is operation for other in own) > 1
             seen = any(operation is other for other, _ in models)
-            plain = len(node.input_tensors) == len(graph_of(operation).inputs)
+            plain = len(node.input_tensors) == len(nested.inputs)
             if plain and not shared and not seen:
-                nested = graph_of(operation)
-                _collect_calls(operation, calls, models)
-        calls.append(
-            _Call(
-                operation,
-                arguments.args,
-                arguments.kwargs,
-                node.input_tensors,
-                node.output_tensors,
-                nested,
-            )
-        )
+                _collect_nodes(operation, same, nodes, models)
+                pairs = [*zip(nested.inputs, node.input_tensors, strict=True)]
+                pairs += zip(node.output_tensors, nested.outputs, strict=True)
+                same.update((id(a), id(b)) for a, b in pairs if a is not b)
+                continue
+        nodes.append(node)
 
 
 def _scaled_layers(operation):
-    """The `LossScaled` layers that a call of `operation` may run at its border."""
-    if isinstance(operation, LossScaled):
+    """What has a scale and may be run at its border by a call of `operation`."""
+    if isinstance(operation, LayerScaling):
         return [operation]
     if not isinstance(operation, keras.layers.Layer):
         return []
-    return [layer for layer in parts_of(operation) if isinstance(layer, LossScaled)]
+    return [layer for layer in parts_of(operation) if isinstance(layer, LayerScaling)]
 
 
 def _may_pass(call):
@@ -187,7 +168,7 @@ def _only_hands_gradients_on(operation):
 
 
 class _Groups:
-    """Union-find over the tensors of a graph, with what is known of each group."""
+    """Union-find over the tensors of a graph, by their keys, with what is known of each group."""
 
     def __init__(self):
         self._parent = {}
@@ -195,8 +176,7 @@ class _Groups:
         self._consumers = {}
         self._passing = {}
 
-    def _find(self, tensor):
-        key = id(tensor)
+    def _find(self, key):
         root = self._parent.setdefault(key, key)
         while self._parent[root] != root:
             root = self._parent[root]

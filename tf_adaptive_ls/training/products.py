@@ -13,7 +13,7 @@ from keras import layers, ops
 from tf_adaptive_ls.numerics import backend, spectrum
 from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
-from tf_adaptive_ls.training import keras_internals
+from tf_adaptive_ls.training import keras_internals, routes
 from tf_adaptive_ls.training.float8 import E4M3
 
 
@@ -112,7 +112,8 @@ def product_of(layer):
     for product in PRODUCTS:
         if isinstance(layer, product.layer_class):
             is_own = type(layer).call is not product.layer_class.call
-            return None if is_own or not isinstance(_own_call(layer), _Route | None) else product
+            is_own |= "call" in vars(layer) and routes.route_of(layer, "call") is None
+            return None if is_own else product
     return None
 
 
@@ -127,22 +128,9 @@ _computing: contextvars.ContextVar[Mapping[int, Callable[..., Any]]] = contextva
 )
 
 
-class _Route:
-    """What stands for `layer.call`: it looks up how to compute, in whatever thread.
-
-    It is left on the layer, since taking it away would take it from a call that runs meanwhile.
-    """
-
-    def __init__(self, layer):
-        functools.update_wrapper(self, layer.call)
-        self._plain, self._key = layer.call, id(layer)
-
-    def __call__(self, *args, **kwargs):
-        return _computing.get().get(self._key, self._plain)(*args, **kwargs)
-
-
-def _own_call(layer):
-    return vars(layer).get("call")
+def way_of_computing(layer, call):
+    """`call`, or what stands for it in the running context."""
+    return _computing.get().get(id(layer), call)
 
 
 @contextlib.contextmanager
@@ -162,14 +150,18 @@ def in_float8(parts, float8, tap):
         calls[id(part)] = functools.partial(
             _call_in_float8, part, float8.forward_format, own_tap, cast
         )
-        if _own_call(part) is None:
-            # As it is: Keras keeps track of attributes of layers.
-            object.__setattr__(part, "call", _Route(part))
+        if routes.route_of(part, "call") is None:
+            # It is left there, since taking it away would take it from a call that runs meanwhile.
+            routes.lead(part, "call", functools.partial(_run, part))
     token = _computing.set(calls)
     try:
         yield
     finally:
         _computing.reset(token)
+
+
+def _run(layer, original, args, kwargs):
+    return way_of_computing(layer, original)(*args, **kwargs)
 
 
 def casts(layer, float8):

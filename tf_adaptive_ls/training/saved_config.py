@@ -1,14 +1,21 @@
 """What stands in a saved config besides the arguments of its object, and what is checked in it."""
 
 # 1 is what tf_adaptive_ls 0.1.0 wrote, which did not say so, 2 what 0.2.0 wrote, with other scales.
-VERSION = 3
-_KNOWN = (2, VERSION)
+# Up to 3 `LossScaled` layers stood in the graphs of wrapped models.
+VERSION = 4
+WITH_WRAPPERS = 3
+_KNOWN = (2, 3, VERSION)
 _KEY = "tf_adaptive_ls"
 
 
-def stamped(config):
+def stamped(config, version=VERSION):
     """`config`, and the version of what it is about: its names and the variables saved with it."""
-    return {_KEY: VERSION, **config}
+    return {_KEY: version, **config}
+
+
+def is_with_wrappers(config):
+    """Whether the config of a wrapped model is from when `LossScaled` layers stood in its graph."""
+    return isinstance(config, dict) and config.get(_KEY, 1) in (2, WITH_WRAPPERS)
 
 
 def opened(config, kind, required, optional=()):
@@ -29,7 +36,7 @@ def opened(config, kind, required, optional=()):
     version = config.pop(_KEY, 1)
     if version not in _KNOWN:
         newer = isinstance(version, int) and version > VERSION
-        known = " or ".join(map(str, _KNOWN))
+        known = f"{_KNOWN[0]} to {_KNOWN[-1]}"
         raise ValueError(
             f"Expected a {kind} saved in version {known} of the file format of tf_adaptive_ls. "
             f"Received: version {version!r}. "

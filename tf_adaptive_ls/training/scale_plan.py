@@ -78,6 +78,8 @@ class ScalePlan:
         calls: What the graph computes, in an order in which it can: an operation, and the keys
             of the tensors that it takes and returns.
         inputs: The keys of the inputs of the model.
+        order: The layers that have a route, in the order in which they are called, if it is to be
+            checked.
     """
 
     layers: tuple
@@ -85,6 +87,7 @@ class ScalePlan:
     models: tuple
     calls: tuple = ()
     inputs: tuple = ()
+    order: tuple | None = None
 
     def covers(self, model):
         return any(model is planned for planned, _ in self.models)
@@ -103,6 +106,7 @@ class _Run:
         self._reached = None
         self._of_layers = None
         self._of_groups = {}
+        self.called = []
 
     def factors(self, group):
         if group not in self._of_groups:
@@ -154,6 +158,26 @@ def running(plan, from_inputs=True):
         yield
     finally:
         _running.reset(token)
+
+
+def note_call(layer):
+    """Notes that a layer is called in the run of a plan that has a route for it."""
+    run = _running.get()
+    if run is not None and run.plan.order is not None and id(layer) in run.plan.routes:
+        run.called.append(layer)
+
+
+def was_kept():
+    """Whether layers have been called in the order that the running plan expects."""
+    run = _running.get()
+    return (
+        run is None
+        or run.plan.order is None
+        or (
+            len(run.called) == len(run.plan.order)
+            and all(a is b for a, b in zip(run.called, run.plan.order, strict=True))
+        )
+    )
 
 
 def is_covered(model):

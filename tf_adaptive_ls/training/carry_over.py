@@ -1,0 +1,67 @@
+"""Compiles a model as another is, with its optimizer's state."""
+
+import collections
+import math
+
+import keras
+
+from tf_adaptive_ls.training.keras_internals import arguments_of_compile, variables_built_for
+
+
+def compile_like(model, result, make_optimizer):
+    """Compiles `result` as `model` is, with a copy of its optimizer and its state."""
+    if type(model).compile is not keras.Model.compile:
+        return  # only its author knows what it takes
+    config = arguments_of_compile(model)
+    optimizer, loss_scale = model.optimizer, 2.0**15
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if optimizer.built:
+            loss_scale = 2.0 ** math.floor(math.log2(float(optimizer.dynamic_scale.numpy())))
+        optimizer = optimizer.inner_optimizer
+    if optimizer is None:
+        result.compile(**config)
+        return
+    copy = type(optimizer).from_config(optimizer.get_config())
+    result.compile(**{**config, "optimizer": make_optimizer(copy, initial_scale=loss_scale)})
+    if optimizer.built:
+        # A twin of the old optimizer tells what each of its variables is for.
+        twin = type(optimizer).from_config(optimizer.get_config())
+        roles = _roles_of_variables(twin, lambda: twin.build(variables_built_for(optimizer)))
+        values = dict(zip(roles, optimizer.variables, strict=True))
+        roles = _roles_of_variables(
+            copy, lambda: result.optimizer.build(result.trainable_variables)
+        )
+        for role, variable in zip(roles, copy.variables, strict=True):
+            if role in values:
+                # JAX gives the memory of variables away when it trains: no two may share it.
+                variable.assign(keras.ops.copy(values[role]))
+
+
+def _roles_of_variables(optimizer, build):
+    """Builds an optimizer, and tells what each of its variables is for.
+
+    Returns:
+        A list of tuples, one for each of `optimizer.variables`: the `id` of the weight
+        that it belongs to, or `None`; its name; and how many before it have the same of both.
+    """
+    weight_of = {}
+    add = optimizer.add_variable_from_reference
+
+    def recording(reference_variable, *args, **kwargs):
+        variable = add(reference_variable, *args, **kwargs)
+        weight_of[id(variable)] = id(reference_variable)
+        return variable
+
+    optimizer.add_variable_from_reference = recording
+    try:
+        build()
+    finally:
+        del optimizer.add_variable_from_reference
+    counts = collections.Counter()
+    roles = []
+    for variable in optimizer.variables:
+        # Inside a `LossScaleOptimizer` Keras loses sight of some: names tell which.
+        kind = weight_of.get(id(variable)), variable.name
+        roles.append((*kind, counts[kind]))
+        counts[kind] += 1
+    return roles

@@ -1,0 +1,204 @@
+"""`Companion`: scales a layer from beside it, so that the layer stays what it is."""
+
+import contextlib
+import contextvars
+import functools
+from typing import Any
+
+import keras
+
+from tf_adaptive_ls.training import keras_internals, routes, tracing
+from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
+from tf_adaptive_ls.training.products import way_of_computing
+
+ATTRIBUTE = "loss_scaling"
+_CALLS = ("call", "quantized_call")
+
+# The `id` of companions whose layers run in the running context.
+_running: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(
+    "layers_that_run", default=frozenset()
+)
+
+
+class Companion(LayerScaling):
+    """What scales a layer that it is an attribute of.
+
+    The layer keeps its class, its name, its weights and its place in the model. Its `call` leads
+    through the companion, which runs it at a scale of its own. What the scaling keeps in variables
+    is among `variables` and `trainable_variables` of the layer, behind its own, and not among its
+    `weights`.
+
+    Args:
+        layer: The layer. It need not be built: the variables of the scaling are made when it is.
+        float8: A `Float8`, or `None`.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, float8: Float8 | None = None):
+        # As it is: Keras would find the layer inside its companion, inside the layer, …
+        object.__setattr__(self, "_scaled", _Box(layer))
+        super().__init__(name=layer.name, dtype="float32", autocast=False)
+        self._casts_inputs = layer.autocast
+        self._float8_to_be = float8
+        self.built = True
+
+    @property
+    def layer(self) -> keras.layers.Layer:
+        return self._scaled.content
+
+    @property
+    def casts_inputs(self) -> bool:
+        """Whether the layer casts what it is given; its `autocast` is off, or it would do so first."""
+        return self._casts_inputs
+
+    def __dir__(self) -> list[str]:
+        # Keras saves what it finds here, and would go round in circles.
+        return [name for name in super().__dir__() if name != "layer"]
+
+    @property
+    def trainable(self) -> bool:
+        """True, whether the layer is frozen or not: gradients may still pass it."""
+        return True
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        pass
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """None: what it keeps in variables is no weight of the model."""
+        return []
+
+    def load_own_variables(self, store: Any) -> None:
+        # Otherwise it is the file of a plain model.
+        if self.has_started and (store.keys() or self._refused is not None):
+            super().load_own_variables(store)
+
+    def start(self) -> None:
+        """Makes the variables, if there are none yet, and becomes part of the layer."""
+        if not self.has_started:
+            self._start_scaling(self._float8_to_be)
+            keras_internals.move_variables_to(self, self.layer)
+            self.join()
+
+    @property
+    def has_started(self) -> bool:
+        return hasattr(self, "loss_scale")
+
+    def join(self) -> None:
+        """Becomes part of the layer."""
+        if self.has_started:
+            keras_internals.add_part(self.layer, ATTRIBUTE, self)
+
+    def leave(self) -> None:
+        """Is no part of the layer any more, but still runs it."""
+        keras_internals.take_out(self.layer, ATTRIBUTE, self)
+
+    def quantize_layer(self, original, args, kwargs):
+        """What is called for `original`, `quantize` of the layer."""
+        if self.float8 is not None:
+            self.quantize()  # it raises
+        return original(*args, **kwargs)
+
+    def run(self, original, args, kwargs):
+        """What is called for `original`, the call of the layer."""
+        plain_call = self._plain_call(original)
+        if not self.has_started:
+            if not keras_internals.may_be_trained(self.layer):
+                detach(self.layer)
+                return plain_call(*args, **kwargs)
+            self.start()
+        if keras_internals.is_symbolic() or id(self) in _running.get():
+            return plain_call(*args, **kwargs)
+        with keras_internals.AutocastScope(None):  # or weights would be shifted in float16
+            return self._scaled_call(plain_call, args, kwargs)
+
+    def _plain_call(self, original):
+        """The call without a border, which casts inside it as `__call__` would have done before."""
+        layer = self.layer
+        scope = keras_internals.autocast_scope_of_call(layer, self.casts_inputs)
+        casts = self.casts_inputs and not (
+            scope is None and layer.compute_dtype != layer.variable_dtype
+        )  # else `call` was called by hand
+
+        def plain_call(*args, **kwargs):
+            call = keras_internals.rematerialised_unless_held(
+                layer, way_of_computing(layer, original), args, kwargs
+            )
+            token = _running.set(_running.get() | {id(self)})
+            try:
+                with contextlib.nullcontext() if scope is None else scope():
+                    if casts:
+                        args, kwargs = keras_internals.cast_inputs(layer, (args, kwargs))
+                    return call(*args, **kwargs)
+            finally:
+                _running.reset(token)
+
+        return plain_call
+
+
+class _Box:
+    """Keeps something from Keras."""
+
+    def __init__(self, content):
+        self.content = content
+
+
+def companion_of(layer):
+    """The `Companion` of a layer, or `None`."""
+    return vars(layer).get(_COMPANION)
+
+
+def scaling_of(layer):
+    """What scales a layer: itself, if it is a `LossScaled` one, or its companion; else `None`."""
+    if isinstance(layer, LayerScaling):
+        return layer
+    companion = companion_of(layer)
+    return companion if companion is not None and companion.has_started else None
+
+
+# It is there before it is part of the layer.
+_COMPANION = "_companion_of_layer"
+
+
+def attach(layer, float8=None):
+    """Gives a layer a `Companion`, which starts now if the layer is built, else when it is called.
+
+    Raises:
+        ValueError: If that is in the way of what the layer has. The layer is as it was.
+    """
+    _check(layer)
+    companion = Companion(layer, float8)
+    object.__setattr__(layer, _COMPANION, companion)
+    layer.autocast = False
+    for name in _CALLS:
+        routes.lead(layer, name, companion.run)
+    routes.lead(layer, "symbolic_call", functools.partial(tracing.note_call, companion))
+    routes.lead(layer, "quantize", companion.quantize_layer)
+    routes.lead(layer, "rematerialized_call", lambda original, args, kwargs: args[0])
+    try:
+        if layer.built and keras_internals.may_be_trained(layer):
+            companion.start()
+    except Exception:
+        detach(layer)
+        raise
+    return companion
+
+
+def detach(layer):
+    """Undoes `attach`."""
+    companion = companion_of(layer)
+    for name in (*_CALLS, "symbolic_call", "quantize", "rematerialized_call"):
+        routes.take_away(layer, name)
+    layer.autocast = companion.casts_inputs
+    companion.leave()
+    del vars(layer)[_COMPANION]
+
+
+def _check(layer):
+    if hasattr(layer, ATTRIBUTE):
+        raise ValueError(
+            f"Expected layers without an attribute `{ATTRIBUTE}`, where the scaling of a layer is "
+            f"kept. Received: layer '{layer.name}' (of type {type(layer).__name__}), which has "
+            "one. Give that another name, or leave the layer out by `layer_filter`."
+        )

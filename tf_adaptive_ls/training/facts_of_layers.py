@@ -1,0 +1,41 @@
+"""What does not change from step to step: whose weights are whose, and how gradients flow."""
+
+import numpy as np
+
+from tf_adaptive_ls.numerics.evidence import Ownership
+from tf_adaptive_ls.numerics.scale_update import Flow
+from tf_adaptive_ls.training.keras_internals import parts_of
+
+
+def ownership_of(layers, weights):
+    """The `Ownership` of a list of `LayerScaling` and one of variables."""
+    place_of_layer = {id(layer): place for place, layer in enumerate(layers)}
+    place_of_weight = {id(weight): place for place, weight in enumerate(weights)}
+
+    def places(items, place_of):
+        return [place_of[id(item)] for item in items if id(item) in place_of]
+
+    def others_inside(layer):
+        return [part for part in parts_of(layer.layer) if part is not layer]
+
+    return Ownership.of(
+        [places(layer.layer.trainable_variables, place_of_weight) for layer in layers],
+        [places(others_inside(layer), place_of_layer) for layer in layers],
+        len(weights),
+    )
+
+
+def flow_of(layers):
+    """The `Flow` of gradients between `LayerScaling` when they were last called."""
+    place_of = {id(layer): place for place, layer in enumerate(layers)}
+
+    def relation(others_of):
+        related = np.zeros((len(layers), len(layers)), bool)
+        for place, layer in enumerate(layers):
+            related[place, [place_of[id(o)] for o in others_of(layer) if id(o) in place_of]] = True
+        return related
+
+    passes_from = relation(lambda layer: layer.last_call.passes_from)
+    passes_with = relation(lambda layer: set(layer.last_call.passes_with) - {layer})
+    call_order = np.array([layer.last_call.at for layer in layers])
+    return Flow(call_order, passes_from, np.logical_or(passes_from, passes_with))

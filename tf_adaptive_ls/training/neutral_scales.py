@@ -1,0 +1,37 @@
+"""`neutral_scales`: the context in which nothing is scaled."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+_neutral = contextvars.ContextVar("neutral_scales", default=False)
+
+
+@contextlib.contextmanager
+def neutral_scales() -> Iterator[None]:
+    """Makes every scaled layer that is called inside it transparent.
+
+    Such a call is exactly a call of the plain layer: gradients pass at the scale
+    of the surroundings, nothing is measured, and derivatives of any order are
+    right. Use it around forward passes whose gradients are differentiated again:
+
+    ```python
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        with als.neutral_scales():
+            score = critic(x)
+    penalty = (tf.norm(tape.gradient(score, x)) - 1) ** 2
+    ```
+
+    In compiled code it counts when the code is traced.
+    """
+    token = _neutral.set(True)
+    try:
+        yield
+    finally:
+        _neutral.reset(token)
+
+
+def are_scales_neutral():
+    """Whether `neutral_scales` holds."""
+    return _neutral.get()

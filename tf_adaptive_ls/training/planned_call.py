@@ -1,0 +1,171 @@
+"""The call of a model, or of a layer made of layers, under a scale plan from a trace of it."""
+
+import functools
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.training import keras_internals, routes, scale_plan, tracing
+from tf_adaptive_ls.training.call_tensors import CallTensors
+from tf_adaptive_ls.training.companion import companion_of
+from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
+from tf_adaptive_ls.training.planning import plan_of_graph
+
+_ATTRIBUTE = "_planned_call_of_layer"
+_METHODS = ("call", "symbolic_call", "add_loss")
+
+
+class PlannedCall:
+    """Leads the call of a model, or of a layer made of layers.
+
+    The call runs under a `ScalePlan`, unless that of a model around it covers it. There is one
+    plan for every kind of arguments: shapes, dtypes, and what is no tensor, such as `training`.
+
+    Args:
+        layer: The model or layer.
+    """
+
+    def __init__(self, layer):
+        self._layer = layer
+        self._find, self._has_plans = (lambda: None), True
+        self._known_layers = None
+        self._has_run = False
+        self._plans = {}
+        object.__setattr__(layer, _ATTRIBUTE, self)
+        for name in _METHODS:
+            routes.lead(layer, name, getattr(self, f"_{name}"))
+
+    def uses(self, find, has_plans):
+        """Sets what looks for new layers inside, and whether there are plans."""
+        self._find, self._has_plans = find, has_plans
+        self._known_layers = None
+        self._plans.clear()
+
+    def undo(self):
+        for name in _METHODS:
+            routes.take_away(self._layer, name)
+        del vars(self._layer)[_ATTRIBUTE]
+
+    def find_layers(self):
+        """Looks for layers inside if others are there than before."""
+        layers = tuple(map(id, keras_internals.layers_in(self._layer)))
+        if layers != self._known_layers:
+            self._known_layers = layers
+            self._find()
+
+    def reasons(self):
+        """Why gradients return to the scale of the surroundings: dict of reasons by layer name."""
+        found = {}
+        for _, reasons in self._plans.values():
+            found |= reasons
+        return found
+
+    def _call(self, original, args, kwargs):
+        if tracing.current() is not None:
+            return original(*args, **kwargs)
+        self.find_layers()
+        if scale_plan.is_covered(self._layer):
+            return original(*args, **kwargs)
+        plan = self._plan_of(original, args, kwargs)
+        from_inputs = plan is not None and backend.is_differentiated(
+            CallTensors((args, kwargs)).tensors
+        )
+        with scale_plan.running(plan, from_inputs):
+            outputs = original(*args, **kwargs)
+            self._has_run = True
+            if not scale_plan.was_kept():
+                raise RuntimeError(
+                    f"Expected model '{self._layer.name}' (of type {type(self._layer).__name__}) "
+                    "to call its layers as it did when it was traced on symbolic tensors. "
+                    "Received: other calls, or calls in another order, so that gradients would "
+                    "be wrong. What decides what is called should depend on arguments, shapes and "
+                    "attributes alone; or leave plans out: `wrap_model(model, plan=False)`."
+                )
+        return outputs
+
+    def _plan_of(self, original, args, kwargs):
+        if not self._has_plans or are_scales_neutral() or keras_internals.is_symbolic():
+            return None
+        parts = keras_internals.parts_of(self._layer)
+        if not self._has_run and not all(part.built for part in parts if part is not self._layer):
+            return None  # the first run builds them
+        key = _signature(args, kwargs), _state_of(parts)
+        if key not in self._plans:
+            self._plans[key] = self._traced(original, args, kwargs, parts)
+        return self._plans[key][0]
+
+    def _traced(self, original, args, kwargs, parts):
+        """The plan, `None` if there is none, and reasons by the names of layers."""
+        try:
+            graph, opaque = tracing.trace(self._layer, original, args, kwargs, _scaling_or_itself)
+        except tracing.NotTraceable as error:
+            return None, {self._layer.name: str(error)}
+        models = [
+            (part, keras_internals.graph_of(part))
+            for part in parts
+            if planned_call_of(part) is not None and id(part) not in opaque
+        ]
+        reasons = {part.name: opaque[id(part)] for part in parts if id(part) in opaque}
+        return plan_of_graph(graph, models), reasons
+
+    def _symbolic_call(self, original, args, kwargs):
+        trace = tracing.current()
+        if trace is None:
+            return original(*args, **kwargs)
+        call = routes.route_of(self._layer, "call").original
+        return trace.call_inside(self._layer, call, original, args, kwargs)
+
+    def _add_loss(self, original, args, kwargs):
+        trace = tracing.current()
+        losses = tree.flatten((args, kwargs))
+        if trace is not None and any(isinstance(each, keras.KerasTensor) for each in losses):
+            trace.ends.extend(losses)
+        else:
+            original(*args, **kwargs)
+
+
+def planned_call_of(layer):
+    """The `PlannedCall` of a layer, or `None`."""
+    return vars(layer).get(_ATTRIBUTE)
+
+
+def _scaling_or_itself(operation):
+    companion = companion_of(operation)
+    return operation if companion is None or not companion.has_started else companion
+
+
+def _signature(args, kwargs):
+    """What of arguments a plan depends on; hashable."""
+
+    def of_leaf(leaf):
+        if ops.is_tensor(leaf) or isinstance(leaf, np.ndarray):
+            mask = keras_internals.mask_of(leaf)
+            return str(leaf.shape), str(leaf.dtype), mask is None
+        return repr(leaf)
+
+    names = tuple(sorted(kwargs))
+    structure = tree.map_structure(lambda leaf: 0, (args, kwargs))
+    return names, repr(structure), tuple(map(of_leaf, tree.flatten((args, kwargs))))
+
+
+def _state_of(parts):
+    """What of layers a plan depends on; hashable."""
+    return tuple((id(part), part.built, *_flags(part)) for part in parts)
+
+
+def _flags(part):
+    """The attributes of an author's layer that say what it does: numbers, strings, flags."""
+    if planned_call_of(part) is None:
+        return ()
+    return tuple(
+        (name, value)
+        for name, value in vars(part).items()
+        if name not in _attributes_of_keras() and isinstance(value, bool | int | float | str | None)
+    )
+
+
+@functools.cache
+def _attributes_of_keras():
+    return frozenset([*vars(keras.layers.Layer()), *vars(keras.Model())])

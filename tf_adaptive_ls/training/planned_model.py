@@ -1,0 +1,279 @@
+"""The class of models that are wrapped: what they keep to themselves, and how they are saved."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.training import keras_internals, routes
+from tf_adaptive_ls.training.companion import companion_of, detach
+from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.keras_internals import NEVER_REMATERIALISED, may_be_trained, parts_of
+from tf_adaptive_ls.training.layer_scaling import is_of_scaling
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.planned_call import planned_call_of
+from tf_adaptive_ls.training.saved_config import (
+    WITH_WRAPPERS,
+    is_with_wrappers,
+    opened,
+    stamped,
+)
+from tf_adaptive_ls.training.walk import Choice, Walk
+
+_registered = keras.saving.register_keras_serializable("tf_adaptive_ls", "LossScaledModel")
+_WALK = "_walk_of_model"
+
+
+@_registered
+class LossScaledModel:
+    """Mixin for models that are wrapped.
+
+    There is one subclass for every class of model; a model is given it in place of its own class,
+    and has its own again when it is stripped. All are saved under this name: it is the only one
+    that is sure to be registered when a file is loaded.
+    """
+
+    base_class: Any = None
+    # Whether it was read from a file in which `LossScaled` layers stand in its graph.
+    is_with_wrappers = False
+    # In the backward pass its plan would not hold. Its layers are, each by itself.
+    _remat_mode = NEVER_REMATERIALISED
+
+    def __new__(cls, *args, **kwargs):
+        # A copy that Keras makes of a wrapped model is plain.
+        return cls.base_class(*args, **kwargs)
+
+    @property
+    def trainable_weights(self):
+        # TensorFlow's trainers take gradients by these.
+        weights = super().trainable_weights
+        known = set(map(id, weights))
+        of_scaling = [v for v in self.trainable_variables if is_of_scaling(v)]
+        return [*weights, *(v for v in of_scaling if weights and id(v) not in known)]
+
+    def count_params(self):
+        return sum(math.prod(v.shape) for v in self.weights if not is_of_scaling(v))
+
+    @property
+    def _collected_trainable_weights(self):
+        # What `summary` counts, if a model has it.
+        return [v for v in self.trainable_weights if not is_of_scaling(v)]
+
+    def make_train_function(self, force=False):
+        find_layers(self)
+        known = isinstance(self.optimizer, AdaptiveLossScaleOptimizer)
+        if not known and any(getattr(each, "float8", None) for each in parts_of(self)):
+            raise ValueError(
+                "Expected a model with layers that compute in float8 to be compiled with "
+                "AdaptiveLossScaleOptimizer: at no other scales are their gradients in the range "
+                f"of 8 bits. Received: model '{self.name}' with {type(self.optimizer).__name__}."
+            )
+        if not known and (self.train_function is None or force):
+            warnings.warn(
+                f"Model '{self.name}' has LossScaled layers, but is compiled with "
+                f"{type(self.optimizer).__name__}, which leaves their scales at 1. "
+                "Compile it with AdaptiveLossScaleOptimizer.",
+                stacklevel=3,
+            )
+        num_replicas = backend.num_replicas_of(self)
+        if known and self.jit_compile and num_replicas > 1:
+            raise ValueError(
+                "Expected `jit_compile=False` for a model on several devices: XLA compiles a "
+                "step for one, and the variables of the others are out of its reach. Received: "
+                f"jit_compile=True for model '{self.name}' on {num_replicas}. Compile it with "
+                "`jit_compile=False`."
+            )
+        if known and num_replicas == 1 and all(part.built for part in parts_of(self)):
+            # TensorFlow traces a function that makes variables twice.
+            self.optimizer.build_once(self.trainable_variables)
+        return super().make_train_function(force)
+
+    def load_weights(self, filepath, *args, **kwargs):
+        """As in Keras, but a file that cannot be read leaves the model as it was."""
+        optimizer = getattr(self, "optimizer", None)
+        variables = [*self.variables, *(optimizer.variables if optimizer else ())]
+        before = [(variable, backend.lasting_value(variable)) for variable in variables]
+        try:
+            super().load_weights(filepath, *args, **kwargs)
+        except Exception:
+            for variable, value in before:
+                # Processes of JAX assign together: not where but one of them has failed.
+                if variable.value is not value:
+                    variable.assign(value)
+            raise
+
+    def build_from_config(self, config):
+        super().build_from_config(config)
+        find_layers(self)
+
+    def __reduce__(self):
+        # Keras would name a method of this class, which pickle could not find.
+        return keras_internals.unpickled_model, super().__reduce__()[1]
+
+    def get_config(self):
+        registered = keras.saving.get_registered_name(self.base_class)
+        walked = vars(self)[_WALK]
+        config = {**super().get_config(), "base_class": registered}
+        config |= walked.walk.config(walked.path)
+        return stamped(config, WITH_WRAPPERS) if self.is_with_wrappers else stamped(config)
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        with_wrappers = is_with_wrappers(config)
+        config = opened(config, "wrapped model", ["base_class"], optional=None)
+        choice = _choice_of(config)
+        if with_wrappers:  # those that have a scale have it
+            choice = dataclasses.replace(choice, wants=lambda layer, path: False)
+        name = config.pop("base_class")
+        known = {"Functional": functional_class(), "Sequential": keras.Sequential}
+        base_class = known.get(name) or keras.saving.get_registered_object(name, custom_objects)
+        if base_class is None:
+            raise ValueError(
+                f"Expected the class '{name}' of the saved model to be known. Received: "
+                "no class registered under that name. Decorate it with "
+                "`keras.saving.register_keras_serializable`, or name it in "
+                "`custom_objects`."
+            )
+        with keras.saving.custom_object_scope(custom_objects or {}):
+            model = base_class.from_config(config)
+        # One that Keras has made for a copy stays plain.
+        return model if cls.base_class is not None else scale(model, choice, with_wrappers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walked:
+    """By which `Walk` a model was wrapped, at which path in that, and what undoes it."""
+
+    walk: Walk
+    path: str
+    undo: Callable[[], None]
+
+
+@functools.cache
+def _planned_class(base_class, with_wrappers):
+    """The class of wrapped models of `base_class`."""
+
+    def get_config(self):
+        return LossScaledModel.get_config(self)
+
+    # Keras makes a config by itself only for a class that has none.
+    vars(get_config).update(vars(base_class.get_config))
+    names = {name: getattr(base_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members = {**names, "base_class": base_class, "get_config": get_config}
+    members["is_with_wrappers"] = with_wrappers
+    # Files name the variables of a model inside another after its class.
+    name = f"LossScaled{base_class.__name__}" if with_wrappers else base_class.__name__
+    planned_class = type(name, (LossScaledModel, base_class), members)
+    # The name stands for the subclass when saving, for the mixin when loading.
+    _registered(planned_class)
+    _registered(LossScaledModel)
+    return planned_class
+
+
+def scale(model, choice, with_wrappers=False):
+    """Scales all layers of a model, which is changed; all or nothing.
+
+    Args:
+        model: A `keras.Model`. Layers that are scaled already stay as they are.
+        choice: The `Choice`.
+        with_wrappers: Whether `LossScaled` layers stand in its graph, as files have it.
+
+    Returns:
+        The model.
+    """
+    walk = Walk(choice, functools.partial(exchange, with_wrappers=with_wrappers))
+    try:
+        walk.visit(model, is_root=True)
+        find_layers(model)
+    except Exception:
+        walk.undo()
+        raise
+    return model
+
+
+def unscale(model):
+    """Undoes `scale`."""
+    for part in parts_of(model):
+        if planned_call_of(part) is not None:
+            planned_call_of(part).undo()
+        if companion_of(part) is not None:
+            detach(part)
+        if isinstance(part, LossScaledModel):
+            vars(part)[_WALK].undo()
+
+
+def find_layers(model):
+    """Scales layers that a model has got since it was wrapped."""
+    for part in parts_of(model):
+        if planned_call_of(part) is not None:
+            planned_call_of(part).find_layers()
+    for part in parts_of(model):
+        companion = companion_of(part)
+        if companion is not None and part.built and may_be_trained(part):
+            companion.start()
+
+
+@contextlib.contextmanager
+def without_companions(model):
+    """Takes what scales layers out of them: Keras quantises only layers with none inside."""
+    companions = [each for each in map(companion_of, parts_of(model)) if each is not None]
+    for companion in companions:
+        companion.leave()
+    try:
+        yield
+    finally:
+        for companion in companions:
+            companion.join()
+
+
+def _choice_of(config):
+    """Takes out of the config of a wrapped model what it says of the `Choice`."""
+    left_out = set(config.pop("left_out", ()))
+    float8 = {path: Float8.from_config(each) for path, each in config.pop("float8", {}).items()}
+    return Choice(
+        wants=lambda layer, path: path not in left_out,
+        float8_of=lambda layer, path: float8.get(path),
+        plans=config.pop("plan", True),
+    )
+
+
+def exchange(model, walk, path, with_wrappers):
+    """Gives a model the class of wrapped ones; returns what undoes that."""
+    plain_class = type(model)
+    if issubclass(plain_class, LossScaledModel):
+        return None
+
+    def quantize(original, args, kwargs):
+        in_float8 = [each.name for each in parts_of(model) if getattr(each, "float8", None)]
+        if in_float8:
+            raise ValueError(
+                f"Expected model '{model.name}' to be quantised once. Received: `quantize` for a "
+                f"model with LossScaled layers that compute in float8 already: {in_float8}. "
+                "`strip_model` it before, or leave `float8` out."
+            )
+        with without_companions(model):
+            return original(*args, **kwargs)
+
+    def undo():
+        routes.take_away(model, "quantize")
+        object.__setattr__(model, "__class__", plain_class)
+        del vars(model)[_WALK]
+
+    # Both as they are: Keras keeps track of what is made an attribute of a model.
+    object.__setattr__(model, "__class__", _planned_class(plain_class, with_wrappers))
+    object.__setattr__(model, _WALK, _Walked(walk, path, undo))
+    routes.lead(model, "quantize", quantize)  # Keras gives every layer one of its own
+    return undo
+
+
+@functools.cache
+def functional_class():
+    """The class of Functional models, which Keras does not export."""
+    tensor = keras.Input(())
+    return type(keras.Model(tensor, keras.layers.Identity()(tensor)))

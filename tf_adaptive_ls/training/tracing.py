@@ -1,0 +1,367 @@
+"""Traces what a model computes, by calling it on symbolic tensors.
+
+Keras records what is called on a `KerasTensor`, layers and operations alike. A model, or a layer
+that is made of layers, is looked into: its own `call` runs on those tensors, and what it returns
+stands for what came out of it. Where that is not possible it is one call among others.
+"""
+
+import contextvars
+import dataclasses
+import functools
+import gc
+import threading
+import types
+import weakref
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.training import keras_internals, routes
+from tf_adaptive_ls.training.call_tensors import is_inexact
+from tf_adaptive_ls.training.calls import CallGraph, graph_call
+from tf_adaptive_ls.training.keras_internals import calls_after, calls_of
+
+# Sizes of batches that a model is traced with, one after the other: code that asks for the size
+# wants a number, and some wants it even.
+_BATCH_SIZES = (8, None)
+
+_tracing: contextvars.ContextVar["_Trace | None"] = contextvars.ContextVar("trace", default=None)
+# Keras writes what is called into the layers themselves.
+_one_at_a_time = threading.RLock()
+
+
+class NotTraceable(Exception):
+    """What a model computes cannot be known before it runs.
+
+    Args:
+        reason: Why, for a person.
+    """
+
+
+def current():
+    """The `_Trace` that runs, or `None`."""
+    return _tracing.get()
+
+
+def note_call(scaling, original, args, kwargs):
+    """Runs `original(*args, **kwargs)`, and notes that something with a scale is called."""
+    outputs = original(*args, **kwargs)
+    trace = _tracing.get()
+    if trace is not None:
+        trace.called.append(scaling)
+    return outputs
+
+
+class _Trace:
+    """A trace that runs.
+
+    Attributes:
+        ends: Tensors that are used outside of the calls.
+        called: What was noted to be called, in order.
+    """
+
+    def __init__(self, opaque):
+        self._opaque = opaque
+        self._inside = {}  # by the `id` of a tensor that has left a layer: it, and what it was
+        self._times_called = {}
+        self.ends = []
+        self.called = []
+
+    def call_inside(self, layer, original, plain, args, kwargs):
+        """What a layer that is made of layers returns for symbolic tensors.
+
+        Args:
+            layer: The layer.
+            original: Its `call`.
+            plain: Its `symbolic_call`.
+            args: Arguments by position.
+            kwargs: Arguments by name.
+        """
+        self._times_called[id(layer)] = self._times_called.get(id(layer), 0) + 1
+        if id(layer) in self._opaque:
+            return plain(*args, **kwargs)
+        try:
+            outputs = original(*args, **kwargs)
+            if not all(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(outputs)):
+                raise NotTraceable("it returns something else than tensors")
+        except Exception as error:
+            self._opaque[id(layer)] = _told(error)
+            return plain(*args, **kwargs)
+        return tree.map_structure(lambda tensor: self._outside(layer, tensor), outputs)
+
+    def _outside(self, layer, tensor):
+        # Keras will write into it that it comes from the layer.
+        twin = keras.KerasTensor(tensor.shape, tensor.dtype)
+        mask = keras_internals.mask_of(tensor)
+        if mask is not None:
+            keras_internals.set_mask(twin, mask)
+        self._inside[id(twin)] = twin, tensor
+        if layer.activity_regularizer is not None:
+            self.ends.append(twin)
+        return twin
+
+    def is_looked_into(self, operation):
+        return id(operation) in self._times_called and id(operation) not in self._opaque
+
+    def key_of(self, tensor):
+        """The key of a tensor: one that has left a layer is what it was in there."""
+        return id(self._within(tensor))
+
+    def node_of(self, tensor):
+        """The node that a tensor comes from, `None` for an input."""
+        return keras_internals.node_of(self._within(tensor))
+
+    def twins(self):
+        """The tensors that stand for others outside of layers."""
+        return [twin for twin, _ in self._inside.values()]
+
+    def _within(self, tensor):
+        while id(tensor) in self._inside:
+            tensor = self._inside[id(tensor)][1]
+        return tensor
+
+    def called_often(self):
+        """The `id` of layers that were called more than once, and looked into."""
+        return [key for key, n in self._times_called.items() if n > 1 and key not in self._opaque]
+
+
+def trace(layer, original, args, kwargs, stands_for):
+    """What a call of a model would compute.
+
+    Args:
+        layer: The model, or a layer that is made of layers. All must be built.
+        original: Function `(*args, **kwargs)`, its `call`.
+        args: Arguments of such a call by position.
+        kwargs: Those by name.
+        stands_for: Function of an operation to what is to stand for it in the graph.
+
+    Returns:
+        A `CallGraph`, and a dict by the `id` of layers that are not looked into, of reasons.
+
+    Raises:
+        NotTraceable: If it cannot be known.
+    """
+    with _one_at_a_time:
+        for batch_size in _BATCH_SIZES:
+            opaque = {}
+            try:
+                # Those called at several places have plans of their own.
+                while True:
+                    graph, often = _traced(
+                        layer, original, args, kwargs, stands_for, batch_size, opaque
+                    )
+                    if not often:
+                        return graph, opaque
+                    opaque.update((key, "it is called at several places") for key in often)
+            except NotTraceable as error:
+                reason = str(error)
+            except Exception as error:
+                reason = _told(error)
+        raise NotTraceable(reason)
+
+
+def _told(error):
+    if isinstance(error, NotTraceable):
+        return str(error)
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+def _traced(layer, original, args, kwargs, stands_for, batch_size, opaque):
+    parts = keras_internals.parts_of(layer)
+    unbuilt = [part for part in parts if not part.built]
+    state = _State(parts)
+    for part in unbuilt:
+        routes.lead(part, "_maybe_build", _refuse_to_build)
+    try:
+        graph, often, tensors = _recorded(
+            layer, original, args, kwargs, stands_for, batch_size, opaque, state
+        )
+        # What is still there when nobody here knows it is somewhere else: in an attribute, a list
+        # of the author's, a closure.
+        if any(ref() is not None for _, ref in tensors):
+            gc.collect()
+        escaped = {key for key, ref in tensors if ref() is not None}
+        return dataclasses.replace(graph, ends=(*graph.ends, *escaped)), often
+    finally:
+        for part in unbuilt:
+            routes.take_away(part, "_maybe_build")
+        state.restore_attributes()
+
+
+def _refuse_to_build(original, args, kwargs):
+    if _tracing.get() is not None:
+        raise NotTraceable("it builds layers while it runs")
+    return original(*args, **kwargs)
+
+
+def _recorded(layer, original, args, kwargs, stands_for, batch_size, opaque, state):
+    """The `CallGraph`, layers called often, and weak references to all tensors, with their keys."""
+    running = _Trace(opaque)
+    token = _tracing.set(running)
+    try:
+        args, kwargs = tree.map_structure(lambda leaf: _symbolic(leaf, batch_size), (args, kwargs))
+        inputs = _symbolic_leaves((args, kwargs))
+        with keras.StatelessScope():
+            outputs = _symbolic_leaves(original(*args, **kwargs))
+        if not outputs:
+            raise NotTraceable("it returns no tensor that depends on what it is given")
+        ends = [*outputs, *filter(_is_symbolic, running.ends)]
+        all_nodes = state.new_nodes()
+        # Those of layers that were looked into stand for others.
+        nodes = [node for node in all_nodes if not running.is_looked_into(node.operation)]
+        nodes = _sorted(nodes, ends, running, state)
+    finally:
+        _tracing.reset(token)
+        state.forget_nodes()
+    for node in nodes:
+        _check_shows_all(node.operation, node)
+    key_of = running.key_of
+    graph = CallGraph(
+        [
+            graph_call(node, stands_for(node.operation), key_of, _takes_values(node))
+            for node in nodes
+        ],
+        tuple(map(key_of, inputs)),
+        tuple(map(key_of, ends)),
+        tuple(running.called),
+    )
+    seen = [*inputs, *running.twins(), *(x for node in nodes for x in node.output_tensors)]
+    tensors = [(key_of(tensor), weakref.ref(tensor)) for tensor in seen]
+    for node in [*nodes, *all_nodes]:
+        _take_apart(node)
+    return graph, running.called_often(), tensors
+
+
+def _symbolic(leaf, batch_size):
+    if not ops.is_tensor(leaf) and not isinstance(leaf, np.ndarray):
+        return leaf
+    if len(backend.dense_parts(leaf)[0]) > 1:
+        raise NotTraceable("it is given a ragged or a sparse tensor")
+    if leaf.shape is None or getattr(leaf.shape, "rank", 0) is None:
+        raise NotTraceable("it is given a tensor of unknown rank")
+    shape = tuple(leaf.shape)
+    if shape and shape[0] is None:
+        shape = (batch_size, *shape[1:])
+    tensor = keras.KerasTensor(shape, keras.backend.standardize_dtype(leaf.dtype))
+    mask = keras_internals.mask_of(leaf)
+    if mask is not None:
+        keras_internals.set_mask(tensor, _symbolic(mask, batch_size))
+    return tensor
+
+
+def _is_symbolic(leaf):
+    return isinstance(leaf, keras.KerasTensor)
+
+
+def _symbolic_leaves(structure):
+    return list(filter(_is_symbolic, tree.flatten(structure)))
+
+
+def _sorted(nodes, ends, running, state):
+    """All nodes of a trace, each behind those whose outputs it takes."""
+    order, seen = [], set()
+    stack = [*reversed(nodes)]
+    stack += [node for node in map(running.node_of, ends) if node is not None]
+    stack = [(node, False) for node in stack]
+    while stack:
+        node, is_done = stack.pop()
+        if is_done:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            before = [running.node_of(tensor) for tensor in node.input_tensors]
+            stack += [(other, False) for other in before if other is not None]
+    # Operations that are in no layer are found by what they take.
+    followers = [
+        follower
+        for node in order
+        for follower in state.new_nodes_after(node)
+        if id(follower) not in seen and not running.is_looked_into(follower.operation)
+    ]
+    return _sorted([*order, *followers], [], running, state) if followers else order
+
+
+def _check_shows_all(operation, node):
+    """Raises `NotTraceable` if an operation calls functions, which may take tensors unseen."""
+    if isinstance(operation, keras.layers.Layer):
+        return
+    leaves = tree.flatten((node.arguments.args, node.arguments.kwargs))
+    if any(isinstance(x, _FUNCTIONS) for x in [*leaves, *vars(operation).values()]):
+        raise NotTraceable(f"it uses `ops.{operation.name}`, which calls functions")
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+
+
+def _takes_values(node):
+    """Whether it takes a variable, or a tensor that may come from one."""
+
+    def is_value(leaf):
+        if isinstance(leaf, keras.Variable):
+            return True
+        return not _is_symbolic(leaf) and is_inexact(leaf)
+
+    return any(map(is_value, tree.flatten((node.arguments.args, node.arguments.kwargs))))
+
+
+def _take_apart(node):
+    """Frees the tensors of a node, which are otherwise left to the garbage collector."""
+    for tensor in node.outputs:
+        vars(tensor).pop("_keras_history", None)
+    node.outputs, node.arguments, node.operation = [], None, None
+
+
+# What Keras writes to while layers run, and does not have to be put back.
+_OF_KERAS = frozenset(
+    ["_inbound_nodes", "_outbound_nodes", "_losses", "_loss_ids", "_called", "built"]
+)
+
+
+class _State:
+    """What layers had before a trace, to be given back to them."""
+
+    def __init__(self, parts):
+        operations = [each for part in parts for each in keras_internals.operations_of(part)]
+        everything = {id(each): each for each in [*parts, *operations]}.values()
+        self._nodes = [(e, len(calls_of(e)), len(calls_after(e))) for e in everything]
+        self._attributes = [
+            (part, {name: (value, _size(value)) for name, value in vars(part).items()})
+            for part in parts
+            if not keras_internals.is_from_keras(type(part))
+        ]
+
+    def new_nodes(self):
+        """What was called since then."""
+        return [node for each, number, _ in self._nodes for node in calls_of(each)[number:]]
+
+    def new_nodes_after(self, node):
+        """What takes what comes from the operation of a call."""
+        outbound = calls_after(node.operation)
+        known = (number for each, _, number in self._nodes if each is node.operation)
+        return outbound[next(known, 0) :]
+
+    def forget_nodes(self):
+        for each, inbound, outbound in self._nodes:
+            del calls_of(each)[inbound:]
+            del calls_after(each)[outbound:]
+
+    def restore_attributes(self):
+        for part, before in self._attributes:
+            now = vars(part)
+            for name in [name for name in now if name not in before and name not in _OF_KERAS]:
+                del now[name]
+            for name, (value, size) in before.items():
+                if name in _OF_KERAS:
+                    continue
+                if isinstance(value, list) and len(value) > size:
+                    del value[size:]
+                if now.get(name) is not value:
+                    now[name] = value
+
+
+def _size(value):
+    return len(value) if isinstance(value, list) else None

@@ -1,0 +1,124 @@
+"""Goes through any model, and gives a companion to every layer that has weights."""
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+
+from tf_adaptive_ls.training import keras_internals
+from tf_adaptive_ls.training.companion import attach, companion_of, detach
+from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.keras_internals import is_all_config, may_be_trained, own_weights
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
+from tf_adaptive_ls.training.loss_scaled import wrapper_of
+from tf_adaptive_ls.training.planned_call import PlannedCall, planned_call_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is to be done in a model.
+
+    Attributes:
+        wants: Function `(layer, path) -> bool`, which layers are scaled.
+        float8_of: Function `(layer, path) -> Float8 | None`, how each computes.
+        plans: Whether gradients travel at scales of layers.
+    """
+
+    wants: Callable[[keras.layers.Layer, str], bool] = lambda layer, path: True
+    float8_of: Callable[[keras.layers.Layer, str], Float8 | None] = lambda layer, path: None
+    plans: bool = True
+
+
+class Walk:
+    """Goes through a model, now and whenever a part of it is called that has got new layers.
+
+    A model is walked, and a layer of an author's own that is made of layers, or has no weights:
+    what is inside it is scaled layer by layer, and its call runs under a plan. Every other layer
+    is scaled as a whole.
+
+    Args:
+        choice: The `Choice`.
+        exchange: Function `(model, walk, path) -> undo` that is called with every model.
+    """
+
+    def __init__(self, choice, exchange):
+        self._choice, self._exchange = choice, exchange
+        self._left_out = []
+        self._float8 = {}
+        self._undo = []
+
+    def visit(self, layer, path="", is_root=False):
+        """Scales a layer, or what is inside it."""
+        if isinstance(layer, LayerScaling) or wrapper_of(layer) or companion_of(layer):
+            return
+        if is_root or is_walked(layer):
+            self._walk_into(layer, path)
+        elif (may_be_trained(layer) or not layer.built) and not is_all_config(layer):
+            self._scale(layer, path)
+
+    def undo(self):
+        """Undoes all that was done."""
+        while self._undo:
+            self._undo.pop()()
+
+    def config(self, path):
+        """What is to be saved with the model at a path: a dict."""
+        prefix = f"{path}/" if path else ""
+
+        def below(paths):
+            return [each.removeprefix(prefix) for each in paths if each.startswith(prefix)]
+
+        float8 = {name: self._float8[prefix + name].get_config() for name in below(self._float8)}
+        config = {"left_out": below(self._left_out), "float8": float8}
+        if not self._choice.plans:
+            config["plan"] = False
+        return {name: value for name, value in config.items() if value or name == "plan"}
+
+    def _scale(self, layer, path):
+        if not self._choice.wants(layer, path):
+            self._left_out.append(path)
+            return
+        float8 = self._choice.float8_of(layer, path)
+        if float8 is not None:
+            self._float8[path] = float8
+        attach(layer, float8)
+        self._undo.append(lambda: companion_of(layer) and detach(layer))
+
+    def _walk_into(self, layer, path):
+        prefix = f"{path}/" if path else ""
+        if isinstance(layer, keras.Model):
+            undo = self._exchange(layer, self, path)
+            if undo is not None:
+                self._undo.append(undo)
+        planned = planned_call_of(layer)
+        if planned is None:
+            planned = PlannedCall(layer)
+            self._undo.append(planned.undo)
+
+        def find():
+            for part in layers_inside(layer):
+                self.visit(part, prefix + part.name)
+
+        planned.uses(find, self._choice.plans)
+        planned.find_layers()
+
+
+def layers_inside(layer):
+    """The layers inside a layer, one level deep."""
+    if isinstance(layer, keras.Sequential):
+        return layer.layers
+    return keras_internals.layers_in(layer)
+
+
+def is_walked(layer):
+    """Whether a layer is a model, or an author's own in which other layers compute, or none."""
+    if isinstance(layer, keras.Model):
+        return True
+    if keras_internals.computes_as_keras_does(layer):
+        return False
+    if keras_internals.may_be_rematerialised(layer):
+        return False  # borders inside it would have to run once more, too
+    inside = [part for part in layers_inside(layer) if not isinstance(part, LayerScaling)]
+    if own_weights(layer) or not layer.built:
+        return any(may_be_trained(part) or not part.built for part in inside)
+    return True
