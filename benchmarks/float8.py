@@ -53,8 +53,6 @@ from float8_ways import (
 )
 from keras import layers, ops
 
-import tf_adaptive_ls as als
-
 E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
 ORACLE = tuple(range(0, 31, 3))
 SETTLING_STEPS, COMPARED_BATCHES = 16, 4

@@ -48,7 +48,7 @@ class Companion(LayerScaling):
 
     @property
     def casts_inputs(self) -> bool:
-        """Whether the layer casts what it is given; its `autocast` is off, or it would do so first."""
+        """Whether the layer casts what it is given; its `autocast` is off, lest it do so first."""
         return self._casts_inputs
 
     def __dir__(self) -> list[str]:
