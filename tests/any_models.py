@@ -601,6 +601,6 @@ PLAIN = {
     remat_block: lambda: remat_block(mode=None),
     remat_layers: lambda: remat_layers(mode=None),
 }
-# No two calls of them give the same.
-CHANGING = (vae, loop_of_varying_length)
+# No two calls of them give the same, or Keras cannot call them in a graph.
+CHANGING = (vae, loop_of_varying_length, remat_layers, remat_block)
 AT_S = {ops_cond: "ops.cond", layer_in_cond: "ops.cond"}

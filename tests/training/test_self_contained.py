@@ -503,3 +503,14 @@ def test_a_filter_may_ask_for_the_path_of_a_layer():
     wrapped = als.wrap_model(keras.Model(inputs, x), layer_filter=in_a)
     assert asked == [("d", "a/d"), ("d", "b/d"), ("d", "d")]
     assert [name for name, _ in named_scaled_layers(wrapped)] == ["a/d"]
+
+
+def test_attributes_of_the_layer():
+    scaled = als.LossScaled(layers.Embedding(5, 3))
+    assert scaled.input_dim == 5
+    scaled(np.zeros((2, 2), "int32"))
+    assert scaled.embeddings is scaled.layer.embeddings
+    with pytest.raises(AttributeError, match="no attribute '_nothing'"):
+        _ = scaled._nothing
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = scaled.nothing

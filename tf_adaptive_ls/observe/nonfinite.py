@@ -302,7 +302,7 @@ def _watched(model):
             if type(layer).__module__.startswith("keras."):
                 closed = f"{name}/"
     for part in parts_of(model):
-        for operation in getattr(part, "operations", ()):
+        for operation in getattr(part, "operations", ()) if isinstance(part, keras.Model) else ():
             if not isinstance(operation, keras.layers.Layer):
                 yield operation.name, operation
 

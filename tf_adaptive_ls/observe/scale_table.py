@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import keras
 
@@ -11,6 +12,7 @@ from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, na
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.companion import scaling_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.planned_call import reasons_for_no_plan
 from tf_adaptive_ls.training.products import products_in
 
 
@@ -54,20 +56,29 @@ class ScaleTable(list[ScaleRow]):
     Args:
         rows: The rows.
         narrow_reductions: Tuple of `NarrowReduction`, told below the table.
+        without_plan: Dict by the names of models and layers between whose layers gradients return
+            to the loss scale, of the reasons; told below the table.
     """
 
     def __init__(
         self,
         rows: Iterable[ScaleRow] = (),
         narrow_reductions: tuple[NarrowReduction, ...] = (),
+        without_plan: Mapping[str, str] = MappingProxyType({}),
     ):
         super().__init__(rows)
         self.narrow_reductions = narrow_reductions
+        self.without_plan = without_plan
 
     def __str__(self):
         columns = columns_of(self)
         cells = (cells_of(row)[: len(columns)] for row in self)
-        return text_table(columns, cells) + advice(self.narrow_reductions)
+        text = text_table(columns, cells) + advice(self.narrow_reductions)
+        if not self.without_plan:
+            return text
+        heading = "Gradients return to the loss scale between the layers of:"
+        lines = [f"  {name}: {reason}" for name, reason in self.without_plan.items()]
+        return "\n".join([text, "", heading, *lines])
 
 
 # Names of columns, and the side that their cells are aligned to.
@@ -141,7 +152,7 @@ def scale_table(
     layers = [layer for _, layer in named]
     if any(scaling.float8 for scaling in map(scaling_of, layers) if scaling is not None):
         rows = list(map(_with_float8, rows, layers, _why_wide(layers)))
-    return ScaleTable(rows, narrow_reductions(model))
+    return ScaleTable(rows, narrow_reductions(model), reasons_for_no_plan(model))
 
 
 def _with_float8(row, layer, why_wide):

@@ -96,8 +96,7 @@ class Companion(LayerScaling):
 
     def quantize_layer(self, original, args, kwargs):
         """What is called for `original`, `quantize` of the layer."""
-        if self.float8 is not None:
-            self.quantize()  # it raises
+        self.check_may_be_quantized()
         return original(*args, **kwargs)
 
     def run(self, original, args, kwargs):

@@ -8,11 +8,14 @@ layer would be built at another time, and its weights be found under other paths
 import contextlib
 import contextvars
 import copy
+import functools
 
 import keras
 from keras.src.backend import AutocastScope, get_autocast_scope
 from keras.src.backend.common import global_state, masking
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+from tf_adaptive_ls.training import routes
 
 __all__ = ["AutocastScope"]
 
@@ -201,8 +204,8 @@ def not_rematerialised(layer):
     parts = [part for part, _ in _remat_modes(layer)]
     for part in parts:
         if "rematerialized_call" not in vars(part):
-            # For good: other threads may be in a call of the same layer.
-            object.__setattr__(part, "rematerialized_call", _unless_run_once(part))
+            # It stays: other threads may be in a call of the same layer.
+            routes.lead(part, "rematerialized_call", functools.partial(_unless_run_once, part))
     token = _run_once.set(_run_once.get().union(map(id, parts)))
     try:
         yield
@@ -220,15 +223,8 @@ def _remat_modes(layer):
     ]
 
 
-def _unless_run_once(layer):
-    plain = layer.rematerialized_call
-
-    def rematerialized_call(layer_call, *args, **kwargs):
-        if id(layer) in _run_once.get():
-            return layer_call
-        return plain(layer_call, *args, **kwargs)
-
-    return rematerialized_call
+def _unless_run_once(layer, original, args, kwargs):
+    return args[0] if id(layer) in _run_once.get() else original(*args, **kwargs)
 
 
 @contextlib.contextmanager

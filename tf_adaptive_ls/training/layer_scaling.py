@@ -261,13 +261,17 @@ class LayerScaling(keras.layers.Layer):
     # From here on the wrapper is its layer, as far as Keras can see.
 
     def quantize(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_may_be_quantized()
+        return self.layer.quantize(*args, **kwargs)
+
+    def check_may_be_quantized(self) -> None:
+        """Raises a `ValueError` if the layer computes in float8 already."""
         if self.float8 is not None:
             raise ValueError(
                 f"Expected layer '{self.name}' to be quantised once. Received: `quantize` for a "
                 "LossScaled layer that computes in float8 already. `strip_model` it before, or "
                 "leave `float8` out."
             )
-        return self.layer.quantize(*args, **kwargs)
 
     def load_own_variables(self, store: Any) -> None:
         if self._refused is not None and not store.keys():

@@ -37,6 +37,8 @@ class LossScaled(LayerScaling, keras.layers.Wrapper):
         ValueError: If `layer` is not a layer, is a `LossScaled` layer, or is inside
             one already; if `float8` is not a `Float8`, or there is nothing to use it for.
 
+    Attributes that it has not are those of `layer`.
+
     A layer made in a `keras.RematScope` is run once more in the backward pass, with all
     that is inside it, instead of keeping its intermediate results.
 
@@ -95,6 +97,13 @@ class LossScaled(LayerScaling, keras.layers.Wrapper):
     @trainable.setter
     def trainable(self, value: bool) -> None:
         keras.layers.Layer.trainable.fset(self, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what it has not: a weight that is read so is read outside of its border, at S.
+        layer = vars(self).get("layer")
+        if layer is None or name.startswith("_"):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(layer, name)
 
     # From here on the wrapper is its layer, as far as Keras can see.
 

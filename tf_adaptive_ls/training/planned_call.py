@@ -11,7 +11,7 @@ from tf_adaptive_ls.training import keras_internals, routes, scale_plan, tracing
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.companion import companion_of
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
-from tf_adaptive_ls.training.planning import plan_of_graph
+from tf_adaptive_ls.training.planning import plan_of
 
 _ATTRIBUTE = "_planned_call_of_layer"
 _METHODS = ("call", "symbolic_call", "add_loss")
@@ -108,7 +108,7 @@ class PlannedCall:
             if planned_call_of(part) is not None and id(part) not in opaque
         ]
         reasons = {part.name: opaque[id(part)] for part in parts if id(part) in opaque}
-        return plan_of_graph(graph, models), reasons
+        return plan_of(graph, models), reasons
 
     def _symbolic_call(self, original, args, kwargs):
         trace = tracing.current()
@@ -129,6 +129,15 @@ class PlannedCall:
 def planned_call_of(layer):
     """The `PlannedCall` of a layer, or `None`."""
     return vars(layer).get(_ATTRIBUTE)
+
+
+def reasons_for_no_plan(model):
+    """Where gradients return to the scale of the surroundings: dict of reasons by name."""
+    found = {}
+    for part in keras_internals.parts_of(model):
+        if planned_call_of(part) is not None:
+            found |= planned_call_of(part).reasons()
+    return found
 
 
 def _scaling_or_itself(operation):

@@ -206,6 +206,9 @@ def unscale(model):
             detach(part)
         if isinstance(part, LossScaledModel):
             vars(part)[_WALK].undo()
+        for name in ("call", "rematerialized_call"):
+            if routes.route_of(part, name) is not None:
+                routes.take_away(part, name)  # of layers inside of others that have run
 
 
 def find_layers(model):

@@ -4,12 +4,9 @@ import collections
 
 import keras
 
-from tf_adaptive_ls.training.calls import CallGraph, graph_call
 from tf_adaptive_ls.training.keras_internals import (
-    graph_of,
     is_from_keras,
     is_plain_keras_layer,
-    nodes_of,
     parts_of,
 )
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
@@ -23,7 +20,7 @@ _NORMALISATIONS = (
 )
 
 
-def plan_of_graph(graph, models=()):
+def plan_of(graph, models=()):
     """Derives the `ScalePlan` of a `CallGraph`.
 
     Args:
@@ -90,52 +87,6 @@ def _grouped(graph, times_called):
             if call.takes_values or not _only_hands_gradients_on(operation):
                 groups.pin([*inputs, *outputs])
     return groups
-
-
-def plan_of(model):
-    """Derives the `ScalePlan` of a Functional or built Sequential model from its graph."""
-    graph = graph_of(model)
-    same, nodes, models = {}, [], []
-    _collect_nodes(model, same, nodes, models)
-
-    def key_of(tensor):
-        key = id(tensor)
-        while key in same:
-            key = same[key]
-        return key
-
-    calls = [graph_call(node, node.operation, key_of) for node in nodes]
-    inputs, outputs = (tuple(map(key_of, tensors)) for tensors in (graph.inputs, graph.outputs))
-    return plan_of_graph(CallGraph(calls, inputs, outputs), models)
-
-
-def _collect_nodes(model, same, nodes, models):
-    """Lists the calls in `model`'s graph and those of models called once in it.
-
-    Args:
-        model: The model.
-        same: Dict to fill: by the `id` of a tensor at the border of a nested graph, that of the one
-            that it is on the other side.
-        nodes: List to extend by the calls.
-        models: List to extend by pairs of a model and its graph.
-    """
-    graph = graph_of(model)
-    models.append((model, graph))
-    own = nodes_of(graph)
-    for node in own:
-        operation = node.operation
-        if isinstance(operation, keras.Model) and graph_of(operation) is not None:
-            nested = graph_of(operation)
-            shared = sum(other.operation is operation for other in own) > 1
-            seen = any(operation is other for other, _ in models)
-            plain = len(node.input_tensors) == len(nested.inputs)
-            if plain and not shared and not seen:
-                _collect_nodes(operation, same, nodes, models)
-                pairs = [*zip(nested.inputs, node.input_tensors, strict=True)]
-                pairs += zip(node.output_tensors, nested.outputs, strict=True)
-                same.update((id(a), id(b)) for a, b in pairs if a is not b)
-                continue
-        nodes.append(node)
 
 
 def _scaled_layers(operation):
