@@ -42,7 +42,7 @@ def test_there_and_back(policy, tmp_path):
     model.compile(optimizer, loss="mse")
     fit(model, tmp_path / "run.jsonl", 3)
     if policy == "float32":  # whose scales stay at 1
-        model.get_layer("hidden").log2_scale = 5
+        model.get_layer("hidden").loss_scaling.log2_scale = 5
     model.save(tmp_path / "model.keras")
     saved = state_of(model)
     assert any(saved[f"table/{name}/log2_scale"] for name in ("hidden", "scores"))
