@@ -112,6 +112,8 @@ CASES = {
     ),
     "TimeDistributed": Case(lambda: layers.TimeDistributed(layers.Conv2D(2, 2)), two_frames),
 }
+if hasattr(layers, "TernaryDense"):  # since Keras 3.16
+    CASES["TernaryDense"] = Case(lambda: layers.TernaryDense(5), vector)
 WITH_XLA = ["BatchNormalization", "Conv2D", "Dense", "Embedding", "LSTM", "MultiHeadAttention"]
 # Composed of layers with weights rather than creating weights.
 COMPOSED = ["Bidirectional", "GroupQueryAttention", "MultiHeadAttention"]

@@ -11,8 +11,7 @@ import copy
 import functools
 
 import keras
-from keras.src.backend import AutocastScope, get_autocast_scope
-from keras.src.backend.common import global_state, masking
+from keras.src.backend.common import AutocastScope, get_autocast_scope, global_state, masking
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from tf_adaptive_ls.training import routes
