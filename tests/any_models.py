@@ -585,6 +585,22 @@ def softmax_at_the_end():
     return Called(parts, in_turn), (X, tokens(8, high=3))
 
 
+class ToldLate(keras.Model):
+    """Keras tells all layers that follow what one is told of training, but none before."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.still = layers.BatchNormalization(), layers.BatchNormalization()
+        self.last = layers.Dense(2)
+
+    def call(self, x, training=None):
+        return self.last(self.still(self.norm(x), training=False))
+
+
+def told_late():
+    return ToldLate(), (X, Y)
+
+
 KINDS = (
     attributes, in_list, in_tuples, in_dicts, shared, made_in_build, in_closure, residual_blocks,
     vit, functional_of_blocks, vae, own_constructor, dicts_in_and_out, recurrent, own_cell,
@@ -593,6 +609,7 @@ KINDS = (
     kept_in_global, frozen, deferred_sequential, never_called, remat_layers, remat_block,
     loop_of_varying_length, adapted, time_distributed, own_wrapper, wrapped_by_hand,
     many_arguments, model_in_list_of_models, distiller, softmax_at_the_end,
+    told_late,
 )  # fmt: skip
 LOSSES = {softmax_at_the_end: "sparse_categorical_crossentropy"}
 FORKS = (residual_blocks, vit, functional_of_blocks, vae, many_arguments, model_in_list_of_models)

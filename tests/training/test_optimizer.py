@@ -297,6 +297,31 @@ def test_a_wrapped_model_under_another_optimizer_trains_and_warns_once():
     assert [layer.log2_scale for layer in scaled_layers(wrapped)] == [0, 0, 0, 0]
 
 
+class OwnCompile(keras.Model):
+    """With an optimizer under a name of its own; `self.optimizer` is Keras's default."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def compile(self, own_optimizer):
+        super().compile()
+        self.own_optimizer = own_optimizer
+
+    def train_step(self, data):
+        return {}
+
+
+@pytest.mark.skipif(ON_JAX, reason="a train_step of JAX returns states")
+def test_a_compile_of_its_own_is_asked_for_its_optimizers(mixed_float16):
+    model = als.wrap_model(OwnCompile(chain()[0]))
+    model.compile(als.AdaptiveLossScaleOptimizer("sgd"))
+    model.make_train_function()
+    model.compile(keras.optimizers.SGD())
+    with pytest.warns(UserWarning, match="compiled with LossScaleOptimizer"):
+        model.make_train_function(force=True)
+
+
 FOREIGN = {
     "sgd": lambda: "sgd",
     "accumulation": lambda: optimizers.SGD(gradient_accumulation_steps=2),

@@ -11,9 +11,10 @@ import keras
 
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
-from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch, adaptive_optimizers
+from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch
 from tf_adaptive_ls.observe.run_record import RunWriter, check_path
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
+from tf_adaptive_ls.training.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 Logs: TypeAlias = dict[str, Any]

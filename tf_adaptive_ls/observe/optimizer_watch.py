@@ -5,32 +5,12 @@ import warnings
 
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.snapshot import Snapshot
-from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 _RECENT = 6
 
 # Of so many steps at least a share is told of, and which is worth a word.
 _SKIPS_SEEN_OVER = 300
 _MANY_SKIPS = 0.05
-
-
-def adaptive_optimizers(model):
-    """The `AdaptiveLossScaleOptimizer`s of a model by the names of its attributes.
-
-    Those in lists and dicts are numbered, or have the name of their place there, too.
-    """
-    found = {}
-    for name, value in vars(model).items():
-        if name.startswith("_self_"):  # TensorFlow's own notes of them
-            continue
-        if isinstance(value, AdaptiveLossScaleOptimizer):
-            found.setdefault(value, name)
-        elif isinstance(value, (list, tuple, dict)):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for place, each in items:
-                if isinstance(each, AdaptiveLossScaleOptimizer):
-                    found.setdefault(each, f"{name}_{place}")
-    return {name: optimizer for optimizer, name in found.items()}
 
 
 class OptimizerWatch:

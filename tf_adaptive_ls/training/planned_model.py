@@ -14,6 +14,7 @@ from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.training import keras_internals, routes
 from tf_adaptive_ls.training.companion import companion_of, detach
 from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.training.keras_internals import NEVER_REMATERIALISED, may_be_trained, parts_of
 from tf_adaptive_ls.training.layer_scaling import is_of_scaling
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
@@ -68,13 +69,15 @@ class LossScaledModel:
     def make_train_function(self, force=False):
         find_layers(self)
         known = isinstance(self.optimizer, AdaptiveLossScaleOptimizer)
-        if not known and any(getattr(each, "float8", None) for each in parts_of(self)):
+        # A `compile` of the model's own leaves Keras's default optimizer in `self.optimizer`.
+        adaptive = known or bool(adaptive_optimizers(self))
+        if not adaptive and any(getattr(each, "float8", None) for each in parts_of(self)):
             raise ValueError(
                 "Expected a model with layers that compute in float8 to be compiled with "
                 "AdaptiveLossScaleOptimizer: at no other scales are their gradients in the range "
                 f"of 8 bits. Received: model '{self.name}' with {type(self.optimizer).__name__}."
             )
-        if not known and (self.train_function is None or force):
+        if not adaptive and (self.train_function is None or force):
             warnings.warn(
                 f"Model '{self.name}' has LossScaled layers, but is compiled with "
                 f"{type(self.optimizer).__name__}, which leaves their scales at 1. "
@@ -167,6 +170,8 @@ def _planned_class(base_class, with_wrappers):
     names = {name: getattr(base_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     members = {**names, "base_class": base_class, "get_config": get_config}
     members["is_with_wrappers"] = with_wrappers
+    if hasattr(base_class, "save_to_preset"):
+        members["save_to_preset"] = _save_to_preset
     # Files name the variables of a model inside another after its class.
     name = f"LossScaled{base_class.__name__}" if with_wrappers else base_class.__name__
     planned_class = type(name, (LossScaledModel, base_class), members)
@@ -233,6 +238,28 @@ def without_companions(model):
     finally:
         for companion in companions:
             companion.join()
+
+
+@contextlib.contextmanager
+def as_plain(model):
+    """A model as it was before it was wrapped, for what writes it in a format of its own."""
+    exchanged = [
+        (part, type(part)) for part in parts_of(model) if isinstance(part, LossScaledModel)
+    ]
+    with without_companions(model):
+        for part, planned_class in exchanged:
+            object.__setattr__(part, "__class__", planned_class.base_class)
+        try:
+            yield
+        finally:
+            for part, planned_class in exchanged:
+                object.__setattr__(part, "__class__", planned_class)
+
+
+def _save_to_preset(self, *args, **kwargs):
+    """A preset of KerasHub is the plain model's, and is loaded without this library."""
+    with as_plain(self):
+        return self.save_to_preset(*args, **kwargs)
 
 
 def _choice_of(config):

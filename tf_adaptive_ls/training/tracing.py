@@ -149,9 +149,11 @@ def trace(layer, original, args, kwargs, stands_for):
             try:
                 # Those called at several places have plans of their own.
                 while True:
-                    graph, often = _traced(
-                        layer, original, args, kwargs, stands_for, batch_size, opaque
-                    )
+                    # What a layer is told, such as `training`, Keras tells all that follow.
+                    with keras_internals.in_call_context(keras_internals.call_context()):
+                        graph, often = _traced(
+                            layer, original, args, kwargs, stands_for, batch_size, opaque
+                        )
                     if not often:
                         return graph, opaque
                     opaque.update((key, "it is called at several places") for key in often)
