@@ -6,6 +6,9 @@ Compared are, on the same model, data and inner optimizer,
     Keras        `LossScaleOptimizer`
     adaptive     `wrap_model` and `AdaptiveLossScaleOptimizer`
 
+With `--subclasses` it compares two ways to write the same model, both wrapped: a Functional
+model, whose graph Keras knows, and a `keras.Model` with a `call` of its own, which is traced.
+
 Each model has a process of its own, in which all of them are trained side by side, a step
 of each in turn, after one of a small model that starts the compiler up. The first step is
 tracing and compiling. Memory, with `--memory`, is the peak that the device reports on a
@@ -32,6 +35,8 @@ from keras import layers
 import tf_adaptive_ls as als
 
 PLAIN, KERAS, OURS = WAYS = ("no scaling", "Keras", "adaptive")
+TWINS = OURS, SUBCLASS = OURS, "adaptive, as a subclass"
+FIRST_STEPS = 4  # of twins, each of a model made anew
 MODES = (
     {"JAX": {"jit_compile": True}}
     if compute.ON_JAX
@@ -48,12 +53,14 @@ class Case:
         batch: `batch_size -> (x, y)`.
         batch_size: On a CPU; a GPU gets eight times that.
         steps: How many of each way are timed.
+        subclass: Like `build`, of the same layers in a model with a `call` of its own.
     """
 
     build: Callable
     batch: Callable
     batch_size: int
     steps: int
+    subclass: Callable | None = None
 
 
 def resnet50():
@@ -88,6 +95,56 @@ def tiny_layers(depth):
     return keras.Model(inputs, layers.Dense(10, dtype="float32")(x))
 
 
+class TinyLayers(keras.Model):
+    """`tiny_layers` as a subclass."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.hidden = [layers.Dense(16, "relu") for _ in range(depth - 1)]
+        self.last = layers.Dense(10, dtype="float32")
+
+    def call(self, x):
+        for layer in self.hidden:
+            x = layer(x)
+        return self.last(x)
+
+
+class Block(layers.Layer):
+    """A block of `bert`."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attention = layers.MultiHeadAttention(heads, width // heads)
+        self.norms = [layers.LayerNormalization() for _ in range(2)]
+        self.up, self.down = layers.Dense(4 * width, "gelu"), layers.Dense(width)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+        for layer in (*self.norms, self.up):
+            layer.build(shape)
+        self.down.build((*shape[:-1], self.up.units))
+
+    def call(self, x):
+        x = self.norms[0](x + self.attention(x, x))
+        return self.norms[1](x + self.down(self.up(x)))
+
+
+class Bert(keras.Model):
+    """`bert` as a subclass, of blocks that are layers of an author's own."""
+
+    def __init__(self, blocks=4, width=512, heads=8, words=30_522):
+        super().__init__()
+        self.embed, self.norm = layers.Embedding(words, width), layers.LayerNormalization()
+        self.blocks = [Block(width, heads) for _ in range(blocks)]
+        self.pool, self.last = layers.GlobalAveragePooling1D(), layers.Dense(10, dtype="float32")
+
+    def call(self, x):
+        x = self.norm(self.embed(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.last(self.pool(x))
+
+
 def floats(*shape):
     return lambda batch_size: (
         np.random.default_rng(0).normal(size=(batch_size, *shape)).astype("float32"),
@@ -105,12 +162,20 @@ def tokens(length, words=30_522):
 CASES = {
     "ResNet-20": Case(zoo.resnet, floats(32, 32, 3), 64, 60),
     "ResNet-50": Case(resnet50, floats(64, 64, 3), 8, 20),
-    "transformer": Case(lambda: bert(4, 128, 4, 64, 1000), tokens(64, 1000), 16, 100),
-    "BERT-small": Case(bert, tokens(128), 4, 20),
+    "transformer": Case(
+        lambda: bert(4, 128, 4, 64, 1000),
+        tokens(64, 1000),
+        16,
+        100,
+        lambda: Bert(4, 128, 4, 1000),
+    ),
+    "BERT-small": Case(bert, tokens(128), 4, 20, Bert),
     "LSTM": Case(lstm, floats(64, 32), 32, 60),
-    "50 tiny layers": Case(lambda: tiny_layers(50), floats(16), 32, 300),
+    "50 tiny layers": Case(lambda: tiny_layers(50), floats(16), 32, 300, lambda: TinyLayers(50)),
 }
-QUICK_CASES = {"20 tiny layers": Case(lambda: tiny_layers(20), floats(16), 32, 50)}
+QUICK_CASES = {
+    "20 tiny layers": Case(lambda: tiny_layers(20), floats(16), 32, 50, lambda: TinyLayers(20))
+}
 # How the cost grows.
 GROWTH_CASES = {
     f"{depth} tiny layers": Case(lambda depth=depth: tiny_layers(depth), floats(16), 32, 300)
@@ -128,21 +193,24 @@ LSTM = ("LSTM",)
 
 
 class Trainee:
-    """A model trained in one of `WAYS`."""
+    """A model trained in one of `WAYS`, or as a `SUBCLASS`."""
 
     def __init__(self, case, way, mode):
         keras.utils.set_random_seed(0)
         keras.config.set_dtype_policy("mixed_float16")
         optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
-        model = case.build()
-        if way == OURS:
+        batch = case.batch(batch_size(case))
+        model = case.subclass() if way == SUBCLASS else case.build()
+        if not model.built:
+            model.build(batch[0].shape)
+        if way in (OURS, SUBCLASS):
             model = als.wrap_model(model)
             optimizer = als.AdaptiveLossScaleOptimizer(optimizer)
         elif way == KERAS:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer, loss, auto_scale_loss=False, **MODES[mode])
-        self._step, self._finish = compute.step_of(model, case.batch(batch_size(case)))
+        self._step, self._finish = compute.step_of(model, batch)
         self._optimizer = optimizer
 
     def seconds_of_a_step(self):
@@ -166,19 +234,42 @@ def times_of(name, mode):
     Trainee(QUICK_CASES["20 tiny layers"], PLAIN, mode).seconds_of_a_step()
     trainees = {way: Trainee(case, way, mode) for way in WAYS}
     first = {way: [trainee.seconds_of_a_step()] for way, trainee in trainees.items()}
-    steps = {way: [] for way in WAYS}
-    for number in range(-2, case.steps):
-        # No way is always the first, or always after the same.
-        for way in WAYS if number % 2 else reversed(WAYS):
-            seconds = trainees[way].seconds_of_a_step()
-            if number >= 0:
-                steps[way].append(round(seconds, 6))
     return {
         "first_step_seconds": first,
-        "step_seconds": steps,
+        "step_seconds": seconds_of_steps(trainees, case.steps),
         "skipped": trainees[OURS].skipped_steps(),
         "batch_size": batch_size(case),
     }
+
+
+def times_of_twins(name, mode):
+    """Like `times_of`, of a Functional model and its twin; making a model is part of its first."""
+    case = ALL_CASES[name]
+    Trainee(QUICK_CASES["20 tiny layers"], PLAIN, mode).seconds_of_a_step()
+    first, trainees = {way: [] for way in TWINS}, {}
+    for number in range(FIRST_STEPS):
+        for way in TWINS if number % 2 else reversed(TWINS):
+            start = time.perf_counter()
+            trainees[way] = Trainee(case, way, mode)
+            trainees[way].seconds_of_a_step()
+            first[way].append(time.perf_counter() - start)
+    return {
+        "first_step_seconds": first,
+        "step_seconds": seconds_of_steps(trainees, case.steps),
+        "batch_size": batch_size(case),
+    }
+
+
+def seconds_of_steps(trainees, steps):
+    """How long each of so many steps takes, taken in turn: a dict of lists by the way."""
+    seconds = {way: [] for way in trainees}
+    for number in range(-2, steps):
+        # No way is always the first, or always after the same.
+        for way in trainees if number % 2 else reversed(trainees):
+            time_taken = trainees[way].seconds_of_a_step()
+            if number >= 0:
+                seconds[way].append(round(time_taken, 6))
+    return seconds
 
 
 def memory_of(name, mode, way):
@@ -245,6 +336,33 @@ def table(results):
     return report.markdown(header, lines)
 
 
+def section_of_twins(results):
+    lines = []
+    for result in results:
+        steps, first = result["step_seconds"], result["first_step_seconds"]
+        lines.append(
+            [
+                result["name"],
+                str(result["batch_size"]),
+                f"{1e3 * statistics.median(steps[OURS]):.1f}",
+                spread_of(ratios(steps, SUBCLASS, OURS)),
+                f"{statistics.median(first[OURS]):.1f}",
+                spread_of(ratios(first, SUBCLASS, OURS)),
+            ]
+        )
+    header = ["model, mode", "batch", "Functional step, ms", "subclass"]
+    header += ["Functional, made and first step, s", "subclass, made and first step"]
+    return f"""
+## A subclass beside its Functional twin
+
+The same layers, wrapped, in a Functional model and in a `keras.Model` with a `call` of its own.
+Medians of ratios of the subclass to its twin, with quartiles; {FIRST_STEPS} models are made of
+each.
+
+{report.markdown(header, lines)}
+"""
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -253,14 +371,19 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", metavar="MODEL", choices=ALL_CASES, help="names")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--growth", action="store_true", help="how cost grows with size instead")
+    parser.add_argument("--subclasses", action="store_true", help="subclasses beside Functional")
     parser.add_argument("--memory", action="store_true", help="memory, too")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
         function, *arguments = args.child
-        print(json.dumps({"times_of": times_of, "memory_of": memory_of}[function](*arguments)))
+        functions = {"times_of": times_of, "memory_of": memory_of, "times_of_twins": times_of_twins}
+        print(json.dumps(functions[function](*arguments)))
         return
-    cases = args.only or (QUICK_CASES if args.quick else GROWTH_CASES if args.growth else CASES)
+    cases = QUICK_CASES if args.quick else GROWTH_CASES if args.growth else CASES
+    if args.subclasses:
+        cases = [name for name in cases if ALL_CASES[name].subclass]
+    cases = args.only or cases
     modes = args.modes[:1] if args.quick else args.modes
     runs = [(name, mode) for mode in modes for name in cases]
     on_gpu = bool(compute.gpu_names())
@@ -273,8 +396,10 @@ def main(argv=None):
         for name, mode in runs:
             progress.update(task, description=f"{name}, {mode}")
             place = f"{mode} on a GPU" if on_gpu else mode
-            result = {"name": f"{name}, {place}", **in_own_process(times_of, name, mode)}
-            if args.memory:
+            times = times_of_twins if args.subclasses else times_of
+            twin = ", twins" if args.subclasses else ""
+            result = {"name": f"{name}, {place}{twin}", **in_own_process(times, name, mode)}
+            if args.memory and not args.subclasses:
                 peaks = [in_own_process(memory_of, name, mode, way) for way in WAYS]
                 result["peak_bytes"] = {way: n for peak in peaks for way, n in peak.items()}
             report.save_result(args.output, result)
@@ -283,6 +408,7 @@ def main(argv=None):
     places = ("XLA", "graph", "JAX", "XLA on a GPU", "graph on a GPU", "JAX on a GPU")
     order = [f"{name}, {place}" for place in places for name in ALL_CASES]
     results = report.load_results(args.output, order)
+    twins = report.load_results(args.output, [f"{name}, twins" for name in order])
     text = f"""# What layer-wise scales cost
 
 Medians of ratios to Keras's `LossScaleOptimizer`, step by step on the same model, with
@@ -290,8 +416,8 @@ quartiles; "of means" is the ratio of mean steps, samples on every tenth include
 of random data.
 
 {table(results)}
-
-{report.provenance_text(results)}
+{section_of_twins(twins) if twins else ""}
+{report.provenance_text([*results, *twins])}
 """
     report.save_text(args.output, text)
 

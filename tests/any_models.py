@@ -98,6 +98,48 @@ def made_in_build():
     return MadeInBuild(), (X, Y)
 
 
+class BlockBuilt(layers.Layer):
+    """Has no layer inside before it is built."""
+
+    def build(self, shape):
+        self.up, self.down = layers.Dense(5, **RELU), layers.Dense(4)
+        self.up.build(shape)
+        self.down.build((*shape[:-1], 5))
+
+    def call(self, x):
+        return self.down(self.up(x))
+
+
+def made_in_build_of_a_block():
+    return Called([layers.Dense(3), BlockBuilt(), layers.Dense(2)], in_turn), (X, Y)
+
+
+class OwnGradient(layers.Layer):
+    """Makes gradients smaller between a layer and a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = layers.Dense(4)
+
+    def build(self, shape):
+        self.inside.build(shape)
+        self.factor = self.add_weight(shape=(4,), initializer="ones", name="factor")
+
+    def call(self, x):
+        @ops.custom_gradient
+        def small_gradient(x):
+            def backward(*args, upstream=None):
+                return 0.5 * (args[0] if upstream is None else upstream)
+
+            return 1 * x, backward
+
+        return small_gradient(self.inside(x)) * self.factor
+
+
+def own_gradient():
+    return Called([layers.Dense(4), OwnGradient(), layers.Dense(2)], in_turn), (X, Y)
+
+
 def in_closure():
     parts = [layers.Dense(5, **RELU), layers.Dense(4), layers.Dense(2)]
     run = lambda x: in_turn(parts, x)  # noqa: E731
@@ -546,7 +588,7 @@ class ManyArguments(layers.Layer):
 def many_arguments():
     def call(parts, x):
         first, both, last = parts
-        x = first(x, key=2 * x, scale=0.5)
+        x = first(x, key=2 * x, scale=0.05)
         product, key = both(x, x, return_both=True)
         return last(product + key)
 
@@ -609,7 +651,7 @@ KINDS = (
     kept_in_global, frozen, deferred_sequential, never_called, remat_layers, remat_block,
     loop_of_varying_length, adapted, time_distributed, own_wrapper, wrapped_by_hand,
     many_arguments, model_in_list_of_models, distiller, softmax_at_the_end,
-    told_late,
+    told_late, made_in_build_of_a_block, own_gradient,
 )  # fmt: skip
 LOSSES = {softmax_at_the_end: "sparse_categorical_crossentropy"}
 FORKS = (residual_blocks, vit, functional_of_blocks, vae, many_arguments, model_in_list_of_models)
@@ -620,4 +662,8 @@ PLAIN = {
 }
 # No two calls of them give the same, or Keras cannot call them in a graph.
 CHANGING = (vae, loop_of_varying_length, remat_layers, remat_block)
-AT_S = {ops_cond: "ops.cond", layer_in_cond: "ops.cond"}
+# Keras 3.15 builds them wrongly on JAX: its symbolic call is not a training one.
+NOT_ON_JAX = (branch_in_training,)
+AT_S = {ops_cond: "cond", layer_in_cond: "cond"}
+# JAX has no attention in float16 on a CPU.
+WITH_ATTENTION = (vit, functional_of_blocks)

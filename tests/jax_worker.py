@@ -25,6 +25,7 @@ parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--process", type=int, default=0)
 parser.add_argument("--port", type=int, default=0)
 parser.add_argument("--model-parallel", action="store_true")
+parser.add_argument("--subclass", action="store_true", help="a model without a graph")
 parser.add_argument("--plain", action="store_true", help="Keras's own loss scale")
 parser.add_argument("--count", action="store_true", help="count collectives, too")
 parser.add_argument("--nan-on", type=int, help="a process whose first batch is not finite")
@@ -50,13 +51,33 @@ def distribute():
         distribution.set_distribution(parallel)
 
 
+@keras.saving.register_keras_serializable("jax_worker")
+class Subclass(keras.Model):
+    """Made of the same layers as the other model, called in its own `call`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = layers_of_network()
+
+    def call(self, x):
+        for layer in self.parts:
+            x = layer(x)
+        return x
+
+
+def layers_of_network():
+    hidden = [keras.layers.Dense(16, "relu", name=f"hidden_{i}") for i in range(3)]
+    return [*hidden, keras.layers.Dense(1, dtype="float32", name="score")]
+
+
 def network():
     keras.utils.set_random_seed(1)
     keras.config.set_dtype_policy("mixed_float16")
-    x = inputs = keras.Input((8,))
-    for i in range(3):
-        x = keras.layers.Dense(16, "relu", name=f"hidden_{i}")(x)
-    model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32", name="score")(x))
+    if args.subclass:
+        model = Subclass()
+        model.build((None, 8))  # as it is in the other model, before anything is compiled
+    else:
+        model = keras.Sequential([keras.Input((8,)), *layers_of_network()])
     inner = keras.optimizers.SGD(0.05, momentum=0.9)
     if args.plain:
         optimizer = keras.optimizers.LossScaleOptimizer(inner, 2.0**10)
@@ -125,8 +146,8 @@ def main():
     except als.StuckTrainingError as error:
         result["stuck"] = str(error)
     if not args.plain:
-        layers = [each.loss_scaling for each in model.layers if each.weights]
-        result["log2_scales"] = [layer.log2_scale for layer in layers]
+        dense = [each for each in model._flatten_layers() if isinstance(each, keras.layers.Dense)]
+        result["log2_scales"] = [each.loss_scaling.log2_scale for each in dense]
         result["loss_scale"] = model.optimizer.loss_scale
         result["skipped_steps"] = model.optimizer.skipped_steps
         result["steps"] = model.optimizer.steps

@@ -58,6 +58,13 @@ def test_convergence(tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_overhead_of_subclasses(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "FIRST_STEPS", 1)
+    overhead.main(["--quick", "--subclasses", "--output", str(tmp_path)])
+    assert "| 20 tiny layers, XLA | 32" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.long
 def test_overhead(tmp_path, capsys):
     overhead.main(["--quick", "--output", str(tmp_path)])
     (result,) = results(tmp_path)

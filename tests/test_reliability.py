@@ -29,7 +29,11 @@ def test_whole_part(part):
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(threads.two_that_train, marks=pytest.mark.long), threads.neutral_in_another],
+    [
+        pytest.param(threads.two_that_train, marks=pytest.mark.long),
+        threads.two_subclasses_that_train,
+        threads.neutral_in_another,
+    ],
 )
 def test_threads(fault, mixed_float16):
     assert fault("graph") is None

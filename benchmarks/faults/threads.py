@@ -22,6 +22,27 @@ EPOCHS = 3
 MODES = {"eager": {"run_eagerly": True}, "graph": {"jit_compile": False}}
 
 
+class Subclass(keras.Model):
+    """Wrapped before it is built, so that it is traced while others train."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = [layers.Dense(8, activation="relu"), layers.LayerNormalization()]
+        self.extra, self.last = layers.Dense(8), layers.Dense(2, dtype="float32")
+
+    def call(self, x):
+        for each in self.blocks:
+            x = each(x)
+        return self.last(x + self.extra(x))
+
+
+def subclass(seed, mode):
+    keras.utils.set_random_seed(seed)
+    model = als.wrap_model(Subclass())
+    model.compile(als.AdaptiveLossScaleOptimizer("adam"), loss="mse", **MODES[mode])
+    return model
+
+
 def network(seed, mode):
     keras.utils.set_random_seed(seed)
     x = inputs = keras.Input((6,))
@@ -41,13 +62,18 @@ def same(a, b):
     return all(map(np.array_equal, a, b))
 
 
-def two_that_train(mode):
+def two_that_train(mode, build=network):
     """Two models train, each in a thread of its own."""
-    expected = [train(network(seed, mode)) for seed in (0, 1)]
-    models = [network(seed, mode) for seed in (0, 1)]
+    expected = [train(build(seed, mode)) for seed in (0, 1)]
+    models = [build(seed, mode) for seed in (0, 1)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         found = list(pool.map(train, models))
     return None if all(map(same, found, expected)) else "one did not end as it does alone"
+
+
+def two_subclasses_that_train(mode):
+    """Two subclassed models are built, traced and trained at once."""
+    return two_that_train(mode, subclass)
 
 
 def called_while_it_trains(mode):
@@ -119,6 +145,7 @@ def float8_in_several(mode):
 
 FAULTS = {
     "two models train in two threads": two_that_train,
+    "two subclassed models train in two threads": two_subclasses_that_train,
     "a model is called while it trains": called_while_it_trains,
     "neutral_scales in another thread": neutral_in_another,
     "float8 in four threads": float8_in_several,

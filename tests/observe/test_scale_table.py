@@ -72,5 +72,5 @@ def test_layers_inside_layers_are_listed_too():
     inputs = keras.Input((4,))
     rows = als.scale_table(keras.Model(inputs, Holder()(inputs)))
     assert [row.name for row in rows[1:]] == ["holder", "holder/inside"]
-    assert rows[1].note == "has 1 scaled layers inside"
+    assert rows[1].note == "has 1 scaled layer inside"
     assert als.scale_table(als.LossScaled(layers.Dense(3)))[0].log2_scale == 0

@@ -18,12 +18,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer"),
 ]
 
+ON_JAX = keras.backend.backend() == "jax"
 KINDS = {kind.__name__: kind for kind in any_models.KINDS}
 
 
 @pytest.fixture(params=KINDS, name="kind")
 def _kind(request):
-    return KINDS[request.param]
+    kind = KINDS[request.param]
+    if kind in any_models.NOT_ON_JAX and ON_JAX:
+        pytest.skip("plain Keras cannot train it on JAX")
+    return kind
 
 
 def built(kind, policy="float32"):
@@ -61,7 +65,11 @@ def test_any_scales_train_the_plain_model(kind):
     actual = trained(model, batch, loss, optimizer, scales=np.random.default_rng(1))
     compare = np.testing.assert_array_equal
     if kind in any_models.FORKS:
-        compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+        largest = max(np.abs(w).max() for w in expected[-1])
+
+        def compare(a, b):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * largest)
+
     for step, weights in enumerate(expected):
         assert len(weights) == len(actual[step])
         for w_actual, w_expected in zip(actual[step], weights, strict=True):
@@ -87,6 +95,8 @@ def traces_of_scaling(model):
 
 
 def test_trains_in_float16_and_is_plain_again(kind, tmp_path):
+    if kind in any_models.WITH_ATTENTION and ON_JAX:
+        pytest.skip("JAX has no attention in float16 on a CPU")
     model, batch, loss = built(kind, "mixed_float16")
     kind_of_model, by_hand = type(model), kind is any_models.wrapped_by_hand
     fitted(als.wrap_model(model), batch, loss)
@@ -94,7 +104,8 @@ def test_trains_in_float16_and_is_plain_again(kind, tmp_path):
     assert np.isfinite(history).all() and history[-1] < history[0]
     assert isinstance(model, kind_of_model)
     assert any(each.spectrum.nonzero for each in scalings(model))
-    assert any(each.log2_scale for each in scalings(model))
+    totals = [model.optimizer.loss_scale * 2.0**each.log2_scale for each in scalings(model)]
+    assert any(total != model.optimizer.initial_scale for total in totals)
 
     if kind not in (any_models.adapted, any_models.wrapped_by_hand):
         plain, _, _ = built(any_models.PLAIN.get(kind, kind), "mixed_float16")
@@ -121,7 +132,7 @@ def test_where_there_is_no_plan_a_table_says_why(kind):
     model, batch, loss = built(kind, "mixed_float16")
     fitted(als.wrap_model(model), batch, loss, run_eagerly=True)
     assert not plans_of(model)
-    assert any_models.AT_S[kind] in str(als.scale_table(model))
+    assert any_models.AT_S[kind] in str(als.scale_table(model)).lower()
 
 
 def test_a_subclass_has_the_plan_of_its_functional_twin(mixed_float16):
@@ -184,6 +195,26 @@ def test_a_tensor_that_leaves_by_a_global_returns_to_the_loss_scale():
     by_name = {layer.name: plan.routes[id(layer)] for layer in plan.layers}
     assert [bool(group.layers) for group in by_name["dense"].outputs] == [False]
     assert [bool(group.layers) for group in by_name["dense_1"].outputs] == [True]
+
+
+def test_a_layer_that_gets_layers_when_it_is_built_is_scaled_inside():
+    model, batch, _ = built(any_models.made_in_build_of_a_block)
+    als.wrap_model(model)(batch[0])
+    assert len(scalings(model)) == 4
+
+
+def test_a_call_that_is_set_after_wrapping_stays_when_scales_go():
+    model, batch, loss = built(any_models.attributes, "mixed_float16")
+    als.wrap_model(model)(batch[0])
+    scaled = model.second.call
+    model.second.call = lambda x: 2 * scaled(x)
+    expected = model.predict(batch[0], verbose=0)
+    fitted(model, batch, loss)
+    assert scalings(model)[1].spectrum.nonzero
+    outputs = model.predict(batch[0], verbose=0)
+    als.strip_model(model)
+    assert not scalings(model) and np.any(outputs != expected)
+    np.testing.assert_array_equal(model.predict(batch[0], verbose=0), outputs)
 
 
 @keras.saving.register_keras_serializable("tests")

@@ -104,6 +104,16 @@ def test_four_devices_as_one(tmp_path, one_device):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("parts", [(), ("--model-parallel",)], ids=["data", "model"])
+def test_a_subclass_as_its_functional_twin(tmp_path, parts):
+    functional, arrays = run(tmp_path / "functional", *parts, devices=4)
+    subclass, arrays_of_subclass = run(tmp_path / "subclass", "--subclass", *parts, devices=4)
+    assert subclass == functional
+    for actual, expected in zip(arrays_of_subclass, arrays, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.long
 def test_a_model_in_parts(tmp_path, one_device):
     several = run(tmp_path / "ours", "--model-parallel", devices=4)
     plain = run(tmp_path / "plain", "--model-parallel", "--plain", devices=4)

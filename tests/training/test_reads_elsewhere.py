@@ -36,6 +36,24 @@ class OwnGradient(layers.Layer):
         return product(x)
 
 
+class OwnTape(OwnGradient):
+    """Has a tape inside the gradient that it defines."""
+
+    def call(self, x):
+        @tf.custom_gradient
+        def product(x):
+            def backward(gradient, variables=()):
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    y = tf.matmul(x, self.kernel)
+                of_x, *others = tape.gradient(y, [x, *variables], gradient)
+                return of_x, others
+
+            return tf.matmul(x, self.kernel), backward
+
+        return product(x)
+
+
 class OwnVariable(OwnGradient):
     """Has a weight of TensorFlow, which Keras knows nothing of."""
 
@@ -110,6 +128,7 @@ def exported(folder):
 
 KINDS = {
     "a gradient of its own": (OwnGradient, "has gradients of .*/kernel that only variables get"),
+    "a tape in it": (OwnTape, "has gradients of .*/kernel that only variables get"),
     "a tf.Variable": (OwnVariable, "reads .*Variable:0 as a tf.Variable"),
     "a tf.Module": (OwnModule, "reads .*Variable:0 as a tf.Variable"),
     "a scope of its own": (OwnScope, "reads .*kernel.* as a tf.Variable"),

@@ -212,10 +212,8 @@ def independent(function, tensors, others):
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([*tensors, *others])
         results = function()
-    from tensorflow.python.eager import record
-
-    with record.stop_recording():  # by others
-        return [gradient is None for gradient in tape.gradient(results, tensors)]
+    # Recorded by tapes around it: a `tf.custom_gradient` may use a tape of its own in there.
+    return [gradient is None for gradient in tape.gradient(results, tensors)]
 
 
 def gradients_end_at_variables():

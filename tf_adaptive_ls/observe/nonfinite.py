@@ -287,8 +287,7 @@ def _intercepted(operations, watch):
     """Passes every call of `operations`, pairs of a name and one, to `watch`."""
     with contextlib.ExitStack() as undo:
         for name, operation in operations:
-            routes.lead(operation, "call", functools.partial(watch, name))
-            undo.callback(routes.take_away, operation, "call")
+            undo.callback(routes.Route(operation, "call", functools.partial(watch, name)).end)
         yield
 
 

@@ -204,7 +204,8 @@ def _row(name, layer, log2_loss_scale):
         # It is frozen, and gradients did not pass it, either.
         return ScaleRow(name, type(layer).__name__, None, None, None, None, _why_not(layer))
     inside = scaled_inside(layer)
-    note = f"has {len(inside)} scaled layers inside" if inside else _why_not(layer)
+    layers = "layer" if len(inside) == 1 else "layers"
+    note = f"has {len(inside)} scaled {layers} inside" if inside else _why_not(layer)
     return ScaleRow(name, type(layer).__name__, None, None, None, None, note)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,7 +14,6 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.products import way_of_computing
 
 ATTRIBUTE = "loss_scaling"
-_CALLS = ("call", "quantized_call")
 
 # The `id` of companions whose layers run in the running context.
 _running: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(
@@ -40,6 +40,7 @@ class Companion(LayerScaling):
         super().__init__(name=layer.name, dtype="float32", autocast=False)
         self._casts_inputs = layer.autocast
         self._float8_to_be = float8
+        self._is_left = None
         self.built = True
 
     @property
@@ -74,9 +75,13 @@ class Companion(LayerScaling):
         if self.has_started and (store.keys() or self._refused is not None):
             super().load_own_variables(store)
 
+    def asks_first(self, is_left: Callable[[], bool]) -> None:
+        """`is_left()` is called when the layer has been built, and may `detach` it, and says so."""
+        object.__setattr__(self, "_is_left", is_left)
+
     def start(self) -> None:
         """Makes the variables, if there are none yet, and becomes part of the layer."""
-        if not self.has_started:
+        if not self.has_started and not (self._is_left and self._is_left()):
             self._start_scaling(self._float8_to_be)
             keras_internals.move_variables_to(self, self.layer)
             self.join()
@@ -94,6 +99,22 @@ class Companion(LayerScaling):
         """Is no part of the layer any more, but still runs it."""
         keras_internals.take_out(self.layer, ATTRIBUTE, self)
 
+    def lead_layer(self):
+        """From now on the layer is called through this."""
+        led = {
+            "call": self.run,
+            "quantized_call": self.run,
+            "symbolic_call": functools.partial(tracing.note_call, self),
+            "quantize": self.quantize_layer,
+            "rematerialized_call": lambda original, args, kwargs: args[0],
+        }
+        self._routes = [routes.Route(self.layer, name, run) for name, run in led.items()]
+
+    def let_go(self):
+        """Undoes `lead_layer`."""
+        for route in self._routes:
+            route.end()
+
     def quantize_layer(self, original, args, kwargs):
         """What is called for `original`, `quantize` of the layer."""
         self.check_may_be_quantized()
@@ -107,6 +128,8 @@ class Companion(LayerScaling):
                 detach(self.layer)
                 return plain_call(*args, **kwargs)
             self.start()
+            if not self.has_started:
+                return self._plain_call(self.layer.call)(*args, **kwargs)
         if keras_internals.is_symbolic() or id(self) in _running.get():
             return plain_call(*args, **kwargs)
         with keras_internals.AutocastScope(None):  # or weights would be shifted in float16
@@ -170,11 +193,7 @@ def attach(layer, float8=None):
     companion = Companion(layer, float8)
     object.__setattr__(layer, _COMPANION, companion)
     layer.autocast = False
-    for name in _CALLS:
-        routes.lead(layer, name, companion.run)
-    routes.lead(layer, "symbolic_call", functools.partial(tracing.note_call, companion))
-    routes.lead(layer, "quantize", companion.quantize_layer)
-    routes.lead(layer, "rematerialized_call", lambda original, args, kwargs: args[0])
+    companion.lead_layer()
     try:
         if layer.built and keras_internals.may_be_trained(layer):
             companion.start()
@@ -187,8 +206,7 @@ def attach(layer, float8=None):
 def detach(layer):
     """Undoes `attach`."""
     companion = companion_of(layer)
-    for name in (*_CALLS, "symbolic_call", "quantize", "rematerialized_call"):
-        routes.take_away(layer, name)
+    companion.let_go()
     layer.autocast = companion.casts_inputs
     companion.leave()
     del vars(layer)[_COMPANION]

@@ -204,7 +204,7 @@ def not_rematerialised(layer):
     for part in parts:
         if "rematerialized_call" not in vars(part):
             # It stays: other threads may be in a call of the same layer.
-            routes.lead(part, "rematerialized_call", functools.partial(_unless_run_once, part))
+            routes.Route(part, "rematerialized_call", functools.partial(_unless_run_once, part))
     token = _run_once.set(_run_once.get().union(map(id, parts)))
     try:
         yield

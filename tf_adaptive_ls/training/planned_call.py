@@ -34,8 +34,7 @@ class PlannedCall:
         self._has_run = False
         self._plans = {}
         object.__setattr__(layer, _ATTRIBUTE, self)
-        for name in _METHODS:
-            routes.lead(layer, name, getattr(self, f"_{name}"))
+        self._routes = [routes.Route(layer, name, getattr(self, f"_{name}")) for name in _METHODS]
 
     def uses(self, find, has_plans):
         """Sets what looks for new layers inside, and whether there are plans."""
@@ -44,8 +43,8 @@ class PlannedCall:
         self._plans.clear()
 
     def undo(self):
-        for name in _METHODS:
-            routes.take_away(self._layer, name)
+        for route in self._routes:
+            route.end()
         del vars(self._layer)[_ATTRIBUTE]
 
     def find_layers(self):
@@ -114,7 +113,7 @@ class PlannedCall:
         trace = tracing.current()
         if trace is None:
             return original(*args, **kwargs)
-        call = routes.route_of(self._layer, "call").original
+        call = routes.behind(self._layer.call)
         return trace.call_inside(self._layer, call, original, args, kwargs)
 
     def _add_loss(self, original, args, kwargs):

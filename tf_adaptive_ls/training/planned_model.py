@@ -212,8 +212,9 @@ def unscale(model):
         if isinstance(part, LossScaledModel):
             vars(part)[_WALK].undo()
         for name in ("call", "rematerialized_call"):
-            if routes.route_of(part, name) is not None:
-                routes.take_away(part, name)  # of layers inside of others that have run
+            route = routes.route_of(part, name)
+            if route is not None:
+                route.end()  # of layers inside of others that have run
 
 
 def find_layers(model):
@@ -291,14 +292,14 @@ def exchange(model, walk, path, with_wrappers):
             return original(*args, **kwargs)
 
     def undo():
-        routes.take_away(model, "quantize")
+        route.end()
         object.__setattr__(model, "__class__", plain_class)
         del vars(model)[_WALK]
 
     # Both as they are: Keras keeps track of what is made an attribute of a model.
     object.__setattr__(model, "__class__", _planned_class(plain_class, with_wrappers))
     object.__setattr__(model, _WALK, _Walked(walk, path, undo))
-    routes.lead(model, "quantize", quantize)  # Keras gives every layer one of its own
+    route = routes.Route(model, "quantize", quantize)  # Keras gives every layer one of its own
     return undo
 
 

@@ -152,7 +152,7 @@ def in_float8(parts, float8, tap):
         )
         if routes.route_of(part, "call") is None:
             # It is left there, since taking it away would take it from a call that runs meanwhile.
-            routes.lead(part, "call", functools.partial(_run, part))
+            routes.Route(part, "call", functools.partial(_run, part))
     token = _computing.set(calls)
     try:
         yield

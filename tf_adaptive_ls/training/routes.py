@@ -7,35 +7,47 @@ class Route:
     """What stands for a method of one object.
 
     Args:
-        original: The method as it was.
+        thing: The object.
+        name: The name of the method.
         run: Function `(original, args, kwargs)` that is called in its place.
+
+    Attributes:
+        original: The method as it was.
     """
 
-    def __init__(self, original, run):
-        functools.update_wrapper(self, original)
-        self.original = original
-        self._run = run
+    def __init__(self, thing, name, run):
+        functools.update_wrapper(self, getattr(thing, name))  # first: it copies all attributes
+        self.original = getattr(thing, name)
+        self._thing, self._name, self._run = thing, name, run
+        # As it is: Keras keeps track of what is made an attribute of a layer.
+        object.__setattr__(thing, name, self)
 
     def __call__(self, *args, **kwargs):
         return self._run(self.original, args, kwargs)
 
+    def end(self):
+        """The method is again what it was. A function set since stays, and may call the route."""
+        self._run = _straight_on
+        if route_of(self._thing, self._name) is not self:
+            return
+        if getattr(self.original, "__func__", None) is getattr(type(self._thing), self._name, None):
+            del vars(self._thing)[self._name]
+        else:  # somebody else's
+            object.__setattr__(self._thing, self._name, self.original)
 
-def lead(thing, name, run):
-    """Puts a `Route` in the place of the method `name` of an object."""
-    # As it is: Keras keeps track of what is made an attribute of a layer.
-    object.__setattr__(thing, name, Route(getattr(thing, name), run))
+
+def _straight_on(original, args, kwargs):
+    return original(*args, **kwargs)
+
+
+def behind(method):
+    """What a method leads to in the end."""
+    while isinstance(method, Route):
+        method = method.original
+    return method
 
 
 def route_of(thing, name):
     """The `Route` in the place of a method, or `None`."""
     own = vars(thing).get(name)
     return own if isinstance(own, Route) else None
-
-
-def take_away(thing, name):
-    """Undoes `lead`."""
-    original = route_of(thing, name).original
-    if getattr(original, "__func__", None) is getattr(type(thing), name, None):
-        del vars(thing)[name]
-    else:  # somebody else's
-        object.__setattr__(thing, name, original)

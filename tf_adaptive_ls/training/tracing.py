@@ -9,6 +9,7 @@ import contextvars
 import dataclasses
 import functools
 import gc
+import re
 import threading
 import types
 import weakref
@@ -167,16 +168,22 @@ def trace(layer, original, args, kwargs, stands_for):
 def _told(error):
     if isinstance(error, NotTraceable):
         return str(error)
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}"[:200]
+    where, text = _KERAS_ADDS.match(str(error).strip()).groups()
+    text = text.partition("\n")[0]
+    return f"{where + ': ' if where else ''}{type(error).__name__}: {text}"[:200]
+
+
+# What Keras writes around the message of an error in a layer or an operation.
+_KERAS_ADDS = re.compile(
+    r"(?:Exception encountered when calling (.*)\.call\(\)\.\s*)?(?:\x1b\[1m)?([^\x1b]*)"
+)
 
 
 def _traced(layer, original, args, kwargs, stands_for, batch_size, opaque):
     parts = keras_internals.parts_of(layer)
     unbuilt = [part for part in parts if not part.built]
     state = _State(parts)
-    for part in unbuilt:
-        routes.lead(part, "_maybe_build", _refuse_to_build)
+    refusals = [routes.Route(part, "_maybe_build", _refuse_to_build) for part in unbuilt]
     try:
         graph, often, tensors = _recorded(
             layer, original, args, kwargs, stands_for, batch_size, opaque, state
@@ -188,8 +195,8 @@ def _traced(layer, original, args, kwargs, stands_for, batch_size, opaque):
         escaped = {key for key, ref in tensors if ref() is not None}
         return dataclasses.replace(graph, ends=(*graph.ends, *escaped)), often
     finally:
-        for part in unbuilt:
-            routes.take_away(part, "_maybe_build")
+        for refusal in refusals:
+            refusal.end()
         state.restore_attributes()
 
 

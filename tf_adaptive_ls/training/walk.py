@@ -81,8 +81,19 @@ class Walk:
         float8 = self._choice.float8_of(layer, path)
         if float8 is not None:
             self._float8[path] = float8
-        attach(layer, float8)
+        companion = attach(layer, float8)
+        if not layer.built:
+            companion.asks_first(lambda: self._is_now_walked(layer, path))
         self._undo.append(lambda: companion_of(layer) and detach(layer))
+
+    def _is_now_walked(self, layer, path):
+        """Walks into a layer that has got layers inside when it was built."""
+        if not is_walked(layer):
+            return False
+        detach(layer)
+        self._float8.pop(path, None)
+        self._walk_into(layer, path)
+        return True
 
     def _walk_into(self, layer, path):
         prefix = f"{path}/" if path else ""
