@@ -207,7 +207,7 @@ def test_a_call_that_is_set_after_wrapping_stays_when_scales_go():
     model, batch, loss = built(any_models.attributes, "mixed_float16")
     als.wrap_model(model)(batch[0])
     scaled = model.second.call
-    model.second.call = lambda x: 2 * scaled(x)
+    model.second.call = lambda x, **options: 2 * scaled(x, **options)
     expected = model.predict(batch[0], verbose=0)
     fitted(model, batch, loss)
     assert scalings(model)[1].spectrum.nonzero
