@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import backend, scale_update, spectrum
-from tf_adaptive_ls.numerics.report import OperandReport
+from tf_adaptive_ls.numerics.report import SIZE, Report
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
 from tf_adaptive_ls.numerics.tiny_unit import TOP
 from tf_adaptive_ls.training.products import in_float8, products_in
@@ -223,9 +224,11 @@ class LogMax(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         backend.sync_state(self.model)
         scale = self.model.optimizer.dynamic_scale
-        scaled = [each for each in self.model.layers if getattr(each, "float8", None)]
-        reports = (OperandReport.unpacked(each.float8_report.numpy()) for each in scaled)
-        largest = max(float(report.largest) for report in reports)
+        scaled = [each.loss_scaling for each in self.model.layers if each.weights]
+        scaled = [each for each in scaled if each.float8]
+        none = np.zeros(SIZE, "float32")
+        reports = (Report.unpacked(none, each.float8_report.numpy()) for each in scaled)
+        largest = max(float(report.rounded.largest) for report in reports)
         top = scaled[0].operand_format.max_exponent + 1
         log2_scale = math.log2(float(scale.numpy()))
         if 0 < largest < TOP:

@@ -26,15 +26,24 @@ import tensorflow as tf
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.evidence import Evidence, Ownership, evidence_of
-from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, Report
-from tf_adaptive_ls.numerics.scale_state import LossState, initial_layer_states
-from tf_adaptive_ls.numerics.scale_update import Flow, update
+from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
+from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts, Ownership
+from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, Arrived, Produced, Report
+from tf_adaptive_ls.numerics.scale_state import initial_layer_states, initial_loss_state
+from tf_adaptive_ls.numerics.scale_update import update
 
 REPLICAS = (1, 2, 8, 32, 128, 1024)
 LAYERS, ELEMENTS, STEPS, BETWEEN_REPLICAS = 30, 1_000_000, 4, 0.5
 FLOAT16 = als.FloatFormat("float16")
 RULE = als.QuantileRule()
+FACTS = LayerFacts(
+    float_formats=[FLOAT16] * LAYERS,
+    rounded_formats=[None] * LAYERS,
+    narrow=np.ones(LAYERS, bool),
+    answerable=np.ones(LAYERS, bool),
+    ownership=Ownership.of([[]] * LAYERS, [[]] * LAYERS, 0),
+    flow=Flow.of_unrelated(LAYERS),
+)
 NORMAL = statistics.NormalDist()
 
 
@@ -90,32 +99,14 @@ _erf = np.vectorize(math.erf)
 def evidence_of_replica(sample, largest, log2_scales):
     nothing = tf.zeros(LAYERS)
     seen = Report(
-        arrived_broken=nothing,
-        shifted_broken=nothing,
-        arrived_at_s=nothing,
-        set_out_from=nothing,
-        num_arrived=nothing,
-        arrived_sample=tf.zeros((LAYERS, SAMPLE_SIZE)),
-        produced_broken=nothing,
-        produced=largest,
-        produced_least=largest,
-        num_produced=nothing + SAMPLE_SIZE,
-        produced_sample=sample,
+        Arrived(nothing, nothing, nothing, nothing, nothing, tf.zeros((LAYERS, SAMPLE_SIZE))),
+        Produced(nothing, largest, largest, nothing + SAMPLE_SIZE, sample),
     )
-    return evidence_of(
-        seen,
-        [],
-        Ownership.of([[]] * LAYERS, [[]] * LAYERS, 0),
-        log2_scales,
-        narrow=np.ones(LAYERS, bool),
-        sampled=True,
-        float_formats=[FLOAT16] * LAYERS,
-    ).packed()
+    return evidence_of(seen, [], FACTS, log2_scales, True).packed()
 
 
 def updater(replicas):
     """The update of all scales from a sum of evidence, compiled."""
-    unrelated = np.zeros((LAYERS, LAYERS), bool)
 
     @tf.function(jit_compile=True)
     def compiled(layers, loss, total):
@@ -123,9 +114,8 @@ def updater(replicas):
             layers,
             loss,
             Evidence.unpacked(total, LAYERS, replicas),
+            FACTS,
             rule=RULE,
-            float_formats=[FLOAT16] * LAYERS,
-            flow=Flow(np.arange(LAYERS), unrelated, unrelated),
             restart=15.0,
             sample_every=10,
         )
@@ -138,7 +128,7 @@ def simulate(replicas, seed):
     gradients = Gradients(np.random.default_rng(seed), replicas)
     compiled = updater(replicas)
     layers = initial_layer_states(LAYERS, RULE.memory_size)
-    loss = LossState(np.float32(15), np.zeros((1, RULE.memory_size), "float32"), np.int32(0))
+    loss = initial_loss_state(15, 1, LAYERS, RULE.memory_size)
     for _ in range(STEPS):
         loss = loss._replace(steps_to_sample=np.int32(0))
         log2_scales = np.array(layers.log2_scales) + float(loss.log2_scale)

@@ -52,7 +52,7 @@ def test_a_module_says_what_it_is():
 
 
 # Of named tuples, and the one that tells a layer's wrapper.
-NOT_PRIVATE = {"_asdict", "_replace", "_loss_scaled"}
+NOT_PRIVATE = {"_asdict", "_fields", "_replace", "_loss_scaled"}
 
 
 def test_privates_of_others_are_in_two_places():

@@ -2,23 +2,24 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.evidence import Evidence, Operands
+from tf_adaptive_ls.numerics.evidence import Counts, Evidence
+from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts, Ownership
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.numerics.scale_state import LossState, initial_layer_states
 from tf_adaptive_ls.numerics.scale_update import (
     CEILING_RISE,
     SATURATION_MARGIN,
-    Flow,
     at_fault,
     moves,
     next_sample,
     update,
-    with_operands,
+    with_rounded,
 )
 
 FLOAT16 = als.FloatFormat("float16")
@@ -47,14 +48,23 @@ def spectra(*of_layers):
     return np.float32(counts)
 
 
-def evidence(produced=((1.0,), (1.0,)), arrived=(NOTHING, NOTHING), sampled=True, **fields):
-    """That of layers whose gradients are as given, by layer, and whole."""
+def evidence(produced=((1.0,), (1.0,)), arrived=(NOTHING, NOTHING), sampled=True, **broken):
+    """That of layers whose gradients are as given, by layer, and whole but for what is `broken`."""
     whole = np.zeros(len(produced), "float32")
-    produced, arrived = spectra(*produced), spectra(*arrived)
-    seen = Evidence(
-        np.float32(0), whole, whole, arrived * sampled, arrived, produced * sampled, produced
+    arrived, produced = (
+        Counts(whole, spectra(*each) * sampled, spectra(*each)) for each in (arrived, produced)
     )
-    return seen._replace(**fields)
+    return with_broken(Evidence(np.float32(0), arrived, produced), **broken)
+
+
+def with_broken(seen, arrived_broken=None, produced_broken=None, weights_broken=None):
+    if arrived_broken is not None:
+        seen = seen._replace(arrived=seen.arrived._replace(beyond=arrived_broken))
+    if produced_broken is not None:
+        seen = seen._replace(produced=seen.produced._replace(beyond=produced_broken))
+    if weights_broken is not None:
+        seen = seen._replace(weights_broken=np.float32(weights_broken))
+    return seen
 
 
 def layer_states(*log2_scales, memory_size=1, **fields):
@@ -66,7 +76,12 @@ NOBODY = np.zeros(0)  # was to blame, of however many
 
 
 def loss_state(
-    log2_scale=15, steps_to_sample=0, memory=((NOTHING_SEEN,),), ceiling=60, blamed=NOBODY
+    log2_scale=15,
+    steps_to_sample=0,
+    memory=((NOTHING_SEEN,),),
+    ceiling=60,
+    blamed=NOBODY,
+    skipped_in_a_row=0,
 ):
     return LossState(
         np.float32(log2_scale),
@@ -74,19 +89,32 @@ def loss_state(
         np.int32(steps_to_sample),
         np.float32(ceiling),
         np.float32(blamed),
+        np.int32(skipped_in_a_row),
     )
 
 
-def updated(layers, loss, seen, rule=None, float_formats=None, **options):
-    options = {"restart": 15, "sample_every": 10} | options
+def facts_of(float_formats, rounded_formats=None, flow=None):
+    number = len(float_formats)
+    return LayerFacts(
+        float_formats,
+        rounded_formats or [None] * number,
+        narrow=np.ones(number, bool),
+        answerable=np.ones(number, bool),
+        ownership=Ownership.of([[]] * number, [[]] * number, 0),
+        flow=flow or Flow.of_unrelated(number),
+    )
+
+
+def updated(layers, loss, seen, rule=None, float_formats=None, **facts):
     number = len(layers.log2_scales)
     layers, loss = update(
         layers,
         loss if len(loss.blamed) else loss._replace(blamed=np.zeros(number + 1, "float32")),
         seen,
+        facts_of(float_formats or [FLOAT16] * number, **facts),
         rule=rule or Moving((0,) * (number + 1)),
-        float_formats=float_formats or [FLOAT16] * number,
-        **{"flow": flow(range(number))} | options,
+        restart=15,
+        sample_every=10,
     )
     as_arrays = type(layers)(*map(np.array, layers))
     return as_arrays, type(loss)(*map(np.array, loss))
@@ -129,10 +157,10 @@ def flags(text):
 )
 def test_the_last_layer_that_nothing_broken_came_to_is_at_fault(arrived, produced, guilty):
     seen = evidence([()] * 3, [()] * 3)
-    seen = seen._replace(arrived_broken=flags(arrived), produced_broken=flags(produced))
+    seen = with_broken(seen, arrived_broken=flags(arrived), produced_broken=flags(produced))
     layers = layer_states(1, 2, 3)
     for weights_broken in (0, 1):
-        seen = seen._replace(weights_broken=np.float32(weights_broken))
+        seen = with_broken(seen, weights_broken=np.float32(weights_broken))
         of_layers, of_loss, _ = fault_of(seen, layers, flow([0, 1, 2]))
         np.testing.assert_array_equal(of_layers, flags(guilty) > 0)
         assert bool(of_loss) == (weights_broken and "x" not in guilty)
@@ -140,7 +168,7 @@ def test_the_last_layer_that_nothing_broken_came_to_is_at_fault(arrived, produce
 
 def test_the_order_is_that_of_calls_whatever_that_of_layers():
     seen = evidence([()] * 3, [()] * 3)
-    seen = seen._replace(arrived_broken=flags(".x."), produced_broken=flags("xx."))
+    seen = with_broken(seen, arrived_broken=flags(".x."), produced_broken=flags("xx."))
 
     def guilty(*call_order):
         return np.array(fault_of(seen, layer_states(1, 2, 3), flow(call_order))[0])
@@ -168,7 +196,7 @@ def test_a_skipped_step_lowers_what_is_at_fault_and_nothing_else():
     assert layers.overflows.tolist() == [0, 1]
     assert loss.log2_scale == 15 and loss.steps_to_sample == 0
     assert not layers.spectra.any() and layers.memory[0] == NOTHING_SEEN
-    seen = seen._replace(arrived_broken=flags(".x"))
+    seen = with_broken(seen, arrived_broken=flags(".x"))
     layers, loss = updated(layer_states(4, 5), loss_state(), seen, rule)
     assert layers.log2_scales.tolist() == [4, 5] and loss.log2_scale == 5
     assert layers.overflows.tolist() == [0, 0]
@@ -188,7 +216,7 @@ def test_what_comes_to_a_layer_that_passes_is_what_the_one_after_it_made(produce
     """Layer 1 passes on what comes from layer 2, and layer 0 sees what it makes of it."""
     seen = evidence([()] * 3, [()] * 3, weights_broken=np.float32(1))
     arrived = "x.." if "x" in produced[1:] else "..."
-    seen = seen._replace(arrived_broken=flags(arrived), produced_broken=flags(produced))
+    seen = with_broken(seen, arrived_broken=flags(arrived), produced_broken=flags(produced))
     # A layer before it may be among those, if both are in one class.
     between = flow([0, 1, 2], passes_from=[(1, 2), (1, 0)])
     of_layers, of_loss, _ = fault_of(seen, layer_states(1, 2, 3), between)
@@ -335,8 +363,12 @@ def test_of_steps_skipped_in_a_row_the_first_is_remembered():
     ):
         first = updated(layer_states(0, -9), loss_state(), seen, rule)
         assert memory(*first) == 16 - 15
-        assert memory(*updated(*first, seen, rule, after_skip=True)) == memory(*first)
-        again = first[0], first[1]._replace(blamed=np.zeros(3, "float32"))
+        assert memory(*updated(*first, seen, rule)) == memory(*first)
+        assert first[1].skipped_in_a_row == 1
+        again = (
+            first[0],
+            first[1]._replace(blamed=np.zeros(3, "float32"), skipped_in_a_row=np.int32(0)),
+        )
         assert memory(*updated(*again, seen, rule)) > memory(*first)
 
 
@@ -435,29 +467,29 @@ def test_layers_of_several_formats_move_each_in_its_own_and_s_by_the_least():
 # What is rounded to float8.
 
 
-def operands_of(*of_layers, saturated=(0.0, 0.0)):
+def rounded(*of_layers, saturated=(0.0, 0.0)):
     counts = spectra(*of_layers)
-    return Operands(np.float32(saturated), counts, counts)
+    return Counts(np.float32(saturated), counts, counts)
 
 
-def counted(seen, operand_format):
+def counted(seen, rounded_format):
     """Peaks and samples of the first of two layers that round to a format, as a rule sees them."""
-    formats = [als.FloatFormat(operand_format), None]
-    found = with_operands(seen, formats, [FLOAT16] * 2)
+    formats = [als.FloatFormat(rounded_format), None]
+    found = with_rounded(seen, facts_of([FLOAT16] * 2, formats))
     exponents = np.array(FLOAT16.exponents)
-    for counts in (found.produced_peaks, found.produced):
+    for counts in (found.produced.peaks, found.produced.sample):
         counts = np.array(counts)
-        np.testing.assert_array_equal(counts[1], seen.produced[1])  # the other layer
+        np.testing.assert_array_equal(counts[1], seen.produced.peaks[1])  # the other layer
         yield exponents[counts[0, 1:-1] > 0].tolist(), int(counts[0, -1])
 
 
 @pytest.mark.parametrize(
-    "operand_format, to_top, to_bottom", [("float8_e4m3fn", 7, -8), ("float8_e5m2", 0, 0)]
+    "rounded_format, to_top, to_bottom", [("float8_e4m3fn", 7, -8), ("float8_e5m2", 0, 0)]
 )
-def test_of_each_format_the_distance_to_its_ends_counts(operand_format, to_top, to_bottom):
+def test_of_each_format_the_distance_to_its_ends_counts(rounded_format, to_top, to_bottom):
     to_top -= SATURATION_MARGIN
-    seen = evidence(produced=((2.0**3,), (1.0,)))._replace(operands=operands_of((4.0,), NOTHING))
-    peaks, samples = counted(seen, operand_format)
+    seen = evidence(produced=((2.0**3,), (1.0,)))._replace(rounded=rounded((4.0,), NOTHING))
+    peaks, samples = counted(seen, rounded_format)
     assert peaks == (sorted({3, 2 + to_top}), 0)
     assert samples == (sorted({3, 2 + to_bottom}), 0)
 
@@ -465,12 +497,10 @@ def test_of_each_format_the_distance_to_its_ends_counts(operand_format, to_top, 
 def test_what_saturates_is_too_large():
     seen = evidence(produced=((1.0,), (1.0,)))
     most = 2.0 ** (8 + SATURATION_MARGIN)
-    (_, nonfinite), _ = counted(
-        seen._replace(operands=operands_of((most,), NOTHING)), "float8_e4m3fn"
-    )
+    (_, nonfinite), _ = counted(seen._replace(rounded=rounded((most,), NOTHING)), "float8_e4m3fn")
     assert nonfinite == 0
     (_, nonfinite), _ = counted(
-        seen._replace(operands=operands_of((2 * most,), NOTHING)), "float8_e4m3fn"
+        seen._replace(rounded=rounded((2 * most,), NOTHING)), "float8_e4m3fn"
     )
     assert nonfinite == 1
 
@@ -479,24 +509,13 @@ def test_both_rooms_are_kept():
     """A layer is lowered for whichever of the two is nearer to its top."""
     rule = als.QuantileRule(headroom=5)
 
-    def moved(produced, operand):
+    def moved(produced, inside):
         seen = evidence(produced=((produced,), (1.0,)), sampled=False)
-        seen = seen._replace(
-            operands=operands_of((operand,), NOTHING)._replace(sample=spectra((), ()))
-        )
-        states = initial_layer_states(2, 1, any_operands=True)
-        layers, _ = update(
-            states,
-            loss_state(blamed=[0, 0, 0]),
-            seen,
-            rule=rule,
-            float_formats=[FLOAT16] * 2,
-            operand_formats=[als.FloatFormat("float8_e4m3fn"), None],
-            flow=flow(range(2)),
-            restart=15,
-            sample_every=10,
-        )
-        return int(np.array(layers.log2_scales)[0])
+        seen = seen._replace(rounded=rounded((inside,), NOTHING)._replace(sample=spectra((), ())))
+        states = initial_layer_states(2, 1, any_rounded=True)
+        formats = [als.FloatFormat("float8_e4m3fn"), None]
+        layers, _ = updated(states, loss_state(), seen, rule, rounded_formats=formats)
+        return int(layers.log2_scales[0])
 
     assert moved(2.0**10, 2.0 ** (3 + SATURATION_MARGIN)) == 0
     assert moved(2.0**12, 2.0**3) == -2
@@ -504,15 +523,15 @@ def test_both_rooms_are_kept():
 
 
 def test_saturations_are_counted_and_samples_kept():
-    states = initial_layer_states(2, 1, any_operands=True)
+    states = initial_layer_states(2, 1, any_rounded=True)
     loss = loss_state()
-    seen = evidence()._replace(operands=operands_of((1.0, 2.0), NOTHING, saturated=(1, 0)))
+    seen = evidence()._replace(rounded=rounded((1.0, 2.0), NOTHING, saturated=(1, 0)))
     for count in (1, 2):
         states, _ = updated(
-            states, loss, seen, operand_formats=[als.FloatFormat("float8_e4m3fn"), None]
+            states, loss, seen, rounded_formats=[als.FloatFormat("float8_e4m3fn"), None]
         )
         assert states.saturations.tolist() == [count, 0]
-        np.testing.assert_array_equal(states.operand_spectra, seen.operands.sample)
+        np.testing.assert_array_equal(states.rounded_spectra, seen.rounded.sample)
 
 
 # Evidence.
@@ -520,23 +539,19 @@ def test_saturations_are_counted_and_samples_kept():
 
 def test_evidence_is_one_vector_and_adds_up():
     rng = np.random.default_rng(0)
-    one, other = (
-        Evidence(
-            np.float32(rng.integers(2)),
-            *rng.integers(2, size=(2, 3)).astype("float32"),
-            *rng.integers(9, size=(4, 3, 42)).astype("float32"),
-        )
-        for _ in range(2)
-    )
+
+    def counts():
+        numbers = rng.integers(2, size=3), *rng.integers(9, size=(2, 3, 42))
+        return Counts(*(each.astype("float32") for each in numbers))
+
+    def assert_same(found, expected):
+        for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    one, other = (Evidence(np.float32(rng.integers(2)), counts(), counts()) for _ in range(2))
     summed = Evidence.unpacked(one.packed() + other.packed(), 3)
-    assert summed.operands is None
-    for found, a, b in zip(summed[:-1], one[:-1], other[:-1], strict=True):
-        np.testing.assert_array_equal(found, a + b)
-    operands = Operands(rng.integers(2, size=3), *rng.integers(9, size=(2, 3, 42)))
-    operands = Operands(*(each.astype("float32") for each in operands))
-    both = Evidence.unpacked(one._replace(operands=operands).packed(), 3)
-    for found, expected in zip(both.operands, operands, strict=True):
-        np.testing.assert_array_equal(found, expected)
-    for found, expected in zip(both[:-1], one[:-1], strict=True):
-        np.testing.assert_array_equal(found, expected)
+    assert summed.rounded is None
+    assert_same(summed[:-1], keras.tree.map_structure(np.add, one[:-1], other[:-1]))
+    all_three = one._replace(rounded=counts())
+    assert_same(Evidence.unpacked(all_three.packed(), 3), all_three)
     assert not bool(Evidence(1, *one[1:]).finite) and bool(Evidence(0, *one[1:]).finite)

@@ -236,12 +236,12 @@ def test_shards_of_a_batch_as_jax_checks_them(policy):
         np.testing.assert_array_equal(found[path], gradient)
     last = scaled_layers(wrapped)[-1]
     report = Report.unpacked(np.array(found[last.loss_scale_report.path]))
-    assert float(report.arrived_broken) == 0
+    assert float(report.arrived.broken) == 0
     if policy == "mixed_float16":
         outputs = np.array(plain(2.0**10 * X), "float32")
         peak = np.max(np.abs(2 * outputs / outputs.size))
-        np.testing.assert_allclose(report.arrived_at_s, peak, rtol=2e-3)
-        assert report.num_arrived == outputs.size / len(jax.devices())
+        np.testing.assert_allclose(report.arrived.at_s, peak, rtol=2e-3)
+        assert report.arrived.number == outputs.size / len(jax.devices())
 
 
 def test_forward_mode_is_refused_by_name():

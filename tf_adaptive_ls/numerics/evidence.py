@@ -14,82 +14,45 @@ from keras import ops
 from tf_adaptive_ls.numerics import backend, spectrum
 from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
-from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE
 
 
-class Operands(NamedTuple):
-    """What a step tells of gradients that layers round to float8; float32.
+class Counts(NamedTuple):
+    """What was counted at one place of each layer; float32, spectra of `COUNTING_FORMAT`.
 
     Attributes:
-        saturated: Whether one was finite, but larger than its format holds, `[layers]`.
-        sample: Spectra of a sample of them before, at scale S * 2**r, `[layers, bins]`; all
-            zero if none was asked for.
-        peaks: Spectra of the largest of them, unless it is zero.
+        beyond: Whether a gradient was beyond its format: not finite, or too large to be rounded
+            to it without saturating. `[layers]`
+        sample: Spectra of a sample, `[layers, bins]`; all zero if none was asked for.
+        peaks: Spectra of the largest magnitude of each gradient, `[layers, bins]`.
     """
 
-    saturated: Tensor
+    beyond: Tensor
     sample: Tensor
     peaks: Tensor
 
-    @classmethod
-    def of(cls, reports, sampled):
-        """Turns an `OperandReport` of arrays `[layers]` into counts.
-
-        Args:
-            reports: The `OperandReport`.
-            sampled: Whether samples are asked for, a boolean scalar.
-        """
-
-        def counts(values):
-            # What is finite stays so, in a wider format, too.
-            finite = ops.minimum(values, np.float32(COUNTING_FORMAT.largest))
-            values = ops.where(ops.isfinite(values), finite, values)
-            return spectrum.spectrum(values, COUNTING_FORMAT)
-
-        zeros = np.zeros(spectrum.num_bins(COUNTING_FORMAT), "float32")
-        zeros[spectrum.ZERO] = 1.0
-
-        def samples():
-            padding = (SAMPLE_SIZE - reports.number)[:, None] * zeros
-            return ops.maximum(counts(reports.sample) - padding, 0.0)
-
-        nothing = (reports.number.shape[0], len(zeros))
-        drawn = ops.cond(sampled, samples, lambda: ops.zeros(nothing))
-        peaks = counts(reports.largest[:, None]) * (1 - zeros)
-        return cls(ops.cast(reports.saturated > 0, "float32"), drawn, peaks)
-
 
 class Evidence(NamedTuple):
-    """What a step tells; all float32, spectra of `COUNTING_FORMAT`.
+    """What a step tells; all float32.
 
-    A layer *produces* the gradients of its inputs and of its weights. "Peaks" are the
-    largest magnitude of each gradient.
+    A layer *produces* the gradients of its inputs and of its weights.
 
     Attributes:
         weights_broken: Whether a gradient of a weight was not finite, `[]`.
-        arrived_broken: Whether one that arrived at the layer was not, `[layers]`.
-        produced_broken: Whether one that the layer produced was not, or one that it
-            shifted to its own scale, `[layers]`.
-        arrived: Spectra of a sample of what arrived at scale S, `[layers, bins]`; all zero
-            if none was asked for.
-        arrived_peaks: Spectra of its peaks, zero ones left out.
-        produced: Spectra of a sample of what the layer produced, at scale S * 2**r; all
-            zero if none was asked for.
-        produced_peaks: Spectra of the largest and the smallest of its peaks; and of the
-            largest of what it was computed from. Of zeros there is one at most, for a
+        arrived: `Counts` of what arrived at the layer: `beyond` of all, the spectra of what
+            arrived at scale S. Peaks of zero are left out.
+        produced: `Counts` of what the layer produced, at scale S * 2**r. `beyond` also tells of
+            what it shifted to its own scale. Peaks are the largest and the smallest; and
+            the largest of what it was computed from. Of zeros there is one at most, for a
             gradient that is zero all over.
-        operands: `Operands`, `None` if no layer rounds gradients to float8.
+        rounded: `Counts` of what the layer rounds to a narrower format, before that, at scale
+            S * 2**r. Peaks of zero are left out. `None` if no layer does.
     """
 
     weights_broken: Tensor
-    arrived_broken: Tensor
-    produced_broken: Tensor
-    arrived: Tensor
-    arrived_peaks: Tensor
-    produced: Tensor
-    produced_peaks: Tensor
-    operands: Operands | None = None
+    arrived: Counts
+    produced: Counts
+    rounded: Counts | None = None
 
     @property
     def finite(self):
@@ -98,11 +61,9 @@ class Evidence(NamedTuple):
 
     def packed(self):
         """All of it as one vector: what replicas sum."""
-        broken = ops.stack([self.arrived_broken, self.produced_broken], axis=1)
-        of_layers = [broken, *self[3:7]]
-        if self.operands is not None:
-            of_layers += [self.operands.saturated[:, None], *self.operands[1:]]
-        of_layers = ops.concatenate(of_layers, axis=1)
+        counts = [each for each in self[1:] if each is not None]
+        columns = [x for each in counts for x in (each.beyond[:, None], *each[1:])]
+        of_layers = ops.concatenate(columns, axis=1)
         return ops.concatenate([self.weights_broken[None], ops.ravel(of_layers)])
 
     @classmethod
@@ -111,81 +72,34 @@ class Evidence(NamedTuple):
 
         What is zero on some is not lost: a replica without examples sends zeros.
         """
-        of_layers = ops.reshape(vector[1:], (num_layers, -1))
         bins = spectrum.num_bins(COUNTING_FORMAT)
-        spectra = ops.reshape(of_layers[:, 2 : 2 + 4 * bins], (num_layers, 4, bins))
-        *others, produced_peaks = (spectra[:, i] for i in range(4))
-        on_others = np.zeros(produced_peaks.shape[-1], "float32")
+        of_layers = ops.reshape(vector[1:], (num_layers, -1, 1 + 2 * bins))
+        arrived, produced, *rounded = (
+            Counts(x[:, 0], x[:, 1 : 1 + bins], x[:, 1 + bins :])
+            for x in (of_layers[:, i] for i in range(of_layers.shape[1]))
+        )
+        on_others = np.zeros(bins, "float32")
         on_others[spectrum.ZERO] = num_replicas - 1
-        produced_peaks = ops.maximum(produced_peaks - on_others, 0.0)
-        operands, rest = None, of_layers[:, 2 + 4 * bins :]
-        if rest.shape[1]:
-            operands = Operands(rest[:, 0], rest[:, 1 : 1 + bins], rest[:, 1 + bins :])
-        return cls(vector[0], of_layers[:, 0], of_layers[:, 1], *others, produced_peaks, operands)
+        peaks = ops.maximum(produced.peaks - on_others, 0.0)
+        return cls(vector[0], arrived, produced._replace(peaks=peaks), *rounded)
 
 
-class Ownership(NamedTuple):
-    """Which weights each of several layers has of its own, NumPy arrays.
-
-    A weight belongs to every innermost layer that has it: there its gradient is written,
-    at the scale of that layer and of all around it together.
-
-    Attributes:
-        places: Places of a layer's weights among all, int32 `[layers, most]`; the number
-            of all weights stands for none.
-        around: Whether layer j is around layer i, float32 `[i, j]`.
-        is_weight: Which of `places` are weights, boolean `[layers, most]`.
-    """
-
-    places: np.ndarray
-    around: np.ndarray
-    is_weight: np.ndarray
-
-    @classmethod
-    def of(cls, weights_of_layers, inside, num_weights):
-        """From lists, by layer, of the places of its weights and of the layers inside it."""
-        own = [
-            sorted(set(weights).difference(*(weights_of_layers[other] for other in others)))
-            for weights, others in zip(weights_of_layers, inside, strict=True)
-        ]
-        most = max(1, *map(len, own))
-        places = np.full((len(own), most), num_weights, "int32")
-        around = np.zeros((len(own), len(own)), "float32")
-        for layer, (weights, others) in enumerate(zip(own, inside, strict=True)):
-            places[layer, : len(weights)] = weights
-            around[others, layer] = 1.0
-        return cls(places, around, places < num_weights)
-
-    def scales(self, log2_scales):
-        """2**r of each layer and of those around it together, `[layers]`."""
-        if self.around.any():
-            outer = ops.sum(self.around * log2_scales, axis=1)
-            log2_scales = ops.clip(log2_scales + outer, -126.0, 127.0)
-        return power_of_two(log2_scales)
-
-
-def evidence_of(
-    reports, gradients, ownership, log2_scales, *, narrow, sampled, float_formats, answerable=True
-):
+def evidence_of(reports, gradients, facts, log2_scales, sampled):
     """Turns what was seen into counts.
 
     Args:
         reports: The layers' reports, a `Report` of arrays `[layers]`.
         gradients: List of all gradients of weights, at scale S.
-        ownership: Their `Ownership`.
+        facts: The `LayerFacts`.
         log2_scales: r of each layer, float32 `[layers]`.
-        narrow: Whether each layer computes in a narrow format, NumPy `[layers]`.
         sampled: Whether samples are asked for, a boolean scalar.
-        float_formats: The `FloatFormat` of each layer, a list.
-        answerable: Whether all gradients of each layer's weights have come at its own scale, NumPy
-            `[layers]`. Otherwise only its report tells whether it made what is not finite.
 
     Returns:
         An `Evidence`.
     """
     gradients = list(map(backend.real_numbers, gradients))
+    ownership, narrow, answerable = facts.ownership, facts.narrow, facts.answerable
     scales = ownership.scales(log2_scales)
-    num_layers = len(narrow)
     beyond_all = np.finfo("float32").max
 
     # The peaks of weights, at the scales that the layers wrote them at.
@@ -197,56 +111,76 @@ def evidence_of(
     made_wide = ops.where(np.logical_and(np.logical_not(narrow), answerable), largest, 0.0)
 
     # Together with those of inputs.
-    any_input = reports.num_produced > 0
-    largest = ops.maximum(reports.produced, ops.where(narrow, largest, 0.0))
+    any_input = reports.produced.number > 0
+    largest = ops.maximum(reports.produced.largest, ops.where(narrow, largest, 0.0))
     smallest = ops.minimum(
-        ops.where(any_input, reports.produced_least, beyond_all),
+        ops.where(any_input, reports.produced.least, beyond_all),
         ops.where(narrow, smallest, beyond_all),
     )
     any_produced = ops.logical_or(any_input, np.logical_and(narrow, ownership.is_weight.any(1)))
 
-    overflow = np.float32([each.overflow for each in float_formats])
+    overflow = np.float32([each.overflow for each in facts.float_formats])
     weights_whole = ops.logical_and(made_narrow < overflow, ops.isfinite(made_wide))
-    inputs_broken = ops.maximum(reports.produced_broken, reports.shifted_broken)
+    inputs_broken = ops.maximum(reports.produced.broken, reports.arrived.shifted_broken)
     produced_broken = ops.logical_or(inputs_broken > 0, ops.logical_not(weights_whole))
 
-    def counts(values):
-        return spectrum.spectrum(values, COUNTING_FORMAT)
-
+    of_one = ops.stack([reports.arrived.at_s, reports.arrived.set_out_from, largest, smallest])
+    at_s, set_out, largest, smallest = ops.unstack(_counts(of_one[..., None]), 4)
     # An output that nothing uses sends zeros back on purpose.
-    nonzero = np.ones(spectrum.num_bins(COUNTING_FORMAT), "float32")
-    nonzero[spectrum.ZERO] = 0.0
-    of_one = ops.stack([reports.arrived_at_s, reports.set_out_from, largest, smallest])
-    arrived_peaks, set_out, largest, smallest = ops.unstack(counts(of_one[..., None]), 4)
-    arrived_peaks = arrived_peaks * nonzero
-    made = (largest * nonzero + smallest) * ops.cast(any_produced, "float32")[:, None]
-    produced_peaks = made + set_out * nonzero
+    made = (largest * _NONZERO + smallest) * _flag(any_produced)[:, None]
 
     def samples():
         """Spectra of what arrived at S and of what was produced, `[layers, 2, bins]`."""
-        reported = counts(ops.stack([reports.arrived_sample, reports.produced_sample], axis=1))
-        sizes = ops.stack([reports.num_arrived, reports.num_produced], axis=1)
-        padding = (SAMPLE_SIZE - sizes)[..., None] * (1 - nonzero)
-        reported = ops.maximum(reported - padding, 0.0)
+        both = [reports.arrived, reports.produced]
+        sampled = ops.stack([each.sample for each in both], axis=1)
+        reported = _of_samples(sampled, ops.stack([each.number for each in both], axis=1))
         drawn = ops.take(_samples(gradients), ownership.places, axis=0) * scales[:, None, None]
         counted = np.logical_and(ownership.is_weight, narrow[:, None])
-        drawn = ops.sum(counts(drawn) * counted[..., None].astype("float32"), axis=1)
+        drawn = ops.sum(_counts(drawn) * counted[..., None].astype("float32"), axis=1)
         return ops.stack([reported[:, 0], reported[:, 1] + drawn], axis=1)
 
-    nothing = (num_layers, 2, len(nonzero))
-    drawn = ops.cond(sampled, samples, lambda: ops.zeros(nothing))
+    drawn = ops.cond(sampled, samples, lambda: ops.zeros((len(narrow), 2, len(_NONZERO))))
     return Evidence(
-        _count(ops.logical_not(ops.all(ops.isfinite(peaks)))),
-        _count(reports.arrived_broken > 0),
-        _count(produced_broken),
-        drawn[:, 0],
-        arrived_peaks,
-        drawn[:, 1],
-        produced_peaks,
+        _flag(ops.logical_not(ops.all(ops.isfinite(peaks)))),
+        Counts(_flag(reports.arrived.broken > 0), drawn[:, 0], at_s * _NONZERO),
+        Counts(_flag(produced_broken), drawn[:, 1], made + set_out * _NONZERO),
+        None if reports.rounded is None else _counts_of_rounded(reports.rounded, sampled),
     )
 
 
-def _count(condition):
+def _counts_of_rounded(reading, sampled):
+    """`Counts` of a `Rounded` of arrays `[layers]`."""
+
+    def finite(values):
+        # What is finite stays so, in a wider format, too.
+        limited = ops.minimum(values, np.float32(COUNTING_FORMAT.largest))
+        return ops.where(ops.isfinite(values), limited, values)
+
+    drawn = ops.cond(
+        sampled,
+        lambda: _of_samples(finite(reading.sample), reading.number),
+        lambda: ops.zeros((reading.number.shape[0], len(_NONZERO))),
+    )
+    peaks = _counts(finite(reading.largest)[:, None]) * _NONZERO
+    return Counts(_flag(reading.beyond > 0), drawn, peaks)
+
+
+def _counts(values):
+    return spectrum.spectrum(values, COUNTING_FORMAT)
+
+
+# 1 for every bin of a spectrum but the one of zeros.
+_NONZERO = np.ones(spectrum.num_bins(COUNTING_FORMAT), "float32")
+_NONZERO[spectrum.ZERO] = 0.0
+
+
+def _of_samples(samples, numbers):
+    """Spectra `[…, bins]` of samples `[…, SAMPLE_SIZE]` that zeros follow after so many `[…]`."""
+    padding = (SAMPLE_SIZE - numbers)[..., None] * (1 - _NONZERO)
+    return ops.maximum(_counts(samples) - padding, 0.0)
+
+
+def _flag(condition):
     return ops.cast(condition, "float32")
 
 

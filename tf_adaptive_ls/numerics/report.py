@@ -1,10 +1,10 @@
-"""What the backward pass of a layer reports: how large its gradients were.
+"""What the backward pass of a layer reports: readings of its gradients, taken where they are seen.
 
 A report is the only thing that a backward pass writes. It comes out as the "gradient" of
-a weight, one vector `[SIZE]`, made of the largest magnitude of each gradient and a sample
-of magnitudes. A layer has a *tap* where gradients arrive and one where they leave; their
-reports, and those of several calls, add up. A sum of k magnitudes is within log2(k)
-binades of the largest.
+a weight, one vector of several *readings*: the largest magnitude of each gradient and a sample
+of magnitudes. A layer has a tap where gradients arrive, one where they leave, and perhaps some
+where they are rounded to a narrower format. Reports of several taps and calls add up: a sum of k
+magnitudes is within log2(k) binades of the largest.
 """
 
 from typing import NamedTuple
@@ -24,50 +24,75 @@ from tf_adaptive_ls.numerics.tiny_unit import NUM_UNITS, heard, told
 SAMPLE_SIZE = 1008
 
 
-class Report(NamedTuple):
-    """A report, or those of several layers, stacked: float32 `[…]`, samples `[…, size]`.
+class Arrived(NamedTuple):
+    """A reading of the gradients that arrive at a layer's outputs: float32 `[…]`.
 
-    "Narrow" are gradients that are written in a format that has not the range of float32:
-    those that a scale is for. What is "broken" is more than zero if anything is not finite.
+    Of this and the others: "narrow" are gradients that are written in a format with less range
+    than float32, which a scale is for. What is "broken" is more than zero if anything is not
+    finite. The sample comes last, `[…, SAMPLE_SIZE]`, and before it how many elements it has:
+    zeros follow them.
 
     Attributes:
-        arrived_broken: Of all gradients that arrived at the layer's outputs.
+        broken: Of all gradients.
         shifted_broken: Of the narrow ones, once they are at the layer's own scale.
-        arrived_at_s: The largest of the narrow gradients that arrived at scale S.
-        set_out_from: The largest of all narrow ones that arrived, once they are at the
-            layer's own scale.
-        num_arrived: How many elements the next has.
-        arrived_sample: Magnitudes of `arrived_at_s`, followed by zeros.
-        produced_broken: Of all input gradients.
-        produced: The largest of the narrow input gradients, at the layer's own scale.
-        produced_least: The largest of that one of them that has the smallest.
-        num_produced: How many elements the next has.
-        produced_sample: Magnitudes of `produced`, followed by zeros.
+        at_s: The largest of the narrow gradients that arrived at scale S.
+        set_out_from: The largest of all narrow ones, once they are at the layer's own scale.
+        number: How many elements the sample has.
+        sample: Magnitudes of `at_s`.
     """
 
-    arrived_broken: Tensor
+    broken: Tensor
     shifted_broken: Tensor
-    arrived_at_s: Tensor
+    at_s: Tensor
     set_out_from: Tensor
-    num_arrived: Tensor
-    arrived_sample: Tensor
-    produced_broken: Tensor
-    produced: Tensor
-    produced_least: Tensor
-    num_produced: Tensor
-    produced_sample: Tensor
+    number: Tensor
+    sample: Tensor
 
-    @classmethod
-    def unpacked(cls, vectors):
-        """The fields of reports `[…, SIZE]`."""
-        arrived, produced = vectors[..., : _OF_ARRIVALS.size], vectors[..., _OF_ARRIVALS.size :]
-        return cls(*_OF_ARRIVALS.fields(arrived), *_OF_PRODUCTS.fields(produced))
+
+class Produced(NamedTuple):
+    """A reading of the gradients of a layer's inputs, at the layer's own scale; as `Arrived`.
+
+    Attributes:
+        broken: Of all gradients.
+        largest: The largest of the narrow ones.
+        least: The smallest of the largest magnitudes of each narrow one.
+        number: How many elements the sample has.
+        sample: Magnitudes of `largest`.
+    """
+
+    broken: Tensor
+    largest: Tensor
+    least: Tensor
+    number: Tensor
+    sample: Tensor
+
+
+class Rounded(NamedTuple):
+    """A reading of gradients inside a layer, before they are rounded to a narrower format.
+
+    A layer may have several places where it rounds. As `Arrived`.
+
+    Attributes:
+        largest: The largest magnitude.
+        beyond: At how many places there was one that the format does not hold.
+        number: How many elements the sample has.
+        sample: Magnitudes, those of each place at a place of its own among zeros.
+    """
+
+    largest: Tensor
+    beyond: Tensor
+    number: Tensor
+    sample: Tensor
 
 
 class _Layout(NamedTuple):
-    """Where in a vector figures and a sample are: behind the units, one after the other."""
+    """Where in a vector a reading is: behind the units its figures, then its sample."""
 
-    num_figures: int
+    kind: type
+
+    @property
+    def num_figures(self):
+        return len(self.kind._fields) - 1
 
     @property
     def size(self):
@@ -77,54 +102,51 @@ class _Layout(NamedTuple):
     def is_figure(self):
         return np.arange(self.size) < NUM_UNITS + self.num_figures
 
-    def fields(self, vectors):
+    def unpacked(self, vectors):
+        """The reading in vectors `[…, size]`."""
         numbers = heard(vectors)
-        figures = (numbers[..., i] for i in range(self.num_figures - 1))
-        number = ops.round(numbers[..., self.num_figures - 1])  # of elements
-        return *figures, number, numbers[..., self.num_figures :]
+        *figures, number = (numbers[..., i] for i in range(self.num_figures))
+        return self.kind(*figures, ops.round(number), numbers[..., self.num_figures :])
 
 
-_OF_ARRIVALS, _OF_PRODUCTS, _OF_OPERANDS = _Layout(5), _Layout(4), _Layout(3)
-SIZE = _OF_ARRIVALS.size + _OF_PRODUCTS.size
-OPERAND_SIZE = _OF_OPERANDS.size
-_IS_FIGURE = np.concatenate([_OF_ARRIVALS.is_figure, _OF_PRODUCTS.is_figure])
+_OF_ARRIVED, _OF_PRODUCED, _OF_ROUNDED = map(_Layout, (Arrived, Produced, Rounded))
+SIZE = _OF_ARRIVED.size + _OF_PRODUCED.size
+SIZE_OF_ROUNDED = _OF_ROUNDED.size
+_IS_FIGURE = np.concatenate([_OF_ARRIVED.is_figure, _OF_PRODUCED.is_figure])
 
 
-class OperandReport(NamedTuple):
-    """What is told of gradients that are about to be rounded to float8; float32.
-
-    They are the operands of a product: what comes to its output. A vector of its own, since
-    most layers have none. Those of several products in a layer add up, too.
+class Report(NamedTuple):
+    """What a layer, or several, stacked, report.
 
     Attributes:
-        largest: The largest magnitude, `[…]`.
-        saturated: How many products had one that their format does not hold, `[…]`.
-        number: How many elements the next has, `[…]`.
-        sample: Magnitudes, each product's at a place of its own among zeros, `[…, size]`.
+        arrived: `Arrived`.
+        produced: `Produced`.
+        rounded: `Rounded`, `None` if no layer rounds gradients.
     """
 
-    largest: Tensor
-    saturated: Tensor
-    number: Tensor
-    sample: Tensor
+    arrived: Arrived
+    produced: Produced
+    rounded: Rounded | None = None
 
     @classmethod
-    def unpacked(cls, vectors):
-        """The fields of reports `[…, OPERAND_SIZE]`."""
-        return cls(*_OF_OPERANDS.fields(vectors))
+    def unpacked(cls, vectors, of_rounded=None):
+        """That in vectors `[…, SIZE]`, and `[…, SIZE_OF_ROUNDED]` of the few layers that round."""
+        arrived, produced = vectors[..., : _OF_ARRIVED.size], vectors[..., _OF_ARRIVED.size :]
+        rounded = None if of_rounded is None else _OF_ROUNDED.unpacked(of_rounded)
+        return cls(_OF_ARRIVED.unpacked(arrived), _OF_PRODUCED.unpacked(produced), rounded)
 
 
-def report_of_operand(gradient, float_format, place, number):
-    """What is to be told of the gradient of a product's output before it is rounded.
+def report_of_rounded(gradient, float_format, place, number):
+    """What is to be told of a gradient before it is rounded.
 
     Args:
         gradient: Tensor.
         float_format: The `FloatFormat` that it is rounded to.
-        place: Which of the products of its layer it belongs to, an int.
+        place: Which of the places where its layer rounds that is, an int.
         number: How many of them there are.
 
     Returns:
-        A float32 vector `[OPERAND_SIZE]`, an `OperandReport`.
+        A float32 vector `[SIZE_OF_ROUNDED]`, a `Rounded`.
     """
     size = SAMPLE_SIZE // number
 
@@ -137,10 +159,10 @@ def report_of_operand(gradient, float_format, place, number):
         figures = [peak, ops.cast(beyond, "float32"), np.float32([sample.shape[0]])]
         return told([*figures, before, sample, after])
 
-    return _of_all_parts(of_part, [gradient], _OF_OPERANDS.is_figure)
+    return _of_all_parts(of_part, [gradient], _OF_ROUNDED.is_figure)
 
 
-def report_of_arrivals(gradients, divisors, *, at_s, narrow):
+def report_of_arrived(gradients, divisors, *, at_s, narrow):
     """What is to be told of the gradients of a layer's outputs.
 
     Args:
@@ -150,7 +172,7 @@ def report_of_arrivals(gradients, divisors, *, at_s, narrow):
         narrow: Whether each is narrow.
 
     Returns:
-        A float32 vector `[SIZE]`, the first half of a `Report`.
+        A float32 vector `[SIZE]` with an `Arrived`.
     """
     divisors = [np.float32(1.0) if divisor is None else divisor for divisor in divisors]
 
@@ -165,12 +187,12 @@ def report_of_arrivals(gradients, divisors, *, at_s, narrow):
             _largest(peaks, at_s),
             set_out_from,
         ]
-        return told(_parts(figures, _chosen(gradients, at_s)), rest=_OF_PRODUCTS.size)
+        return told(_parts(figures, _chosen(gradients, at_s)), rest=_OF_PRODUCED.size)
 
     return _of_all_parts(of_part, [*map(backend.real_numbers, gradients), *divisors], _IS_FIGURE)
 
 
-def report_of_products(gradients, *, narrow):
+def report_of_produced(gradients, *, narrow):
     """What is to be told of the gradients of a layer's inputs.
 
     Args:
@@ -178,13 +200,13 @@ def report_of_products(gradients, *, narrow):
         narrow: Whether each is narrow.
 
     Returns:
-        A float32 vector `[SIZE]`, the second half of a `Report`.
+        A float32 vector `[SIZE]` with a `Produced`.
     """
 
     def of_part(gradients):
         peaks = spectrum.peaks(gradients)
         figures = [_is_broken(peaks), _largest(peaks, narrow), _smallest(peaks, narrow)]
-        return told(_parts(figures, _chosen(gradients, narrow)), place=_OF_ARRIVALS.size)
+        return told(_parts(figures, _chosen(gradients, narrow)), place=_OF_ARRIVED.size)
 
     return _of_all_parts(of_part, list(map(backend.real_numbers, gradients)), _IS_FIGURE)
 

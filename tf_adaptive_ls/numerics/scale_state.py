@@ -39,9 +39,9 @@ class LayerStates(NamedTuple):
         spectra: Those of the last sample of what each produced, and of its peaks,
             `[layers, 2, bins]`, of `COUNTING_FORMAT`.
         log2_sampled_at: log2 of the scale S * 2**r that these were taken at, `[layers]`.
-        saturations: On how many steps a gradient was larger than the float8 format that a
+        saturations: On how many steps a gradient was larger than the narrower format that a
             layer rounds it to, `[layers]`; `None` if no layer does.
-        operand_spectra: Those of the last sample of such gradients, `[layers, bins]`.
+        rounded_spectra: Those of the last sample of such gradients, `[layers, bins]`.
     """
 
     log2_scales: Tensor
@@ -50,7 +50,7 @@ class LayerStates(NamedTuple):
     spectra: Tensor
     log2_sampled_at: Tensor
     saturations: Tensor | None = None
-    operand_spectra: Tensor | None = None
+    rounded_spectra: Tensor | None = None
 
 
 class LossState(NamedTuple):
@@ -65,6 +65,7 @@ class LossState(NamedTuple):
             that no report explains, as of layers without a scale of their own.
         blamed: On how many of the steps last skipped in a row each layer was at fault, and
             last S, float32 `[layers + 1]`.
+        skipped_in_a_row: How many steps up to the last were skipped, an int32 scalar.
     """
 
     log2_scale: Tensor
@@ -72,6 +73,7 @@ class LossState(NamedTuple):
     steps_to_sample: Tensor
     ceiling: Tensor
     blamed: Tensor
+    skipped_in_a_row: Tensor
 
 
 def packed_scale(log2_scale):
@@ -122,10 +124,11 @@ def initial_loss_state(log2_scale, num_formats, num_layers, memory_size):
         np.int32(0),
         np.float32(MAX_LOG2_SCALE),
         np.zeros(num_layers + 1, "float32"),
+        np.int32(0),
     )
 
 
-def initial_layer_states(num_layers, memory_size, any_operands=False):
+def initial_layer_states(num_layers, memory_size, any_rounded=False):
     """`LayerStates` before anything was seen, of NumPy arrays; r is 0."""
     bins = spectrum.num_bins(COUNTING_FORMAT)
     states = LayerStates(
@@ -135,11 +138,11 @@ def initial_layer_states(num_layers, memory_size, any_operands=False):
         np.zeros((num_layers, NUM_SPECTRA, bins), "float32"),
         np.zeros(num_layers, "float32"),
     )
-    if not any_operands:
+    if not any_rounded:
         return states
     return states._replace(
         saturations=np.zeros(num_layers, "float32"),
-        operand_spectra=np.zeros((num_layers, bins), "float32"),
+        rounded_spectra=np.zeros((num_layers, bins), "float32"),
     )
 
 
@@ -185,7 +188,7 @@ class LayerSnapshot:
             return snapshot
         return dataclasses.replace(
             snapshot,
-            operands=Spectrum(np.array(state.operand_spectra), COUNTING_FORMAT),
+            operands=Spectrum(np.array(state.rounded_spectra), COUNTING_FORMAT),
             operand_format=operand_format,
             saturations=int(state.saturations),
         )

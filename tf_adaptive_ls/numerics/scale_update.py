@@ -13,7 +13,7 @@ from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, LossState
 
-# By how many binades what is rounded to float8 may come nearer to the top of its format than
+# By how many binades what is rounded to a narrower format may come nearer to the top of it than
 # the rule lets gradients come to the top of theirs: it saturates, and costs no step. In e4m3,
 # on 15 layers that vanish and 2,000 steps, with 0, 1, 3 and 5 of them 0, 0, 9 and 35 of 30,000
 # gradients saturate, and in the worst layer 25, 32, 16 and 10 % are flushed at the end (means of
@@ -34,21 +34,6 @@ CEILING_RISE = 1 / 2000
 _UNLIMITED = np.finfo("float32").max
 
 
-class Flow(NamedTuple):
-    """How gradients flow between layers; NumPy arrays.
-
-    Attributes:
-        call_order: The place of each layer in the forward pass, `[layers]`.
-        passes_from: Whether what layer j produces is what comes to layer i, and passes it
-            without being looked at on arrival, boolean `[i, j]`.
-        held_to: Whether layer i is to work at no larger scale than layer j, `[i, j]`.
-    """
-
-    call_order: np.ndarray
-    passes_from: np.ndarray
-    held_to: np.ndarray
-
-
 class Moves(NamedTuple):
     """By how many binades scales are to move, and what the rule then remembers.
 
@@ -65,56 +50,27 @@ class Moves(NamedTuple):
     memory_of_loss: Tensor
 
 
-def update(
-    layers,
-    loss,
-    evidence,
-    *,
-    rule,
-    float_formats,
-    flow,
-    restart,
-    sample_every,
-    operand_formats=None,
-    after_skip=False,
-):
+def update(layers, loss, evidence, facts, *, rule, restart, sample_every):
     """The state after a step.
 
     Args:
         layers: `LayerStates` in the step.
         loss: `LossState` in the step.
         evidence: The step's `Evidence`.
+        facts: The `LayerFacts`.
         rule: The `ScaleRule`.
-        float_formats: The `FloatFormat` of each layer, a list.
-        flow: The `Flow` of gradients between the layers.
         restart: log2 of the S to go back to when all that arrives at S is zero.
         sample_every: Steps from one sample to the next, an int.
-        operand_formats: The float8 format that each layer rounds gradients to, `None` for
-            none, a list; `None` if no layer does.
-        after_skip: Whether the step before was skipped, a boolean scalar.
 
     Returns:
         The new `LayerStates` and `LossState`.
     """
     finite = evidence.finite
-    backoff = np.float32(
-        [
-            rule.backoff(operand or carrier)
-            for carrier, operand in zip(
-                float_formats, operand_formats or [None] * len(float_formats), strict=True
-            )
-        ]
-    )
+    backoff = np.float32([rule.backoff(each) for each in facts.narrowest_formats])
     sampled = is_sampled(loss)
-    layers_at_fault, loss_at_fault, unexplained = at_fault(evidence, layers, loss, flow)
-    ruled = moves(
-        with_operands(evidence, operand_formats, float_formats),
-        layers,
-        loss,
-        rule,
-        float_formats,
-        restart,
-    )
+    layers_at_fault, loss_at_fault, unexplained = at_fault(evidence, layers, loss, facts.flow)
+    seen_by_rule = with_rounded(evidence, facts)
+    ruled = moves(seen_by_rule, layers, loss, rule, facts.float_formats, restart)
 
     move = ops.where(layers_at_fault, -backoff, ops.where(finite, ruled.layers, 0.0))
     move_of_loss = ops.where(loss_at_fault, -max(backoff), ops.where(finite, ruled.loss, 0.0))
@@ -129,15 +85,15 @@ def update(
     # A change of S by the rule moves no layer.
     taken_back = ops.where(finite, log2_scale - loss.log2_scale, 0.0)
     log2_scales = _bounded(layers.log2_scales + move - taken_back)
-    log2_scales = _held(log2_scales, move, flow.held_to)
+    log2_scales = _held(log2_scales, move, facts.flow.held_to)
 
     # Of steps skipped in a row the first is remembered. What then overflows at ever smaller
     # scales is no matter of scales, or will be seen again.
-    news = ops.logical_or(finite, ops.logical_not(after_skip))
-    seen = ops.sum(evidence.produced_peaks, axis=-1) > 0
-    operands = evidence.operands
-    if operands is not None:
-        seen = ops.logical_or(seen, ops.sum(operands.peaks, axis=-1) > 0)
+    news = ops.logical_or(finite, ops.equal(loss.skipped_in_a_row, 0))
+    seen = ops.sum(evidence.produced.peaks, axis=-1) > 0
+    rounded = evidence.rounded
+    if rounded is not None:
+        seen = ops.logical_or(seen, ops.sum(rounded.peaks, axis=-1) > 0)
     kept = ops.logical_and(ops.logical_and(seen, news), ops.logical_or(finite, layers_at_fault))
     fresh = ops.logical_and(ops.logical_and(seen, finite), sampled)
     new_layers = LayerStates(
@@ -146,15 +102,15 @@ def update(
         layers.overflows + ops.cast(layers_at_fault, "float32"),
         ops.where(
             fresh[:, None, None],
-            ops.stack([evidence.produced, evidence.produced_peaks], axis=1),
+            ops.stack([evidence.produced.sample, evidence.produced.peaks], axis=1),
             layers.spectra,
         ),
         ops.where(fresh, layers.log2_scales + loss.log2_scale, layers.log2_sampled_at),
     )
-    if operands is not None:
+    if rounded is not None:
         new_layers = new_layers._replace(
-            saturations=layers.saturations + operands.saturated,
-            operand_spectra=ops.where(fresh[:, None], operands.sample, layers.operand_spectra),
+            saturations=layers.saturations + rounded.beyond,
+            rounded_spectra=ops.where(fresh[:, None], rounded.sample, layers.rounded_spectra),
         )
     new_loss = LossState(
         log2_scale,
@@ -170,6 +126,7 @@ def update(
             0.0,
             loss.blamed + ops.cast(ops.append(layers_at_fault, loss_at_fault), "float32"),
         ),
+        ops.where(finite, 0, loss.skipped_in_a_row + 1),
     )
     return new_layers, new_loss
 
@@ -191,19 +148,19 @@ def at_fault(evidence, layers, loss, flow):
         has seen: neither made it, nor had it arrive.
     """
     order = np.argsort(np.argsort(flow.call_order)).astype("float32")
-    arrived_broken = evidence.arrived_broken
+    arrived_broken = evidence.arrived.beyond
     if flow.passes_from.any():
         from_later = np.logical_and(flow.passes_from, order[:, None] < order)
-        came = ops.where(from_later, evidence.produced_broken, 0.0)
+        came = ops.where(from_later, evidence.produced.beyond, 0.0)
         arrived_broken = ops.maximum(arrived_broken, ops.max(came, axis=1))
     last_broken = ops.max(ops.where(arrived_broken > 0, order, -1.0))
     differ = ops.logical_or(ops.any(layers.spectra > 0), ops.any(layers.log2_scales != 0))
-    made_it = ops.logical_and(evidence.produced_broken > 0, order > last_broken)
+    made_it = ops.logical_and(evidence.produced.beyond > 0, order > last_broken)
     made_it = ops.logical_and(made_it, loss.blamed[:-1] < PATIENCE)
     layers_at_fault = ops.logical_and(made_it, differ)
     skipped = ops.logical_not(evidence.finite)
     loss_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(layers_at_fault)))
-    explained = ops.logical_or(ops.any(made_it), ops.any(evidence.arrived_broken > 0))
+    explained = ops.logical_or(ops.any(made_it), ops.any(evidence.arrived.beyond > 0))
     return (
         layers_at_fault,
         loss_at_fault,
@@ -211,26 +168,26 @@ def at_fault(evidence, layers, loss, flow):
     )
 
 
-def with_operands(evidence, operand_formats, float_formats):
-    """`evidence` that counts what is rounded to float8 as if it stayed in the carrier.
+def with_rounded(evidence, facts):
+    """`evidence` that counts what is rounded to a narrower format as if it stayed in the carrier.
 
-    The carrier is the format that a layer computes in. At one scale there is to be room for
-    both: so of each the distance to the end of its own format counts. Peaks are shifted by
+    The carrier is the format that a layer computes in. One scale must suit both formats, so of
+    each spectrum the distance to the end of its own format counts. Peaks are shifted by
     what lies between the tops of the two formats, less `SATURATION_MARGIN`; samples, from
     which a rule takes where the tail is, by what lies between their smallest normal values.
     """
-    if evidence.operands is None:
+    if evidence.rounded is None:
         return evidence
-    pairs = list(zip(operand_formats, float_formats, strict=True))
-    produced, peaks = evidence.produced, evidence.produced_peaks
+    pairs = list(zip(facts.rounded_formats, facts.float_formats, strict=True))
+    sample, peaks = evidence.produced.sample, evidence.produced.peaks
     for pair in {pair for pair in pairs if pair[0] is not None}:
-        operand, carrier = pair
+        narrower, carrier = pair
         has_it = np.float32([each == pair for each in pairs])[:, None]
-        to_top = carrier.max_exponent - operand.max_exponent - SATURATION_MARGIN
-        to_bottom = carrier.min_normal_exponent - operand.min_normal_exponent
-        produced = produced + spectrum.shifted(evidence.operands.sample, to_bottom) * has_it
-        peaks = peaks + spectrum.shifted(evidence.operands.peaks, to_top) * has_it
-    return evidence._replace(produced=produced, produced_peaks=peaks)
+        to_top = carrier.max_exponent - narrower.max_exponent - SATURATION_MARGIN
+        to_bottom = carrier.min_normal_exponent - narrower.min_normal_exponent
+        sample = sample + spectrum.shifted(evidence.rounded.sample, to_bottom) * has_it
+        peaks = peaks + spectrum.shifted(evidence.rounded.peaks, to_top) * has_it
+    return evidence._replace(produced=evidence.produced._replace(sample=sample, peaks=peaks))
 
 
 def moves(evidence, layers, loss, rule, float_formats, restart):
@@ -253,11 +210,11 @@ def moves(evidence, layers, loss, rule, float_formats, restart):
             together = ops.concatenate([of_format(of_layers), at_s])
             return spectrum.rebinned(together, COUNTING_FORMAT, float_format)
 
-        peaks = counts(evidence.produced_peaks, evidence.arrived_peaks)
+        peaks = counts(evidence.produced.peaks, evidence.arrived.peaks)
         totals = ops.append(of_format(layers.log2_scales) + loss.log2_scale, loss.log2_scale)
         memory = ops.concatenate([of_format(layers.memory), loss.memory[number][None]])
         changes, memory = rule(
-            counts(evidence.produced, evidence.arrived),
+            counts(evidence.produced.sample, evidence.arrived.sample),
             peaks,
             memory + totals[:, None],
             float_format,

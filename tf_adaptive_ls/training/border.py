@@ -6,9 +6,9 @@ from keras import ops
 from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap, rounding_tap
 from tf_adaptive_ls.numerics.report import (
-    report_of_arrivals,
-    report_of_operand,
-    report_of_products,
+    report_of_arrived,
+    report_of_produced,
+    report_of_rounded,
 )
 from tf_adaptive_ls.numerics.rounding import NOISE_BITS, rounded
 from tf_adaptive_ls.training import scale_plan
@@ -73,7 +73,7 @@ class Border:
         def tap(tensors, places, narrow):
             def report(gradients, _):
                 # The optimizer sees those of weights for itself.
-                return report_of_products(gradients, narrow=narrow)
+                return report_of_produced(gradients, narrow=narrow)
 
             divisors = [self._divisor_out(arguments.groups[place]) for place in places]
             return self._tapped(tensors, divisors, report)
@@ -101,7 +101,7 @@ class Border:
             at_s = [n and group == AT_S for group, n in zip(groups, narrow, strict=True)]
 
             def report(gradients, divisors):
-                return report_of_arrivals(gradients, divisors, at_s=at_s, narrow=narrow)
+                return report_of_arrived(gradients, divisors, at_s=at_s, narrow=narrow)
 
             return self._tapped(tensors, [self._divisor_in(group) for group in groups], report)
 
@@ -117,7 +117,7 @@ class Border:
         narrow = [is_narrow(loss)]
 
         def report(gradients, divisors):
-            return report_of_arrivals(gradients, divisors, at_s=[False], narrow=narrow)
+            return report_of_arrived(gradients, divisors, at_s=[False], narrow=narrow)
 
         (tapped,) = gradient_tap([loss], [self._down], self._receivers, report)
         return tapped
@@ -141,7 +141,7 @@ class Border:
             return rounded(gradient, float_format, noise=noise, cast=cast)
 
         def report(gradient):
-            return report_of_operand(gradient, float_format, place, number)
+            return report_of_rounded(gradient, float_format, place, number)
 
         return rounding_tap(tensor, self._operand_receiver, round_gradient, report)
 

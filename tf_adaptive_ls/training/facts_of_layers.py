@@ -1,13 +1,24 @@
-"""What does not change from step to step: whose weights are whose, and how gradients flow."""
+"""The `LayerFacts` of layers that are scaled."""
 
 import numpy as np
 
-from tf_adaptive_ls.numerics.evidence import Ownership
-from tf_adaptive_ls.numerics.scale_update import Flow
+from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts, Ownership
 from tf_adaptive_ls.training.keras_internals import parts_of
 
 
-def ownership_of(layers, weights):
+def facts_of(layers, weights):
+    """The `LayerFacts` of a list of `LayerScaling`, and of one of all variables with gradients."""
+    return LayerFacts(
+        float_formats=[layer.float_format for layer in layers],
+        rounded_formats=[layer.operand_format for layer in layers],
+        narrow=np.array([layer.is_narrow for layer in layers]),
+        answerable=np.array([not layer.called_at_s for layer in layers]),
+        ownership=_ownership_of(layers, weights),
+        flow=_flow_of(layers),
+    )
+
+
+def _ownership_of(layers, weights):
     """The `Ownership` of a list of `LayerScaling` and one of variables."""
     place_of_layer = {id(layer): place for place, layer in enumerate(layers)}
     place_of_weight = {id(weight): place for place, weight in enumerate(weights)}
@@ -25,7 +36,7 @@ def ownership_of(layers, weights):
     )
 
 
-def flow_of(layers):
+def _flow_of(layers):
     """The `Flow` of gradients between `LayerScaling` when they were last called."""
     place_of = {id(layer): place for place, layer in enumerate(layers)}
 

@@ -82,7 +82,7 @@ class LayerScaling(keras.layers.Layer):
         self.float8_report = self.float8_seed = None
         if float8 is not None:
             self.float8_report = self._add_weight_of_scaling(
-                "float8_report", (report.OPERAND_SIZE,), "zeros"
+                "float8_report", (report.SIZE_OF_ROUNDED,), "zeros"
             )
             if float8.rounding == "stochastic":
                 self.float8_seed = self._add_seed()

@@ -12,7 +12,7 @@ from keras import ops
 
 from tf_adaptive_ls.numerics import backend, report, spectrum
 from tf_adaptive_ls.numerics.backend import Tensor
-from tf_adaptive_ls.numerics.evidence import Evidence, Operands, evidence_of
+from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule
@@ -29,7 +29,7 @@ from tf_adaptive_ls.numerics.scale_state import (
 )
 from tf_adaptive_ls.numerics.scale_update import is_sampled, update
 from tf_adaptive_ls.training import keras_internals
-from tf_adaptive_ls.training.facts_of_layers import flow_of, ownership_of
+from tf_adaptive_ls.training.facts_of_layers import facts_of
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling, layer_of
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
@@ -175,8 +175,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._skipped_steps = self._add_counter("skipped_steps")
         self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
         self._steps_to_sample = self._add_counter("steps_to_sample")
-        any_operands = bool(operand_formats)
-        first = initial_layer_states(len(layers), self.rule.memory_size, any_operands)
+        any_rounded = bool(operand_formats)
+        first = initial_layer_states(len(layers), self.rule.memory_size, any_rounded)
         self._layer_states = {
             name: self._add_state(name, value)
             for name, value in first._asdict().items()
@@ -336,9 +336,13 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             limits = 2.0**-MAX_LOG2_SCALE, 2.0**MAX_LOG2_SCALE
             self.dynamic_scale.assign(ops.clip(self.dynamic_scale.value, *limits))
             self._count_step(finite)
+            in_a_row = self._skipped_in_a_row.value
+            self._skipped_in_a_row.assign(ops.where(finite, 0 * in_a_row, in_a_row + 1))
             return
         states = self._states()
-        evidence = self._evidence(weights, overwrites, reports, operand_reports, *states)
+        weights = [(gradient, v) for gradient, v in weights if gradient is not None]
+        facts = facts_of(self._scaled_layers, [v for _, v in weights])
+        evidence = self._evidence(weights, overwrites, reports, operand_reports, facts, *states)
         if without_effects:
             touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
             new_values = ops.cond(
@@ -349,9 +353,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             _assign(touched, new_values)
         else:
             backend.run_if(evidence.finite, self._apply_inner, gradients, variables)
-        after_skip = ops.greater(self._skipped_in_a_row.value, 0)
         self._count_step(evidence.finite)
-        self._update_scales(evidence, *states, after_skip)
+        self._update_scales(evidence, facts, *states)
 
     def _warn_if_nothing_scaled(self):
         if not self._any_loss_scaled:
@@ -378,8 +381,6 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         skipped = ops.logical_not(finite)
         self._steps.assign_add(1)
         self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
-        in_a_row = self._skipped_in_a_row.value + 1
-        self._skipped_in_a_row.assign(ops.where(skipped, in_a_row, ops.zeros_like(in_a_row)))
 
     def _split(self, grads, variables):
         """Pairs `(gradient, variable)`, and both kinds of reports by `id` of layers.
@@ -420,51 +421,46 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 self._steps_to_sample.value,
                 self._loss_ceiling.value,
                 self._blamed.value,
+                self._skipped_in_a_row.value,
             ),
         )
 
-    def _evidence(self, weights, overwrites, reports, operand_reports, layer_states, loss_state):
+    def _evidence(
+        self, weights, overwrites, reports, operand_reports, facts, layer_states, loss_state
+    ):
         """The `Evidence` of a step, of all replicas together."""
-        weights = [(gradient, v) for gradient, v in weights if gradient is not None]
 
         def stacked(reports, size):
             silent = np.zeros(size, "float32")  # of a layer that did not run
             return ops.stack([reports.get(id(layer), silent) for layer in self._scaled_layers])
 
+        of_rounded = None
+        if layer_states.saturations is not None:
+            of_rounded = stacked(operand_reports, report.SIZE_OF_ROUNDED)
         evidence = evidence_of(
-            report.Report.unpacked(stacked(reports, report.SIZE)),
+            report.Report.unpacked(stacked(reports, report.SIZE), of_rounded),
             [gradient for gradient, _ in weights],
-            ownership_of(self._scaled_layers, [v for _, v in weights]),
+            facts,
             layer_states.log2_scales,
-            narrow=np.array([layer.is_narrow for layer in self._scaled_layers]),
-            sampled=is_sampled(loss_state),
-            float_formats=[layer.float_format for layer in self._scaled_layers],
-            answerable=np.array([not layer.called_at_s for layer in self._scaled_layers]),
+            is_sampled(loss_state),
         )
         others = [gradient for gradient, _ in overwrites if gradient is not None]
         if others:
             broken = ops.any(ops.isinf(spectrum.peaks(others)))
             broken = ops.maximum(evidence.weights_broken, ops.cast(broken, "float32"))
             evidence = evidence._replace(weights_broken=broken)
-        if layer_states.saturations is not None:
-            operands = report.OperandReport.unpacked(stacked(operand_reports, report.OPERAND_SIZE))
-            operands = Operands.of(operands, is_sampled(loss_state))
-            evidence = evidence._replace(operands=operands)
         total, num_replicas = backend.sum_over_replicas(evidence.packed())
         return Evidence.unpacked(total, len(self._scaled_layers), num_replicas)
 
-    def _update_scales(self, evidence, layer_states, loss_state, after_skip):
+    def _update_scales(self, evidence, facts, layer_states, loss_state):
         layer_states, loss_state = update(
             layer_states,
             loss_state,
             evidence,
+            facts,
             rule=self.rule,
-            float_formats=[layer.float_format for layer in self._scaled_layers],
-            operand_formats=[layer.operand_format for layer in self._scaled_layers],
-            flow=flow_of(self._scaled_layers),
             restart=math.log2(self.initial_scale),
             sample_every=self.sample_every,
-            after_skip=after_skip,
         )
         scales = packed_scale(layer_states.log2_scales)
         scales = ops.unstack(scales, len(self._scaled_layers))
@@ -477,6 +473,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._loss_ceiling.assign(loss_state.ceiling)
         self._blamed.assign(loss_state.blamed)
         self._steps_to_sample.assign(ops.cast(loss_state.steps_to_sample, "int32"))
+        self._skipped_in_a_row.assign(ops.cast(loss_state.skipped_in_a_row, "int32"))
 
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         super().finalize_variable_values([v for v in var_list if not is_of_scaling(v)])
