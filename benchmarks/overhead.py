@@ -202,7 +202,7 @@ class Trainee:
         batch = case.batch(batch_size(case))
         model = case.subclass() if way == SUBCLASS else case.build()
         if not model.built:
-            model.build(batch[0].shape)
+            model(keras.Input(batch_shape=batch[0].shape, dtype=batch[0].dtype.name))  # as `fit`
         if way in (OURS, SUBCLASS):
             model = als.wrap_model(model)
             optimizer = als.AdaptiveLossScaleOptimizer(optimizer)

@@ -6,14 +6,12 @@ import keras
 from keras import ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 
 
 def _largest(samples, peaks, float_format):
     """Binade of the largest gradient, and whether there is any."""
     top = ops.maximum(
-        spectrum.top_exponent(samples, float_format), spectrum.top_exponent(peaks, float_format)
+        als.top_exponent(samples, float_format), als.top_exponent(peaks, float_format)
     )
     return top, top >= float_format.min_exponent
 
@@ -36,7 +34,7 @@ class AmaxHistoryRule(als.ScaleRule):
 
     def __call__(self, samples, peaks, memory, float_format):
         top, seen = _largest(samples, peaks, float_format)
-        amax = ops.where(seen, top, NOTHING_SEEN)
+        amax = ops.where(seen, top, als.NOTHING_SEEN)
         memory = ops.concatenate([memory[:, 1:], amax[:, None]], axis=1)
         change = float_format.max_exponent - self.margin - ops.max(memory, axis=1)
         return ops.where(seen, ops.floor(change), 0.0), memory
@@ -62,7 +60,7 @@ class LogMaxRule(als.ScaleRule):
     def __call__(self, samples, peaks, memory, float_format):
         top, seen = _largest(samples, peaks, float_format)
         x = top + 0.5  # the middle of the binade
-        known = memory[:, 0] > NOTHING_SEEN / 2
+        known = memory[:, 0] > als.NOTHING_SEEN / 2
         mean = ops.where(known, self.mean_decay * memory[:, 0] + (1 - self.mean_decay) * x, x)
         variance = ops.where(known, ops.square(memory[:, 1] - memory[:, 0]), 0.0)
         variance += (1 - self.deviation_decay) * (ops.square(x - mean) - variance)

@@ -136,7 +136,10 @@ def test_a_scale_that_is_not_finite_is_refused(suffix, tmp_path):
 def test_a_damaged_optimizer_is_refused(what, tmp_path, mixed_float16):
     model = files.trained_model()
     optimizer = model.optimizer
-    variable = {"dynamic_scale": optimizer.dynamic_scale, "memory": optimizer._loss_memory}[what]
+    variable = {
+        "dynamic_scale": optimizer.dynamic_scale,
+        "memory": optimizer._keeper._of_loss["memory"],
+    }[what]
     variable.assign(np.full(variable.shape, {"dynamic_scale": 3.0, "memory": np.nan}[what]))
     model.save_weights(tmp_path / "bad.weights.h5")
     with pytest.raises(ValueError, match="Expected a power of two as loss scale, and finite"):

@@ -7,8 +7,19 @@ which is made of `numerics`.
 import importlib
 
 from tf_adaptive_ls.numerics.float_format import FloatFormat
-from tf_adaptive_ls.numerics.scale_rules import FixedRule, GaussianRule, QuantileRule, ScaleRule
-from tf_adaptive_ls.numerics.spectrum import Spectrum
+from tf_adaptive_ls.numerics.scale_rules import (
+    NOTHING_SEEN,
+    FixedRule,
+    GaussianRule,
+    QuantileRule,
+    ScaleRule,
+)
+from tf_adaptive_ls.numerics.spectrum import (
+    Spectrum,
+    nonzero_total,
+    quantile_exponent,
+    top_exponent,
+)
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
 from tf_adaptive_ls.observe.float8_record import Float8Record
 from tf_adaptive_ls.observe.loss_change import Allocation, loss_change
@@ -23,11 +34,13 @@ from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.neutral_scales import neutral_scales
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.readings import LayerSnapshot
 from tf_adaptive_ls.training.wrapping import plain_copy, strip_model, wrap_model
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "NOTHING_SEEN",
     "AdaptiveLossScaleOptimizer",
     "Allocation",
     "Calibration",
@@ -38,6 +51,7 @@ __all__ = [
     "FloatFormat",
     "GaussianRule",
     "LayerRange",
+    "LayerSnapshot",
     "LossChangeMonitor",
     "LossChanges",
     "LossScaleMonitor",
@@ -56,10 +70,13 @@ __all__ = [
     "load_run",
     "loss_change",
     "neutral_scales",
+    "nonzero_total",
     "plain_copy",
+    "quantile_exponent",
     "scale_table",
     "snapshot_run",
     "strip_model",
+    "top_exponent",
     "wrap_model",
 ]
 

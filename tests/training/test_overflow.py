@@ -190,7 +190,7 @@ def test_a_layer_that_passes_a_fault_on_is_not_to_blame(normalised):
         assert set(lowered) <= {name, list(before["r"])[place - 1]} and name in lowered
         fault.assign(0)
         normalised.fit(X, Y, batch_size=32, epochs=5, verbose=0)
-        normalised.optimizer._layer_states["overflows"].assign(np.zeros(7))
+        normalised.optimizer._keeper._of_layers["overflows"].assign(np.zeros(7))
 
 
 def test_a_normalisation_that_overflows_is_to_blame(normalised):

@@ -22,8 +22,27 @@ NOTHING_SEEN = -1024.0
 class ScaleRule(abc.ABC):
     """How far to move each layer's log2 scale, given what was seen at it.
 
-    Subclass it as a frozen dataclass to bring a rule of your own; every field is
-    then saved with the optimizer.
+    To write your own rule, subclass it as a frozen dataclass; every field is then saved with the
+    optimizer. This rule keeps the largest gradient `headroom` binades below the top of the format:
+
+    ```python
+    import dataclasses
+
+    import keras
+    from keras import ops
+
+    @keras.saving.register_keras_serializable("my_package")
+    @dataclasses.dataclass(frozen=True)
+    class TopRule(als.ScaleRule):
+        headroom: int = 4
+
+        def __call__(self, samples, peaks, memory, float_format):
+            top = als.top_exponent(peaks, float_format)
+            change = float_format.max_exponent - self.headroom - top
+            return ops.where(als.nonzero_total(peaks) > 0, change, 0.0), memory
+
+    optimizer = als.AdaptiveLossScaleOptimizer("adam", rule=TopRule(headroom=3))
+    ```
     """
 
     def backoff(self, float_format: FloatFormat) -> int:

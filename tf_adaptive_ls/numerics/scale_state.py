@@ -7,7 +7,6 @@ which is zero: that stands for r = 0, and for knowing nothing else. All other st
 in the optimizer.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +14,9 @@ from keras import ops
 
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.backend import Tensor
-from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
-from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.numerics.tiny_unit import UNIT
 
 # Bound of log2 scales, of layers and of the loss alike, either way. The largest
@@ -144,78 +142,3 @@ def initial_layer_states(num_layers, memory_size, any_rounded=False):
         saturations=np.zeros(num_layers, "float32"),
         rounded_spectra=np.zeros((num_layers, bins), "float32"),
     )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LayerSnapshot:
-    """What is known of a layer, for a person.
-
-    Attributes:
-        log2_scale: The int r.
-        log2_sampled_at: log2 of the scale S * 2**r that `spectrum` was taken at.
-        overflows: On how many steps the layer made finite gradients non-finite.
-        spectrum: `Spectrum` of the last sample of its input and weight gradients.
-        peaks: `Spectrum` of the largest of each of them on that step, `None` if not known.
-        operands: `Spectrum` of the last sample of gradients that the layer rounds to float8,
-            before that, in the binades of float16. `None` if it rounds none.
-        operand_format: The `FloatFormat` that it rounds them to.
-        saturations: On how many steps one of them was larger than that holds.
-    """
-
-    log2_scale: int
-    log2_sampled_at: int
-    overflows: int
-    spectrum: Spectrum
-    peaks: Spectrum | None
-    operands: Spectrum | None = None
-    operand_format: FloatFormat | None = None
-    saturations: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        state: LayerStates,
-        float_format: FloatFormat,
-        operand_format: FloatFormat | None = None,
-    ) -> "LayerSnapshot":
-        """Reads the `LayerStates` of one layer, of NumPy arrays."""
-        spectra = spectrum.rebinned(np.array(state.spectra), COUNTING_FORMAT, float_format)
-        spectra = [Spectrum(each, float_format) for each in spectra]
-        snapshot = cls(
-            int(state.log2_scales), int(state.log2_sampled_at), int(state.overflows), *spectra
-        )
-        if operand_format is None or state.saturations is None:
-            return snapshot
-        return dataclasses.replace(
-            snapshot,
-            operands=Spectrum(np.array(state.rounded_spectra), COUNTING_FORMAT),
-            operand_format=operand_format,
-            saturations=int(state.saturations),
-        )
-
-    @classmethod
-    def of_unknown(cls, log2_scale: int, float_format: FloatFormat) -> "LayerSnapshot":
-        """When nothing is known but r."""
-        counts = np.zeros(spectrum.num_bins(float_format), "float32")
-        nothing = Spectrum(counts, float_format)
-        return cls(log2_scale, 0, 0, nothing, nothing)
-
-    @property
-    def flushed_share(self) -> float:
-        """Share of the gradients that float8 rounds to zero, `nan` if none were seen.
-
-        Those below half its smallest number, if to nearest.
-        """
-        if self.operands is None or self.operand_format is None or not self.operands.nonzero:
-            return float("nan")
-        below = np.array(COUNTING_FORMAT.exponents) < self.operand_format.min_exponent - 1
-        lost = self.operands.counts[1 : spectrum.NONFINITE][below]
-        return float(np.sum(lost) / self.operands.nonzero)
-
-    @property
-    def binades(self) -> tuple[int, int] | None:
-        """Lowest and highest binade of the gradients themselves, `None` if all are zero."""
-        if self.spectrum.binades is None:
-            return None
-        low, high = self.spectrum.binades
-        return low - self.log2_sampled_at, high - self.log2_sampled_at

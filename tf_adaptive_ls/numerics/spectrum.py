@@ -19,6 +19,7 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 ZERO = 0
@@ -135,12 +136,12 @@ def shifted(counts, binades):
     return counts @ matrix
 
 
-def nonzero_total(counts):
+def nonzero_total(counts: Tensor) -> Tensor:
     """How many finite, non-zero values `counts[..., bins]` holds, `[...]`."""
     return ops.sum(counts[..., 1:NONFINITE], axis=-1)
 
 
-def top_exponent(counts, float_format):
+def top_exponent(counts: Tensor, float_format: FloatFormat) -> Tensor:
     """Highest occupied binade of `counts[..., bins]`, `[...]`.
 
     `min_exponent - 1` where there is no finite, non-zero value.
@@ -150,7 +151,7 @@ def top_exponent(counts, float_format):
     return ops.max(ops.where(occupied, exponents, exponents[0] - 1), axis=-1)
 
 
-def quantile_exponent(counts, share, float_format):
+def quantile_exponent(counts: Tensor, share: float, float_format: FloatFormat) -> Tensor:
     """Lowest binade that more than `share` of the non-zero values do not exceed.
 
     Args:

@@ -24,7 +24,6 @@ import keras
 import numpy as np
 
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
-from tf_adaptive_ls.numerics.scale_state import LayerSnapshot
 from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
 from tf_adaptive_ls.observe.exclusive_file import ExclusiveFile
 from tf_adaptive_ls.observe.float8_record import (
@@ -39,6 +38,7 @@ from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.scale_table import ScaleTable, float8_row, scaled_row
 from tf_adaptive_ls.observe.snapshot import Snapshot
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.readings import LayerSnapshot
 
 VERSION = 3
 _START = b'{"tf_adaptive_ls":'

@@ -210,7 +210,7 @@ def _row(name, layer, log2_loss_scale):
 
 
 def scaled_row(name, layer_class, layer_snapshot, log2_loss_scale):
-    """The `ScaleRow` of a scaled layer, from a `scale_state.LayerSnapshot` of its state."""
+    """The `ScaleRow` of a scaled layer, from a `LayerSnapshot` of its state."""
     r, spectrum = layer_snapshot.log2_scale, layer_snapshot.spectrum
     total = None if log2_loss_scale is None else log2_loss_scale + r
     underflow = spectrum.underflow_share if spectrum.nonzero else None

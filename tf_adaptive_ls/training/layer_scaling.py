@@ -29,6 +29,7 @@ from tf_adaptive_ls.training.keras_internals import (
 )
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
 from tf_adaptive_ls.training.products import in_float8, products_in
+from tf_adaptive_ls.training.readings import LayerSnapshot
 
 _clock = itertools.count()
 
@@ -177,11 +178,11 @@ class LayerScaling(keras.layers.Layer):
         return self.snapshot.overflows
 
     @property
-    def snapshot(self) -> scale_state.LayerSnapshot:
-        """All that is known of its gradients, a `scale_state.LayerSnapshot`, between steps."""
+    def snapshot(self) -> LayerSnapshot:
+        """All that is known of its gradients, a `LayerSnapshot`, between steps."""
         optimizer = self._optimizer() if self._optimizer else None
         if optimizer is None:
-            return scale_state.LayerSnapshot.of_unknown(self.log2_scale, self.float_format)
+            return LayerSnapshot.of_unknown(self.log2_scale, self.float_format)
         return optimizer.layer_snapshots([self])[0]
 
     def shows(self, optimizer: Any) -> None:

@@ -10,28 +10,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend, report, spectrum
+from tf_adaptive_ls.numerics import backend
 from tf_adaptive_ls.numerics.backend import Tensor
-from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
-from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule
-from tf_adaptive_ls.numerics.scale_state import (
-    MAX_LOG2_SCALE,
-    LayerSnapshot,
-    LayerStates,
-    LossState,
-    initial_layer_states,
-    initial_loss_state,
-    is_known,
-    log2_scale_of,
-    packed_scale,
-)
-from tf_adaptive_ls.numerics.scale_update import is_sampled, update
+from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, is_known
 from tf_adaptive_ls.training import keras_internals
-from tf_adaptive_ls.training.facts_of_layers import facts_of
-from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling, layer_of
+from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
+from tf_adaptive_ls.training.readings import LayerSnapshot
 from tf_adaptive_ls.training.saved_config import opened, stamped
+from tf_adaptive_ls.training.scale_keeper import ScaleKeeper, Signals, is_overwritten, is_scale
 
 # Keras's own default, for models without `LossScaled` layers, or with frozen ones alone.
 _KERAS_GROWTH_STEPS = 2000
@@ -138,7 +126,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     @property
     def scaled_layers(self) -> list[LayerScaling]:
         """The `LossScaled` layers whose scales it chooses; known once it is built."""
-        return list(self._scaled_layers) if self.built else []
+        return list(self._keeper.layers) if self.built else []
 
     @property
     def steps(self) -> int:
@@ -158,10 +146,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     @property
     def skipped_in_a_row(self) -> int:
         """How many steps up to the last were skipped: an int, readable between steps."""
-        return int(self._skipped_in_a_row.numpy()) if self.built else 0
+        return int(self._keeper.skipped_in_a_row.numpy()) if self.built else 0
 
     def build(self, var_list: list[keras.Variable]) -> None:
-        layers = [v.loss_scaled for v in var_list if _is_scale(v)]
+        layers = [v.loss_scaled for v in var_list if is_scale(v)]
         _warn_if_useless(layers)
         if layers:
             _check_strategy()
@@ -171,24 +159,19 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self.rule.check(float_format)
         super().build([v for v in var_list if not is_of_scaling(v)])
         self.dynamic_growth_steps = _KERAS_GROWTH_STEPS
-        self._steps = self._add_counter("steps")
-        self._skipped_steps = self._add_counter("skipped_steps")
-        self._skipped_in_a_row = self._add_counter("skipped_in_a_row")
-        self._steps_to_sample = self._add_counter("steps_to_sample")
-        any_rounded = bool(operand_formats)
-        first = initial_layer_states(len(layers), self.rule.memory_size, any_rounded)
-        self._layer_states = {
-            name: self._add_state(name, value)
-            for name, value in first._asdict().items()
-            if name != "log2_scales" and value is not None  # the first: a weight of each layer
-        }
-        of_loss = initial_loss_state(0, len(float_formats), len(layers), self.rule.memory_size)
-        self._loss_memory = self._add_state("loss_memory", of_loss.memory)
-        self._loss_ceiling = self._add_state("loss_ceiling", of_loss.ceiling)
-        self._blamed = self._add_state("blamed", of_loss.blamed)
+        self._steps = self._add_state("steps", np.int32(0))
+        self._skipped_steps = self._add_state("skipped_steps", np.int32(0))
+        keeper = ScaleKeeper(
+            layers,
+            self.dynamic_scale,
+            self.rule,
+            self.initial_scale,
+            self.sample_every,
+            self._add_state,
+        )
         # Set as it is: Keras would take what is in a list for variables of the optimizer.
         object.__setattr__(self, "_model_variables", list(var_list))
-        object.__setattr__(self, "_scaled_layers", layers)
+        object.__setattr__(self, "_keeper", keeper)
         self.show_on_layers()
 
     def build_once(self, var_list: list[keras.Variable]) -> None:
@@ -197,15 +180,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(var_list)
 
-    def _add_counter(self, name):
-        return self.add_variable(
-            shape=(), dtype="int32", initializer="zeros", aggregation="none", name=name
-        )
-
     def _add_state(self, name, value):
         return self.add_variable(
             shape=value.shape,
-            dtype="float32",
+            dtype=value.dtype.name,
             initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
             aggregation="none",
             name=name,
@@ -213,21 +191,17 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def show_on_layers(self) -> None:
         """Lets the layers show what this optimizer knows of them."""
-        for layer in self._scaled_layers:
+        for layer in self._keeper.layers:
             layer.shows(self)
 
     def layer_snapshots(self, layers: Sequence[LayerScaling]) -> list[LayerSnapshot]:
         """A `LayerSnapshot` of each of several layers; of any it does not know, an empty one."""
-        places, known = {}, {}
-        if self.built:
-            places = {id(layer): place for place, layer in enumerate(self._scaled_layers)}
-            known = {name: np.array(v.numpy()) for name, v in self._layer_states.items()}
+        known = self._keeper.known_of_layers() if self.built else {}
 
         def snapshot(layer):
-            place, scale = places.get(id(layer)), layer.loss_scale.numpy()
-            if place is None or not is_known(scale):
+            if id(layer) not in known or not is_known(layer.loss_scale.numpy()):
                 return LayerSnapshot.of_unknown(layer.log2_scale, layer.float_format)
-            state = LayerStates(layer.log2_scale, **{k: v[place] for k, v in known.items()})
+            state = LayerStates(layer.log2_scale, **known[id(layer)])
             return LayerSnapshot.of(state, layer.float_format, layer.operand_format)
 
         return [snapshot(layer) for layer in layers]
@@ -322,39 +296,52 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _step(self, grads, variables, without_effects):
         """Args: without_effects: that a conditional may have none, and returns new values."""
         self._warn_if_nothing_scaled()
-        weights, overwrites, reports, operand_reports = self._split(grads, variables)
-        gradients, variables = _unzipped([*weights, *overwrites])
-        if not reports:
-            finite = self.check_finite(gradients)
-            if without_effects:
-                new_values = super().stateless_apply(
-                    _values(self.variables), gradients, _values(variables)
-                )
-                _assign([*variables, *self.variables], itertools.chain(*new_values))
-            else:
-                super().apply(gradients, variables)
-            limits = 2.0**-MAX_LOG2_SCALE, 2.0**MAX_LOG2_SCALE
-            self.dynamic_scale.assign(ops.clip(self.dynamic_scale.value, *limits))
-            self._count_step(finite)
-            in_a_row = self._skipped_in_a_row.value
-            self._skipped_in_a_row.assign(ops.where(finite, 0 * in_a_row, in_a_row + 1))
+        signals = Signals.of(grads, variables)
+        self._check_known(signals.reporters)
+        pairs = [*signals.weights, *signals.overwrites]
+        gradients, variables = [gradient for gradient, _ in pairs], [v for _, v in pairs]
+        if not signals.reports:
+            self._step_without_layers(gradients, variables, without_effects)
             return
-        states = self._states()
-        weights = [(gradient, v) for gradient, v in weights if gradient is not None]
-        facts = facts_of(self._scaled_layers, [v for _, v in weights])
-        evidence = self._evidence(weights, overwrites, reports, operand_reports, facts, *states)
+        finite, new_states = self._keeper.after(signals)
         if without_effects:
             touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
             new_values = ops.cond(
-                evidence.finite,
+                finite,
                 lambda: _values_after(lambda: self._apply_inner(gradients, variables), touched),
                 lambda: _values(touched),
             )
             _assign(touched, new_values)
         else:
-            backend.run_if(evidence.finite, self._apply_inner, gradients, variables)
-        self._count_step(evidence.finite)
-        self._update_scales(evidence, facts, *states)
+            backend.run_if(finite, self._apply_inner, gradients, variables)
+        self._count_step(finite)
+        self._keeper.keep(*new_states)
+
+    def _step_without_layers(self, gradients, variables, without_effects):
+        """As `LossScaleOptimizer` does it."""
+        finite = self.check_finite(gradients)
+        if without_effects:
+            new_values = super().stateless_apply(
+                _values(self.variables), gradients, _values(variables)
+            )
+            _assign([*variables, *self.variables], itertools.chain(*new_values))
+        else:
+            super().apply(gradients, variables)
+        limits = 2.0**-MAX_LOG2_SCALE, 2.0**MAX_LOG2_SCALE
+        self.dynamic_scale.assign(ops.clip(self.dynamic_scale.value, *limits))
+        self._count_step(finite)
+        in_a_row = self._keeper.skipped_in_a_row
+        in_a_row.assign(ops.where(finite, 0 * in_a_row.value, in_a_row.value + 1))
+
+    def _check_known(self, layers):
+        known = set(map(id, self._keeper.layers))
+        unknown = {layer.name for layer in layers if id(layer) not in known}
+        if unknown:
+            raise ValueError(
+                "Expected gradients of the variables that the optimizer was built with. "
+                f"Received: those of other LossScaled layers too: {sorted(unknown)}. "
+                "Compile the model, or make the optimizer, anew."
+            )
 
     def _warn_if_nothing_scaled(self):
         if not self._any_loss_scaled:
@@ -370,7 +357,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         scale = self.dynamic_scale
         unscaled = [
             gradient
-            if gradient is None or _is_overwritten(variable)
+            if gradient is None or is_overwritten(variable)
             else ops.divide(gradient, scale)
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
@@ -382,99 +369,6 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._steps.assign_add(1)
         self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
 
-    def _split(self, grads, variables):
-        """Pairs `(gradient, variable)`, and both kinds of reports by `id` of layers.
-
-        The pairs are of weights, and of variables of others that are overwritten with their
-        "gradient", such as the factors of Keras's float8 layers: it bears no loss scale.
-        """
-        weights, overwrites, reports, operand_reports = [], [], {}, {}
-        for gradient, variable in zip(grads, variables, strict=True):
-            if not is_of_scaling(variable):
-                pairs = overwrites if _is_overwritten(variable) else weights
-                pairs.append((gradient, variable))
-            elif gradient is None or _is_scale(variable):
-                continue
-            elif variable is variable.loss_scaled.loss_scale_report:
-                reports[id(variable.loss_scaled)] = gradient
-            else:
-                operand_reports[id(variable.loss_scaled)] = gradient
-        unknown = reports.keys() - {id(layer) for layer in self._scaled_layers}
-        if unknown:
-            names = [v.loss_scaled.name for v in variables if id(layer_of(v)) in unknown]
-            raise ValueError(
-                "Expected gradients of the variables that the optimizer was built with. "
-                f"Received: those of other LossScaled layers too: {sorted(set(names))}. "
-                "Compile the model, or make the optimizer, anew."
-            )
-        return weights, overwrites, reports, operand_reports
-
-    def _states(self):
-        """`LayerStates` and `LossState` as they are now."""
-        scales = ops.stack([layer.loss_scale.value for layer in self._scaled_layers])
-        kept = {name: variable.value for name, variable in self._layer_states.items()}
-        return (
-            LayerStates(log2_scale_of(scales), **kept),
-            LossState(
-                ops.round(ops.log2(ops.convert_to_tensor(self.dynamic_scale))),
-                self._loss_memory.value,
-                self._steps_to_sample.value,
-                self._loss_ceiling.value,
-                self._blamed.value,
-                self._skipped_in_a_row.value,
-            ),
-        )
-
-    def _evidence(
-        self, weights, overwrites, reports, operand_reports, facts, layer_states, loss_state
-    ):
-        """The `Evidence` of a step, of all replicas together."""
-
-        def stacked(reports, size):
-            silent = np.zeros(size, "float32")  # of a layer that did not run
-            return ops.stack([reports.get(id(layer), silent) for layer in self._scaled_layers])
-
-        of_rounded = None
-        if layer_states.saturations is not None:
-            of_rounded = stacked(operand_reports, report.SIZE_OF_ROUNDED)
-        evidence = evidence_of(
-            report.Report.unpacked(stacked(reports, report.SIZE), of_rounded),
-            [gradient for gradient, _ in weights],
-            facts,
-            layer_states.log2_scales,
-            is_sampled(loss_state),
-        )
-        others = [gradient for gradient, _ in overwrites if gradient is not None]
-        if others:
-            broken = ops.any(ops.isinf(spectrum.peaks(others)))
-            broken = ops.maximum(evidence.weights_broken, ops.cast(broken, "float32"))
-            evidence = evidence._replace(weights_broken=broken)
-        total, num_replicas = backend.sum_over_replicas(evidence.packed())
-        return Evidence.unpacked(total, len(self._scaled_layers), num_replicas)
-
-    def _update_scales(self, evidence, facts, layer_states, loss_state):
-        layer_states, loss_state = update(
-            layer_states,
-            loss_state,
-            evidence,
-            facts,
-            rule=self.rule,
-            restart=math.log2(self.initial_scale),
-            sample_every=self.sample_every,
-        )
-        scales = packed_scale(layer_states.log2_scales)
-        scales = ops.unstack(scales, len(self._scaled_layers))
-        for layer, scale in zip(self._scaled_layers, scales, strict=True):
-            layer.loss_scale.assign(scale)
-        for name, variable in self._layer_states.items():
-            variable.assign(getattr(layer_states, name))
-        self.dynamic_scale.assign(power_of_two(loss_state.log2_scale))
-        self._loss_memory.assign(loss_state.memory)
-        self._loss_ceiling.assign(loss_state.ceiling)
-        self._blamed.assign(loss_state.blamed)
-        self._steps_to_sample.assign(ops.cast(loss_state.steps_to_sample, "int32"))
-        self._skipped_in_a_row.assign(ops.cast(loss_state.skipped_in_a_row, "int32"))
-
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         super().finalize_variable_values([v for v in var_list if not is_of_scaling(v)])
 
@@ -483,8 +377,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if not self.built:
             return  # Keras warns
         scale = float(self.dynamic_scale.numpy())
-        states = [*self._layer_states.values(), self._loss_memory]
-        damaged = [v.path for v in states if not np.all(np.isfinite(v.numpy()))]
+        damaged = [v.path for v in self._keeper.damaged()]
         if not _is_usable_scale(scale) or damaged:
             raise ValueError(
                 "Expected a power of two as loss scale, and finite numbers in all that is known of "
@@ -497,7 +390,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """`store`, with variables that optimizers saved by version 0.2 did not have yet."""
         if not self.built:
             return store
-        added = [id(self._loss_ceiling), id(self._blamed)]
+        added = [id(v) for v in self._keeper.new_in_version_0_3]
         if len(store.keys()) != len(self.variables) - len(added):
             return store
         saved = (store[str(i)] for i in range(len(store.keys())))
@@ -530,18 +423,6 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 config[name], custom_objects=custom_objects
             )
         return cls(**config)
-
-
-def _is_scale(variable):
-    return is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
-
-
-def _is_overwritten(variable):
-    return getattr(variable, "overwrite_with_gradient", False)  # a `tf.Variable` does not have it
-
-
-def _unzipped(weights):
-    return [gradient for gradient, _ in weights], [variable for _, variable in weights]
 
 
 def _values(variables):

@@ -1,0 +1,199 @@
+"""`ScaleKeeper`: keeps the state of all scales in variables, and says where a step moves them."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.numerics import backend, report, spectrum
+from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
+from tf_adaptive_ls.numerics.gradient_tap import power_of_two
+from tf_adaptive_ls.numerics.scale_state import (
+    LayerStates,
+    LossState,
+    initial_layer_states,
+    initial_loss_state,
+    log2_scale_of,
+    packed_scale,
+)
+from tf_adaptive_ls.numerics.scale_update import is_sampled, update
+from tf_adaptive_ls.training.facts_of_layers import facts_of
+from tf_adaptive_ls.training.layer_scaling import is_of_scaling
+
+
+class Signals(NamedTuple):
+    """What comes to an optimizer as gradients, sorted.
+
+    Attributes:
+        weights: Pairs of a gradient and the weight that it is of; the gradient may be `None`.
+        overwrites: Pairs of what a variable of somebody else is overwritten with, such as the
+            factors of Keras's float8 layers, and the variable. They bear no loss scale.
+        reports: Reports of layers by `id`: a dict of dicts, by the name of the layer's variable.
+        reporters: The layers that have reported.
+    """
+
+    weights: list
+    overwrites: list
+    reports: dict
+    reporters: list
+
+    @classmethod
+    def of(cls, grads, variables):
+        """Sorts gradients, one for each of as many variables."""
+        weights, overwrites, reports, reporters = [], [], {}, {}
+        for gradient, variable in zip(grads, variables, strict=True):
+            if not is_of_scaling(variable):
+                pairs = overwrites if is_overwritten(variable) else weights
+                pairs.append((gradient, variable))
+            elif gradient is not None and not is_scale(variable):
+                layer = variable.loss_scaled
+                reporters[id(layer)] = layer
+                reports[id(layer), variable is layer.loss_scale_report] = gradient
+        return cls(weights, overwrites, reports, list(reporters.values()))
+
+    def stacked(self, layers, of_all, size):
+        """Reports of layers, `[layers, size]`: those that all make, or those of what they round."""
+        silent = np.zeros(size, "float32")  # of a layer that did not run
+        return ops.stack([self.reports.get((id(layer), of_all), silent) for layer in layers])
+
+
+class ScaleKeeper:
+    """Keeps the scales of an optimizer's layers, S, and all that they are moved by.
+
+    Args:
+        layers: List of the `LayerScaling`.
+        loss_scale: The variable that S is in.
+        rule: The `ScaleRule`.
+        initial_scale: The S to go back to when all that arrives at it is zero.
+        sample_every: Steps from one sample to the next.
+        add_variable: Function `(name, value)` that makes a variable of the optimizer.
+    """
+
+    def __init__(self, layers, loss_scale, rule, initial_scale, sample_every, add_variable):
+        self.layers = layers
+        self._rule, self._sample_every = rule, sample_every
+        self._restart = math.log2(initial_scale)
+        self._loss_scale = loss_scale
+        float_formats = {layer.float_format for layer in layers}
+        any_rounded = any(layer.operand_format for layer in layers)
+        of_layers = initial_layer_states(len(layers), rule.memory_size, any_rounded)
+        of_loss = initial_loss_state(0, len(float_formats), len(layers), rule.memory_size)
+        # In the order that files have them in. Scales themselves are elsewhere: S, and in layers.
+        self._of_loss = {
+            "skipped_in_a_row": add_variable("skipped_in_a_row", of_loss.skipped_in_a_row),
+            "steps_to_sample": add_variable("steps_to_sample", of_loss.steps_to_sample),
+        }
+        self._of_layers = {
+            name: add_variable(name, value)
+            for name, value in of_layers._asdict().items()
+            if name != "log2_scales" and value is not None
+        }
+        self._of_loss |= {
+            "memory": add_variable("loss_memory", of_loss.memory),
+            "ceiling": add_variable("loss_ceiling", of_loss.ceiling),
+            "blamed": add_variable("blamed", of_loss.blamed),
+        }
+
+    @property
+    def skipped_in_a_row(self):
+        """The variable that counts steps skipped in a row."""
+        return self._of_loss["skipped_in_a_row"]
+
+    @property
+    def new_in_version_0_3(self):
+        """Variables that files of earlier versions do not have."""
+        return [self._of_loss["ceiling"], self._of_loss["blamed"]]
+
+    def damaged(self):
+        """The variables that hold what is not finite."""
+        variables = [*self._of_layers.values(), *self._of_loss.values()]
+        return [v for v in variables if not np.all(np.isfinite(v.numpy()))]
+
+    def known_of_layers(self):
+        """`LayerStates` by layer as dicts of NumPy arrays, but for the scale: dict by `id`."""
+        known = {name: np.array(v.numpy()) for name, v in self._of_layers.items()}
+        return {
+            id(layer): {name: values[place] for name, values in known.items()}
+            for place, layer in enumerate(self.layers)
+        }
+
+    def after(self, signals):
+        """What a step tells, and the state after it.
+
+        Args:
+            signals: The step's `Signals`, of this replica.
+
+        Returns:
+            Whether the gradients of weights are finite on all replicas, a boolean scalar; and
+            the new `LayerStates` and `LossState`, for `keep`.
+        """
+        layer_states, loss_state = self._states()
+        weights = [(gradient, v) for gradient, v in signals.weights if gradient is not None]
+        facts = facts_of(self.layers, [v for _, v in weights])
+        evidence = self._evidence(signals, weights, facts, layer_states, loss_state)
+        states = update(
+            layer_states,
+            loss_state,
+            evidence,
+            facts,
+            rule=self._rule,
+            restart=self._restart,
+            sample_every=self._sample_every,
+        )
+        return evidence.finite, states
+
+    def _states(self):
+        scales = ops.stack([layer.loss_scale.value for layer in self.layers])
+        return (
+            LayerStates(log2_scale_of(scales), **_values(self._of_layers)),
+            LossState(
+                ops.round(ops.log2(ops.convert_to_tensor(self._loss_scale))),
+                **_values(self._of_loss),
+            ),
+        )
+
+    def _evidence(self, signals, weights, facts, layer_states, loss_state):
+        """The `Evidence` of a step, of all replicas together."""
+        reports = signals.stacked(self.layers, True, report.SIZE)
+        of_rounded = None
+        if facts.any_rounded:
+            of_rounded = signals.stacked(self.layers, False, report.SIZE_OF_ROUNDED)
+        evidence = evidence_of(
+            report.Report.unpacked(reports, of_rounded),
+            [gradient for gradient, _ in weights],
+            facts,
+            layer_states.log2_scales,
+            is_sampled(loss_state),
+        )
+        others = [gradient for gradient, _ in signals.overwrites if gradient is not None]
+        if others:
+            broken = ops.any(ops.isinf(spectrum.peaks(others)))
+            broken = ops.maximum(evidence.weights_broken, ops.cast(broken, "float32"))
+            evidence = evidence._replace(weights_broken=broken)
+        total, num_replicas = backend.sum_over_replicas(evidence.packed())
+        return Evidence.unpacked(total, len(self.layers), num_replicas)
+
+    def keep(self, layer_states, loss_state):
+        """Writes `LayerStates` and `LossState` to variables."""
+        scales = ops.unstack(packed_scale(layer_states.log2_scales), len(self.layers))
+        for layer, scale in zip(self.layers, scales, strict=True):
+            layer.loss_scale.assign(scale)
+        self._loss_scale.assign(power_of_two(loss_state.log2_scale))
+        for state, variables in ((layer_states, self._of_layers), (loss_state, self._of_loss)):
+            for name, variable in variables.items():
+                variable.assign(ops.cast(getattr(state, name), variable.dtype))
+
+
+def _values(variables):
+    return {name: variable.value for name, variable in variables.items()}
+
+
+def is_scale(variable):
+    """Whether a layer keeps its scale in a variable."""
+    return is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
+
+
+def is_overwritten(variable):
+    """Whether a variable takes its "gradient" as its new value."""
+    return getattr(variable, "overwrite_with_gradient", False)  # a `tf.Variable` does not have it
