@@ -28,7 +28,7 @@ from keras import optimizers
 from strategies import FLOAT32, KERAS, OURS, REFERENCE, STRATEGIES, VARIATIONS, fixed
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import trainer
 
 TEST_EVERY = 100
 START = 20
@@ -232,7 +232,7 @@ class Recorder(keras.callbacks.Callback):
         self._advance = advance
 
     def on_train_batch_end(self, batch, logs=None):
-        backend.sync_state(self.model)
+        trainer.sync_state(self.model)
         scale = self._loss_scale()
         if self._scales:
             skipped = self.model.optimizer.last_step_skipped

@@ -24,7 +24,7 @@ import report
 from keras import layers
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import devices
 
 FLAG = "--xla_gpu_enable_triton_gemm=false"
 DEPTH = 4
@@ -69,7 +69,7 @@ class Way:
         self._state = tuple([keras.ops.copy(v.value) for v in kind] for kind in kinds)
         self._batch = jax.device_put(batch)
         step = jax.jit(model.train_step, donate_argnums=0)
-        with mock.patch.object(backend, "has_products_of_8_bits", lambda: native):
+        with mock.patch.object(devices, "has_products_of_8_bits", lambda: native):
             start = time.perf_counter()
             self._step = step.lower(self._state, self._batch).compile()
             self.seconds_to_compile = time.perf_counter() - start

@@ -9,7 +9,8 @@ import numpy as np
 from keras import layers, ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import backend, scale_update, spectrum
+from tf_adaptive_ls.backend import autodiff, trainer
+from tf_adaptive_ls.numerics import scale_update, spectrum
 from tf_adaptive_ls.numerics.report import SIZE, Report
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
 from tf_adaptive_ls.numerics.tiny_unit import TOP
@@ -192,7 +193,7 @@ class PerTensor(layers.Wrapper):
 
             return ops.convert_to_tensor(tensor), backward
 
-        return backend.custom_gradient(identity)(tensor, self._seen[place].value)
+        return autodiff.custom_gradient(identity)(tensor, self._seen[place].value)
 
 
 class RisingMinimum(keras.callbacks.Callback):
@@ -206,7 +207,7 @@ class RisingMinimum(keras.callbacks.Callback):
         self.steps, self.step = steps, 0
 
     def on_train_batch_end(self, batch, logs=None):
-        backend.sync_state(self.model)
+        trainer.sync_state(self.model)
         self.step += 1
         done = self.step / self.steps
         minimum = 2.0**15 if done > 150 / 340 else 2.0**13 if done > 40 / 340 else 1.0
@@ -222,7 +223,7 @@ class LogMax(keras.callbacks.Callback):
         self.mean = self.square = None
 
     def on_train_batch_end(self, batch, logs=None):
-        backend.sync_state(self.model)
+        trainer.sync_state(self.model)
         scale = self.model.optimizer.dynamic_scale
         scaled = [each.loss_scaling for each in self.model.layers if each.weights]
         scaled = [each for each in scaled if each.float8]

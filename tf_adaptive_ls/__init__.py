@@ -1,11 +1,12 @@
 """Adaptive loss scaling for Keras: every layer finds its own float16 loss scale.
 
-Arrows between the three wings only point downward: `observe` reads what `training` does,
-which is made of `numerics`.
+Arrows between the wings only point downward: `observe` reads what `training` does, which is made
+of `numerics`; under all of them is `backend`.
 """
 
 import importlib
 
+from tf_adaptive_ls.models.wrapping import plain_copy, strip_model, wrap_model
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.scale_rules import (
     NOTHING_SEEN,
@@ -35,7 +36,6 @@ from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.neutral_scales import neutral_scales
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.readings import LayerSnapshot
-from tf_adaptive_ls.training.wrapping import plain_copy, strip_model, wrap_model
 
 __version__ = "0.2.0"
 

@@ -6,7 +6,8 @@ import pytest
 from backends import MODES, compiled
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import backend, spectrum
+from tf_adaptive_ls.backend import devices
+from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
 from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts, Ownership
 from tf_adaptive_ls.numerics.report import (
@@ -280,7 +281,7 @@ def test_a_report_of_parts_is_that_of_the_whole(monkeypatch, number):
     options = {"at_s": [True, False], "narrow": [True, True]}
     whole = read(report_of_arrived(gradients, divisors, **options))
     least = read(report_of_produced(gradients, narrow=[True, True]))
-    monkeypatch.setattr(backend, "max_over_shards", over_parts)
+    monkeypatch.setattr(devices, "max_over_shards", over_parts)
     parts = read(report_of_arrived(gradients, divisors, **options))
     least_of_parts = read(report_of_produced(gradients, narrow=[True, True]))
     assert parts.arrived[:4] == whole.arrived[:4]

@@ -7,8 +7,9 @@ import tensorflow as tf
 from backends import MODES, compiled, value_and_gradients
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.numerics.gradient_tap import gradient_tap, power_of_two
+from tf_adaptive_ls.backend import devices
+from tf_adaptive_ls.backend.arrays import power_of_two
+from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -65,7 +66,7 @@ SMALLEST, LARGEST = 2.0**-24, 65504.0
 def test_float16_gradients_are_shifted_and_rounded_once(
     gradient, shift, expected, mode, gpu, monkeypatch
 ):
-    monkeypatch.setattr(backend, "_on_gpu", lambda: gpu)
+    monkeypatch.setattr(devices, "on_gpu", lambda: gpu)
     result, _ = shifted(gradient, shift, "float16", mode)
     assert result == expected
     assert np.isnan(shifted(np.nan, shift, "float16", mode)[0])

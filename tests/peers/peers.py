@@ -33,7 +33,7 @@ from keras.src.trainers import trainer
 from known import reason_for
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics.backend import dense_parts, is_inexact_dtype, real_numbers
+from tf_adaptive_ls.backend.arrays import dense_parts, is_inexact_dtype, real_numbers
 from tf_adaptive_ls.training.loss_scaled import wrapper_of
 
 SCALES = (0, 5)

@@ -9,7 +9,7 @@ from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import arrays
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 
 SCALES = (0, 3, -5)
@@ -26,11 +26,11 @@ class WithWeight(layers.Layer):
         )
 
     def call(self, x):
-        parts, rebuild = backend.dense_parts(x)
+        parts, rebuild = arrays.dense_parts(x)
         return rebuild([self.on_numbers(part) for part in parts])
 
     def on_numbers(self, part):
-        if not backend.is_inexact_dtype(part.dtype):
+        if not arrays.is_inexact_dtype(part.dtype):
             return part
         return part * ops.cast(self.w, part.dtype)[: ops.shape(part)[-1]]
 
@@ -40,7 +40,7 @@ class WithWeight(layers.Layer):
 
 class ToComplex(WithWeight):
     def call(self, x):
-        return backend.complex_number(x * self.w, x + self.w)
+        return arrays.complex_number(x * self.w, x + self.w)
 
 
 class Structured(WithWeight):
@@ -54,14 +54,14 @@ class Structured(WithWeight):
 def numbers(x):
     """All floating-point numbers in a structure, a list of dense tensors."""
     for leaf in keras.tree.flatten(x):
-        for part in backend.dense_parts(leaf)[0]:
-            if backend.is_inexact_dtype(part.dtype):
-                yield backend.real_numbers(part)
+        for part in arrays.dense_parts(leaf)[0]:
+            if arrays.is_inexact_dtype(part.dtype):
+                yield arrays.real_numbers(part)
 
 
 def composites(x):
     """Values by name, made of the numbers `x[4, 3]`."""
-    found = {"complex": backend.complex_number(x, 2 * x)}
+    found = {"complex": arrays.complex_number(x, 2 * x)}
     if ON_JAX:
         from jax.experimental import sparse
 
@@ -78,7 +78,7 @@ def composites(x):
 
 class OnSparse(Structured):
     def on_numbers(self, part):
-        if not backend.is_inexact_dtype(part.dtype):
+        if not arrays.is_inexact_dtype(part.dtype):
             return part
         return part * ops.cast(self.w[0], part.dtype)
 
@@ -120,7 +120,7 @@ def test_complex_tensors_between_layers(mode):
     def gradients(first, second):
         def step(x):
             def loss(x):
-                return ops.sum(backend.real_numbers(second(first(x))) ** 3)
+                return ops.sum(arrays.real_numbers(second(first(x))) ** 3)
 
             return value_and_gradients(loss, variables, (x,))
 
@@ -136,7 +136,7 @@ def test_complex_tensors_between_layers(mode):
 
 def test_infinities_of_complex_gradients_stay_beside_zeros():
     def loss(x):
-        (shifted,) = gradient_tap([backend.complex_number(x, x)], [ops.ones(()) * 4])
+        (shifted,) = gradient_tap([arrays.complex_number(x, x)], [ops.ones(()) * 4])
         return ops.sum(ops.real(shifted) * np.float32([np.inf, 1]))
 
     _, (gradient,) = value_and_gradients(loss, [], (np.ones(2, "float32"),))

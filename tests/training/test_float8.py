@@ -16,7 +16,7 @@ from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import devices
 from tf_adaptive_ls.training.products import casts, product_of, products_in
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
@@ -164,7 +164,7 @@ def test_the_gradient_of_a_product_is_rounded_where_the_layer_works(settings, mo
 
 @pytest.fixture
 def on_a_device_of_8_bits(monkeypatch):
-    monkeypatch.setattr(backend, "has_products_of_8_bits", lambda: True)
+    monkeypatch.setattr(devices, "has_products_of_8_bits", lambda: True)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
@@ -231,7 +231,7 @@ def test_which_devices_have_products_of_8_bits(flags, capability, expected, monk
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert backend.has_products_of_8_bits.__wrapped__() is expected
+    assert devices.has_products_of_8_bits.__wrapped__() is expected
 
 
 def test_random_bits_are_others_on_every_step_and_in_every_product():

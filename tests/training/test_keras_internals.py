@@ -7,7 +7,7 @@ from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.training import keras_internals
+from tf_adaptive_ls.backend import keras_internals
 
 FUNCTION = "`keras_internals.{}` has to follow Keras"
 

@@ -20,7 +20,7 @@ from steps import (
 from test_layers_exact import CASES, WITH_XLA, built, training_of
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.training.keras_internals import is_rematerialised, not_rematerialised
+from tf_adaptive_ls.backend.keras_internals import is_rematerialised, not_rematerialised
 
 # TensorFlow fuses a product, a bias and an activation where no part is kept. JAX compiles what
 # is rematerialised, even in eager mode.

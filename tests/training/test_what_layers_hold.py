@@ -9,7 +9,7 @@ from graphs import floats
 from keras import layers
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.training.keras_internals import is_all_config
+from tf_adaptive_ls.backend.keras_internals import is_all_config
 
 WORDS = np.array([["oak"], ["ash"], ["fir"]])
 

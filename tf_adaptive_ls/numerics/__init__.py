@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: knows no layer and no model."""
+"""Arrays in, arrays out: formats, taps, reports, rules and the update of all scales."""

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend, spectrum
-from tf_adaptive_ls.numerics.backend import Tensor
+from tf_adaptive_ls.backend import arrays
+from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE
 
@@ -97,7 +98,7 @@ def evidence_of(reports, gradients, facts, log2_scales, sampled):
     Returns:
         An `Evidence`.
     """
-    gradients = list(map(backend.real_numbers, gradients))
+    gradients = list(map(arrays.real_numbers, gradients))
     ownership, narrow, answerable = facts.ownership, facts.narrow, facts.answerable
     scales = ownership.scales(log2_scales)
     beyond_all = np.finfo("float32").max

@@ -1,19 +1,9 @@
-"""The one custom-gradient op: identity forward, powers of two backward."""
+"""The taps: identities whose backward pass shifts, rounds, reports or redirects gradients."""
 
 import keras
-import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend
-
-_FLOAT32 = np.finfo(np.float32)
-
-
-def power_of_two(exponent):
-    """Exactly `2 ** exponent` in float32, for whole numbers in [-126, 127]."""
-    # Written bit by bit, since `2 ** k` need not be exact on an accelerator.
-    biased = ops.cast(exponent, "int32") + (_FLOAT32.maxexp - 1)
-    return backend.bitcast(ops.left_shift(biased, _FLOAT32.nmant), "float32")
+from tf_adaptive_ls.backend import arrays, autodiff, devices
 
 
 def gradient_tap(tensors, divisors, receivers=(), report=None):
@@ -40,8 +30,6 @@ def gradient_tap(tensors, divisors, receivers=(), report=None):
         silent = inputs[len(tensors) : -1]
 
         def backward(*gradients):
-            if isinstance(gradients[0], (list, tuple)):  # JAX passes one tuple
-                (gradients,) = gradients
             constant = dict(zip(distinct, constants, strict=True))
             of_each = [constant.get(id(divisor)) for divisor in divisors]
             shifted = [
@@ -51,12 +39,12 @@ def gradient_tap(tensors, divisors, receivers=(), report=None):
             shifted = _refuse_second_order(shifted)
             if not receivers:
                 return tuple(shifted)
-            reported = backend.varying_as(report(list(gradients), of_each), inputs[-1])
+            reported = devices.varying_as(report(list(gradients), of_each), inputs[-1])
             return (*shifted, *map(ops.zeros_like, silent), reported)
 
         return tuple(values), backward
 
-    return list(backend.custom_gradient(identity, list(distinct.values()))(*tensors, *receivers))
+    return list(autodiff.custom_gradient(identity, list(distinct.values()))(*tensors, *receivers))
 
 
 def rounding_tap(tensor, receiver, round_gradient, report):
@@ -80,7 +68,7 @@ def rounding_tap(tensor, receiver, round_gradient, report):
 
         return ops.convert_to_tensor(tensor), backward
 
-    return backend.custom_gradient(identity)(tensor, receiver)
+    return autodiff.custom_gradient(identity)(tensor, receiver)
 
 
 def redirect_gradient(value, tensor):
@@ -93,7 +81,7 @@ def redirect_gradient(value, tensor):
 
         return ops.convert_to_tensor(value), backward
 
-    return backend.custom_gradient(replace)(tensor, ops.stop_gradient(value))
+    return autodiff.custom_gradient(replace)(tensor, ops.stop_gradient(value))
 
 
 def _divide(x, divisor):
@@ -101,11 +89,11 @@ def _divide(x, divisor):
     if keras.backend.standardize_dtype(x.dtype).startswith("complex"):
         # Each by itself: times a complex number zeros would become NaN beside infinities.
         parts = (_divide(part, divisor) for part in (ops.real(x), ops.imag(x)))
-        return backend.complex_number(*parts)
+        return arrays.complex_number(*parts)
     # In float16 the divisor alone would overflow at 2**16.
     wide = keras.backend.result_type(x.dtype, "float32")
     divisor = ops.cast(divisor, wide)
-    return ops.cast(backend.divide_by_power_of_two(ops.cast(x, wide), divisor), x.dtype)
+    return ops.cast(arrays.divide_by_power_of_two(ops.cast(x, wide), divisor), x.dtype)
 
 
 def _refuse_second_order(gradients):
@@ -123,9 +111,9 @@ def _refuse_second_order(gradients):
         return tuple(tensors), backward
 
     # `tf.IndexedSlices` are let through: their source is guarded.
-    dense = [not hasattr(gradient, "indices") for gradient in gradients]
+    dense = [not arrays.is_sparse(gradient) for gradient in gradients]
     if not any(dense):
         return gradients
-    guard = backend.custom_gradient(identity)
+    guard = autodiff.custom_gradient(identity)
     guarded = iter(guard(*[g for g, d in zip(gradients, dense, strict=True) if d]))
     return [next(guarded) if d else g for g, d in zip(gradients, dense, strict=True)]

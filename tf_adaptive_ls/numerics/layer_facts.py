@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from tf_adaptive_ls.backend.arrays import power_of_two
 from tf_adaptive_ls.numerics.float_format import FloatFormat
-from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 
 
 class Ownership(NamedTuple):

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend, spectrum
-from tf_adaptive_ls.numerics.backend import Tensor
+from tf_adaptive_ls.backend import arrays, devices
+from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.tiny_unit import NUM_UNITS, heard, told
 
@@ -189,7 +190,7 @@ def report_of_arrived(gradients, divisors, *, at_s, narrow):
         ]
         return told(_parts(figures, _chosen(gradients, at_s)), rest=_OF_PRODUCED.size)
 
-    return _of_all_parts(of_part, [*map(backend.real_numbers, gradients), *divisors], _IS_FIGURE)
+    return _of_all_parts(of_part, [*map(arrays.real_numbers, gradients), *divisors], _IS_FIGURE)
 
 
 def report_of_produced(gradients, *, narrow):
@@ -208,7 +209,7 @@ def report_of_produced(gradients, *, narrow):
         figures = [_is_broken(peaks), _largest(peaks, narrow), _smallest(peaks, narrow)]
         return told(_parts(figures, _chosen(gradients, narrow)), place=_OF_ARRIVED.size)
 
-    return _of_all_parts(of_part, list(map(backend.real_numbers, gradients)), _IS_FIGURE)
+    return _of_all_parts(of_part, list(map(arrays.real_numbers, gradients)), _IS_FIGURE)
 
 
 def _of_all_parts(of_part, tensors, is_figure):
@@ -225,7 +226,7 @@ def _of_all_parts(of_part, tensors, is_figure):
         places = np.arange(len(is_figure))
         return ops.where(ops.logical_or(is_figure, places % num_parts == part), vector, 0.0)
 
-    return backend.max_over_shards(told_by, tensors)
+    return devices.max_over_shards(told_by, tensors)
 
 
 def _parts(figures, gradients):

@@ -7,9 +7,9 @@ TensorFlow and JAX neither saturate nor round stochastically.
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import arrays
+from tf_adaptive_ls.backend.arrays import power_of_two
 from tf_adaptive_ls.numerics.float_format import FloatFormat
-from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 
 # Random bits per number. The mean over all that they can be is exactly a number of
 # float16, whose last bit is 2**-15 of the last of any float8 format at least.
@@ -46,9 +46,9 @@ def rounded(x, float_format, *, noise=None, factor=None, cast=False):
     wide = ops.cast(x, "float32")
     if factor is not None:
         wide = wide * factor
-    bits = backend.bitcast(wide, "int32")
+    bits = arrays.bitcast(wide, "int32")
     magnitude = ops.bitwise_and(bits, _MAGNITUDE)
-    size = backend.bitcast(magnitude, "float32")
+    size = arrays.bitcast(magnitude, "float32")
 
     # Where the format has all its bits: so many of float32's are dropped.
     dropped = _FLOAT32.nmant - float_format.mantissa_bits
@@ -69,10 +69,10 @@ def rounded(x, float_format, *, noise=None, factor=None, cast=False):
     result = ops.where(
         size < np.float32(float_format.smallest_normal),
         subnormal,
-        ops.minimum(backend.bitcast(normal, "float32"), np.float32(float_format.largest)),
+        ops.minimum(arrays.bitcast(normal, "float32"), np.float32(float_format.largest)),
     )
     sign = ops.bitwise_and(bits, np.int32(~_MAGNITUDE))
-    result = backend.bitcast(ops.bitwise_or(backend.bitcast(result, "int32"), sign), "float32")
+    result = arrays.bitcast(ops.bitwise_or(arrays.bitcast(result, "int32"), sign), "float32")
     result = ops.where(size <= _FLOAT32.max, result, wide)
     if cast:
         # What XLA looks for: the cast back, and nothing but a product with a number after it.
@@ -80,7 +80,7 @@ def rounded(x, float_format, *, noise=None, factor=None, cast=False):
         result = ops.cast(narrow, x.dtype)
         return result if factor is None else result * ops.cast(1 / factor, x.dtype)
     if factor is not None:
-        result = backend.divide_by_power_of_two(result, factor)
+        result = arrays.divide_by_power_of_two(result, factor)
     return ops.cast(result, x.dtype)
 
 
@@ -96,7 +96,7 @@ def fitting_factor(peak, float_format, dtype="float32"):
     Returns:
         Float32 scalar; 1 if `peak` is zero, or not finite.
     """
-    bits = backend.bitcast(peak, "int32")
+    bits = arrays.bitcast(peak, "int32")
     exponent = ops.right_shift(bits, _FLOAT32.nmant) - _BIAS
     mantissa = ops.bitwise_and(bits, np.int32(2**_FLOAT32.nmant - 1))
     largest = np.float32(float_format.largest).view(np.int32) & (2**_FLOAT32.nmant - 1)

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from tf_adaptive_ls.backend.arrays import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # An exponent below any that a gradient has.

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from tf_adaptive_ls.backend.arrays import Tensor, power_of_two
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.backend import Tensor
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
-from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.numerics.tiny_unit import UNIT
 

@@ -18,8 +18,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.numerics.backend import Tensor
+from tf_adaptive_ls.backend import arrays
+from tf_adaptive_ls.backend.arrays import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 ZERO = 0
@@ -82,12 +82,12 @@ def _peaks(tensors, dtype):
     largest = [
         ops.zeros((), bits)
         if 0 in x.shape
-        else ops.max(ops.bitwise_and(backend.bitcast(x, bits), no_sign))
+        else ops.max(ops.bitwise_and(arrays.bitcast(x, bits), no_sign))
         for x in tensors
     ]
     # What is empty only at run time gives the least integer, which is minus zero.
     largest = ops.minimum(ops.stack(largest), infinity.view(bits))
-    return ops.cast(backend.bitcast(largest, dtype), "float32")
+    return ops.cast(arrays.bitcast(largest, dtype), "float32")
 
 
 def spectrum(values, float_format):

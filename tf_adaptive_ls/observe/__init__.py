@@ -1,1 +1,1 @@
-"""What shows and records gradients: reads, and never steers."""
+"""What shows and records gradients and scales; `calibrate` alone sets any."""

@@ -21,12 +21,11 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import autodiff, functions, keras_internals
 from tf_adaptive_ls.numerics.quadrature import RULES
 from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
-from tf_adaptive_ls.training import keras_internals
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
 from tf_adaptive_ls.training.neutral_scales import neutral_scales
 
@@ -181,8 +180,8 @@ class LossPath:
         self._untrained = sorted({*range(len(self._places))} - {*self._trainable})
         on_path = {id(v) for v in self._variables}
         self._others = [v for v in model.variables if id(v) not in on_path]
-        self._in_float32 = backend.compiled(self._loss_and_gradients_in_float32)
-        self._as_trained = backend.compiled(self._gradients_as_trained)
+        self._in_float32 = functions.compiled(self._loss_and_gradients_in_float32)
+        self._as_trained = functions.compiled(self._gradients_as_trained)
         names = [*(name for name, _ in named_layers(model)), model.name]
         owners = owners_of_variables(model)
         owner_of = {i: owners.get(id(self._variables[i]), model.name) for i in self._trainable}
@@ -318,7 +317,7 @@ class LossPath:
 
     def _loss_and_gradients_in_float32(self, place, before, after, others, batch):
         values = _between(before, after, place)
-        return backend.value_and_gradients(lambda v: self._loss(v, others, batch), values)
+        return autodiff.value_and_gradients(lambda v: self._loss(v, others, batch), values)
 
     def _gradients_as_trained(self, place, before, after, others, batch, scale):
         values = _between(before, after, place)
@@ -328,7 +327,7 @@ class LossPath:
             loss = self._loss([current[i] for i in range(len(values))], others, batch)
             return loss * ops.cast(scale, loss.dtype)
 
-        _, gradients = backend.value_and_gradients(
+        _, gradients = autodiff.value_and_gradients(
             scaled_loss, [values[i] for i in self._trainable]
         )
         return [gradient / scale for gradient in gradients]

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import devices, trainer
 from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.loss_change import (
     LossPath,
@@ -132,7 +132,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
         self._path = LossPath(self.model, self.tolerance, self.max_intervals)
         layers, step = scaled_layers(self.model), self._step()
         self._writers = Writers("LossChangeMonitor")
-        if backend.is_first_process():
+        if devices.is_first_process():
             self._writers.open(RunWriter.shared, self.path, layers, step)
             self._writers.open(TensorBoardWriter, self.tensorboard, layers, step)
         self._set_out()
@@ -145,7 +145,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
 
     def _set_out(self):
         """Begins a path where the weights are."""
-        backend.sync_state(self.model)
+        trainer.sync_state(self.model)
         self._weights, self._since, self._batches = self.model.get_weights(), self._step(), 0
 
     def _look(self):

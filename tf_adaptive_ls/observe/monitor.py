@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 
 import keras
 
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import devices, trainer
+from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
 from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch
 from tf_adaptive_ls.observe.run_record import RunWriter, check_path
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
-from tf_adaptive_ls.training.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 Logs: TypeAlias = dict[str, Any]
@@ -175,12 +175,12 @@ class LossScaleMonitor(keras.callbacks.Callback):
         for name, optimizer in self._optimizers.items():
             if name in self._watches or (several and not optimizer.built):
                 continue
-            backend.sync_state(self.model)
+            trainer.sync_state(self.model)
             watch = OptimizerWatch(self.model, optimizer, name, self.every, self.stuck_after)
             self._watches[name] = watch
             self._figures.update(watch.figures)
             writers = self._writers[name] = Writers("LossScaleMonitor")
-            if backend.is_first_process():
+            if devices.is_first_process():
                 path, directory = _path_of(self.path, name), self.tensorboard
                 if directory is not None and name:
                     directory = pathlib.Path(directory) / name
@@ -196,7 +196,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
     def _look(self, end=False):
         """Reads the scales; records them if it is time."""
-        backend.sync_state(self.model)
+        trainer.sync_state(self.model)
         self._unseen = 0
         for name, watch in self._watches.items():
             snapshot = watch.look(end)
@@ -210,7 +210,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
         def look(*args):
             self.model.train_function = train_function
-            batch = backend.joined_batch(self.model, next(args[-1]))
+            batch = trainer.joined_batch(self.model, next(args[-1]))
             batch = keras.utils.unpack_x_y_sample_weight(batch)
             try:
                 explanation = explain_nonfinite(self.model, *batch)
@@ -225,7 +225,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
                     "into and not trained on: training goes on.",
                     stacklevel=2,
                 )
-                return backend.no_step(self.model, args)
+                return trainer.no_step(self.model, args)
             raise StuckTrainingError(f"{complaint}\n{explanation}", explanation)
 
         for watch in self._watches.values():

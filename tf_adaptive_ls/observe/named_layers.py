@@ -2,8 +2,8 @@
 
 import keras
 
+from tf_adaptive_ls.backend.keras_internals import parts_of
 from tf_adaptive_ls.training.companion import Companion, scaling_of
-from tf_adaptive_ls.training.keras_internals import parts_of
 
 
 def named_layers(model):

@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
+from tf_adaptive_ls.backend.keras_internals import graph_of, nodes_of, parts_of
 from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
 from tf_adaptive_ls.observe.named_layers import named_layers
-from tf_adaptive_ls.training.keras_internals import graph_of, nodes_of, parts_of
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 _ACTIVATIONS = (keras.activations.softmax, keras.activations.log_softmax)

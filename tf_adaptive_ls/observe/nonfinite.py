@@ -14,15 +14,14 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import arrays, autodiff, routes
+from tf_adaptive_ls.backend.keras_internals import parts_of
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
-from tf_adaptive_ls.training import routes
 from tf_adaptive_ls.training.call_tensors import CallTensors, is_inexact
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
-from tf_adaptive_ls.training.keras_internals import parts_of
 
 # What is printed of the tensors before the first that is not finite.
 _SHOWN = 8
@@ -215,7 +214,7 @@ def _readings_of_step(model, x, y, sample_weight):
         return model.optimizer.scale_loss(run(_Watch(probes), values))
 
     values = [ops.convert_to_tensor(v.value) for v in variables]
-    _, gradients = backend.value_and_gradients(
+    _, gradients = autodiff.value_and_gradients(
         scaled_loss, values + [ops.zeros(3) for _ in watch.seen]
     )
     yield from _readings_of_gradients(model, watch, variables, gradients)
@@ -314,7 +313,7 @@ def _reading(phase, layer, tensor, value):
 
 def _summary(x):
     """Largest finite magnitude, number of infinities and of NaNs, `[3]`."""
-    x = ops.cast(backend.real_numbers(x), "float32")
+    x = ops.cast(arrays.real_numbers(x), "float32")
     magnitudes = ops.where(ops.isfinite(x), ops.abs(x), 0.0)
     infs, nans = (ops.sum(ops.cast(faults, "float32")) for faults in (ops.isinf(x), ops.isnan(x)))
     return ops.stack([ops.max(magnitudes, initial=0.0), infs, nans])

@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import arrays
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap, rounding_tap
 from tf_adaptive_ls.numerics.report import (
     report_of_arrived,
@@ -137,7 +137,7 @@ class Border:
             noise = None
             if seed is not None:
                 own_seed = seed + np.array([place, 0], "uint32")
-                noise = backend.random_bits(own_seed, ops.shape(gradient), NOISE_BITS)
+                noise = arrays.random_bits(own_seed, ops.shape(gradient), NOISE_BITS)
             return rounded(gradient, float_format, noise=noise, cast=cast)
 
         def report(gradient):

@@ -5,9 +5,8 @@ from typing import Any
 import keras
 from keras import tree
 
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import arrays, keras_internals
 from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
-from tf_adaptive_ls.training import keras_internals
 from tf_adaptive_ls.training.scale_plan import AT_S
 
 
@@ -38,8 +37,8 @@ class CallTensors:
         self.tensors, self.places, self.others, self.masks, self.logits = [], [], [], [], {}
         for place, leaf in enumerate(self._originals):
             logits = keras_internals.logits_of(leaf)
-            behind = backend.behind_activation(leaf) if are_outputs and logits is None else None
-            parts, rebuild = behind or backend.dense_parts(leaf)
+            behind = arrays.behind_activation(leaf) if are_outputs and logits is None else None
+            parts, rebuild = behind or arrays.dense_parts(leaf)
             inexact = list(map(is_inexact, parts))
             if not any(inexact):
                 parts, inexact, rebuild = [leaf], [False], _only
@@ -139,4 +138,4 @@ def is_narrow(tensor):
 
 def is_inexact(x):
     """Whether `x` is a tensor of floating-point or complex numbers."""
-    return keras.ops.is_tensor(x) and backend.is_inexact_dtype(x.dtype)
+    return keras.ops.is_tensor(x) and arrays.is_inexact_dtype(x.dtype)

@@ -8,9 +8,10 @@ from typing import Any
 
 import keras
 
-from tf_adaptive_ls.training import keras_internals, routes, tracing
+from tf_adaptive_ls.backend import keras_internals, routes
 from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
+from tf_adaptive_ls.training.noted_calls import note_call
 from tf_adaptive_ls.training.products import way_of_computing
 
 ATTRIBUTE = "loss_scaling"
@@ -104,7 +105,7 @@ class Companion(LayerScaling):
         led = {
             "call": self.run,
             "quantized_call": self.run,
-            "symbolic_call": functools.partial(tracing.note_call, self),
+            "symbolic_call": functools.partial(note_call, self),
             "quantize": self.quantize_layer,
             "rematerialized_call": lambda original, args, kwargs: args[0],
         }

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from tf_adaptive_ls.backend.keras_internals import parts_of
 from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts, Ownership
-from tf_adaptive_ls.training.keras_internals import parts_of
 
 
 def facts_of(layers, weights):

@@ -6,8 +6,8 @@ import contextvars
 import keras
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.training import keras_internals, scale_plan
+from tf_adaptive_ls.backend import autodiff, keras_internals
+from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.held_variables import HeldVariables, ReadElsewhere, values_of
 
@@ -84,13 +84,13 @@ def check_gradients(layer, run, weights, args, kwargs):
     read = []
     inputs = CallTensors((args, kwargs)).tensors
     with keras_internals.not_rematerialised(layer):
-        missing = backend.independent(held_call, tensors, inputs)
+        missing = autodiff.independent(held_call, tensors, inputs)
     doubtful = [
         v for v, yes, was_read in zip(variables, missing, read, strict=True) if yes and was_read
     ]
     if doubtful:
         own_values = list(map(keras_internals.own_value, doubtful))
-        missing = backend.independent(plain_call, own_values, inputs)
+        missing = autodiff.independent(plain_call, own_values, inputs)
         names = [v.path for v, is_missing in zip(doubtful, missing, strict=True) if not is_missing]
         if names:
             raise ReadElsewhere(f"has gradients of {', '.join(names)} that only variables get")
@@ -128,7 +128,7 @@ def _call_twice(layer, run_layer, values, args, kwargs, within, receivers):
         first.setdefault("updated", [variable for variable, _ in updates])
         return results.tensors, (results.others, results.masks, [value for _, value in updates])
 
-    tensors, (others, masks, updates) = backend.rematerialised(run)(*given.tensors)
+    tensors, (others, masks, updates) = autodiff.rematerialised(run)(*given.tensors)
     # As in Keras, logits are not kept.
     outputs, losses = first["results"].replaced(tensors, others=others, masks=masks, logits={})
     return outputs, losses, list(zip(first["updated"], updates, strict=True)), first["found"]

@@ -3,9 +3,8 @@
 import keras
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend
+from tf_adaptive_ls.backend import arrays, autodiff, keras_internals
 from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
-from tf_adaptive_ls.training import keras_internals
 
 
 class ReadElsewhere(BaseException):
@@ -34,9 +33,9 @@ class HeldVariables(keras.StatelessScope):
     def __init__(self, layer, values, others=()):
         super().__init__(values, collect_losses=True)
         self._layer_name = layer.name
-        self._reads = backend.ReadsOfVariables(known=[*(value for _, value in values), *others])
+        self._reads = autodiff.ReadsOfVariables(known=[*(value for _, value in values), *others])
         self._read = set()
-        self._is_recorded = backend.is_recorded()
+        self._is_recorded = autodiff.is_recorded()
         self._found = {}
         self._weights = {id(v): value for v, value in values if is_scaled_weight(v)}
         self._updates = {}
@@ -66,7 +65,7 @@ class HeldVariables(keras.StatelessScope):
         self._check_is_here()
         variable, value = update
         self._updates[id(variable)] = variable, value
-        if id(variable) in self._weights and backend.gradients_end_at_assignments():
+        if id(variable) in self._weights and autodiff.gradients_end_at_assignments():
             # Outside of such a scope, too, a weight assigned to in a call has the gradient
             # of its new value.
             value = redirect_gradient(value, self._weights[id(variable)])
@@ -108,7 +107,7 @@ class HeldVariables(keras.StatelessScope):
 
     def _check_is_recorded(self, variable):
         # Outside of such a scope TensorFlow finds it even there, since it is a variable.
-        if self._is_recorded and not backend.is_recorded():
+        if self._is_recorded and not autodiff.is_recorded():
             raise ReadElsewhere(
                 f"reads {variable.path} where TensorFlow records nothing, as in "
                 "`tf.recompute_grad` (a `keras.RematScope` would do) or `tf.stop_gradient`"
@@ -133,5 +132,5 @@ def is_scaled_weight(variable):
     return (
         variable.trainable
         and not variable.overwrite_with_gradient
-        and backend.is_inexact_dtype(variable.dtype)
+        and arrays.is_inexact_dtype(variable.dtype)
     )

@@ -12,21 +12,22 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_adaptive_ls.numerics import backend, report, scale_state
+from tf_adaptive_ls.backend import autodiff, keras_internals
+from tf_adaptive_ls.backend.keras_internals import (
+    is_plain_keras_layer,
+    may_be_trained,
+    parts_of,
+)
+from tf_adaptive_ls.numerics import report, scale_state
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat, narrowest
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.spectrum import Spectrum
-from tf_adaptive_ls.training import keras_internals, scale_plan
+from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.border import Border
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.held_call import call_held, check_gradients, runs_again
 from tf_adaptive_ls.training.held_variables import ReadElsewhere, scaled_weights_of
-from tf_adaptive_ls.training.keras_internals import (
-    is_plain_keras_layer,
-    may_be_trained,
-    parts_of,
-)
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
 from tf_adaptive_ls.training.products import in_float8, products_in
 from tf_adaptive_ls.training.readings import LayerSnapshot
@@ -236,15 +237,15 @@ class LayerScaling(keras.layers.Layer):
         if not scale_plan.may_be_passed(self):
             return False
         receivers = self.loss_scale.value, self.loss_scale_report.value
-        return backend.is_differentiated(CallTensors((args, kwargs)).tensors, receivers)
+        return autodiff.is_differentiated(CallTensors((args, kwargs)).tensors, receivers)
 
     def _check_gradients(self, run, weights, args, kwargs):
         """Once, and where gradients are wanted."""
         values = [value for _, value in weights]
         if (
             not self._gradients_checked
-            and backend.gradients_end_at_variables()
-            and backend.is_differentiated(values)
+            and autodiff.gradients_end_at_variables()
+            and autodiff.is_differentiated(values)
             and not all(map(is_plain_keras_layer, parts_of(self.layer)))
         ):
             self._gradients_checked = True

@@ -6,9 +6,10 @@ from typing import Any
 
 import keras
 
-from tf_adaptive_ls.training import keras_internals, tracing
+from tf_adaptive_ls.backend import keras_internals
 from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, check_float8
+from tf_adaptive_ls.training.noted_calls import note_call
 from tf_adaptive_ls.training.saved_config import opened, stamped
 
 
@@ -144,7 +145,7 @@ class LossScaled(LayerScaling, keras.layers.Wrapper):
         return self.layer.compute_output_spec(*args, **kwargs)
 
     def symbolic_call(self, *args: Any, **kwargs: Any) -> Any:
-        return tracing.note_call(self, super().symbolic_call, args, kwargs)
+        return note_call(self, super().symbolic_call, args, kwargs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         if not self.layer.supports_masking:

@@ -10,12 +10,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.numerics.backend import Tensor
+from tf_adaptive_ls.backend import autodiff, devices, functions, keras_internals
+from tf_adaptive_ls.backend.arrays import Tensor
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, is_known
-from tf_adaptive_ls.training import keras_internals
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 from tf_adaptive_ls.training.readings import LayerSnapshot
 from tf_adaptive_ls.training.saved_config import opened, stamped
@@ -220,7 +219,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         self._any_loss_scaled = True
         scale = self.dynamic_scale if self.built else self._scale_before_built()
-        if backend.would_be_constant(getattr(scale, "value", scale)):
+        if functions.would_be_constant(getattr(scale, "value", scale)):
             raise ValueError(
                 "Expected the loss scale to be among what a compiled function of JAX is given. "
                 "Received: `scale_loss` in such a function, with an optimizer that is "
@@ -232,8 +231,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return ops.multiply(loss, scale)
 
     def _scale_before_built(self):
-        if self._first_scale is None and backend.is_traced_alone():
-            with backend.outside_of_traces(), keras.name_scope(self.name, caller=self):
+        if self._first_scale is None and functions.is_traced_alone():
+            with functions.outside_of_traces(), keras.name_scope(self.name, caller=self):
                 # Set as it is: its place among the variables is that of `dynamic_scale`.
                 first = keras.Variable(
                     self.initial_scale, trainable=False, aggregation="none", name="dynamic_scale"
@@ -273,7 +272,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             trainable_variables = self._model_variables
         trainable_variables = list(trainable_variables)
         self.build_once(trainable_variables)
-        self._step(grads, trainable_variables, without_effects=backend.only_values())
+        self._step(grads, trainable_variables, without_effects=functions.only_values())
 
     def stateless_apply(
         self,
@@ -313,7 +312,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             )
             _assign(touched, new_values)
         else:
-            backend.run_if(finite, self._apply_inner, gradients, variables)
+            devices.run_if(finite, self._apply_inner, gradients, variables)
         self._count_step(finite)
         self._keeper.keep(*new_states)
 
@@ -362,7 +361,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
         self.inner_optimizer.apply(unscaled, variables)
-        backend.leave_gradients_to_graph()
+        autodiff.leave_gradients_to_graph()
 
     def _count_step(self, finite):
         skipped = ops.logical_not(finite)
@@ -475,7 +474,7 @@ def _is_usable_scale(scale):
 
 
 def _check_strategy():
-    unsupported = backend.unsupported_strategy()
+    unsupported = devices.unsupported_strategy()
     if unsupported is not None:
         raise ValueError(
             "Expected `tf.distribute.MirroredStrategy`, or none, for a model with LossScaled "

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import layers, ops
 
-from tf_adaptive_ls.numerics import backend, spectrum
+from tf_adaptive_ls.backend import devices, keras_internals, routes
+from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
-from tf_adaptive_ls.training import keras_internals, routes
 from tf_adaptive_ls.training.float8 import E4M3
 
 
@@ -168,7 +168,7 @@ def casts(layer, float8):
     """Whether operands are cast, for the device to multiply 8 bits."""
     # No device multiplies e5m2 with e5m2.
     mixed = E4M3 in (float8.forward, float8.backward)
-    return product_of(layer).is_matrix and mixed and backend.has_products_of_8_bits()
+    return product_of(layer).is_matrix and mixed and devices.has_products_of_8_bits()
 
 
 def _call_in_float8(layer, float_format, tap, cast, inputs, training=None):
@@ -176,7 +176,7 @@ def _call_in_float8(layer, float_format, tap, cast, inputs, training=None):
     product = product_of(layer)
     operand = quantized(product.operand(layer, inputs), float_format, cast)
     kernel = quantized(getattr(layer, product.kernel), float_format, cast)
-    with backend.sums_of_all_bits() if cast else contextlib.nullcontext():
+    with devices.sums_of_all_bits() if cast else contextlib.nullcontext():
         outputs = product.multiply(layer, operand, kernel)
     # Before the bias, whose gradient is not an operand.
     outputs = tap(outputs)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.numerics import backend, report, spectrum
+from tf_adaptive_ls.backend import devices
+from tf_adaptive_ls.backend.arrays import power_of_two
+from tf_adaptive_ls.numerics import report, spectrum
 from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
-from tf_adaptive_ls.numerics.gradient_tap import power_of_two
 from tf_adaptive_ls.numerics.scale_state import (
     LayerStates,
     LossState,
@@ -171,7 +172,7 @@ class ScaleKeeper:
             broken = ops.any(ops.isinf(spectrum.peaks(others)))
             broken = ops.maximum(evidence.weights_broken, ops.cast(broken, "float32"))
             evidence = evidence._replace(weights_broken=broken)
-        total, num_replicas = backend.sum_over_replicas(evidence.packed())
+        total, num_replicas = devices.sum_over_replicas(evidence.packed())
         return Evidence.unpacked(total, len(self.layers), num_replicas)
 
     def keep(self, layer_states, loss_state):

@@ -29,8 +29,8 @@ import dataclasses
 
 from keras import ops
 
+from tf_adaptive_ls.backend.keras_internals import graph_of
 from tf_adaptive_ls.numerics.scale_state import factor_of
-from tf_adaptive_ls.training.keras_internals import graph_of
 
 _running = contextvars.ContextVar("running_scale_plan", default=None)
 

@@ -4,7 +4,7 @@ import collections
 
 import keras
 
-from tf_adaptive_ls.training.keras_internals import (
+from tf_adaptive_ls.backend.keras_internals import (
     is_from_keras,
     is_plain_keras_layer,
     parts_of,

@@ -6,12 +6,13 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.training import keras_internals, routes, scale_plan, tracing
+from tf_adaptive_ls.backend import autodiff, keras_internals, routes
+from tf_adaptive_ls.models import tracing
+from tf_adaptive_ls.models.planning import plan_of
+from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.companion import companion_of
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
-from tf_adaptive_ls.training.planning import plan_of
 
 _ATTRIBUTE = "_planned_call_of_layer"
 _METHODS = ("call", "symbolic_call", "add_loss")
@@ -68,7 +69,7 @@ class PlannedCall:
         if scale_plan.is_covered(self._layer):
             return original(*args, **kwargs)
         plan = self._plan_of(original, args, kwargs)
-        from_inputs = plan is not None and backend.is_differentiated(
+        from_inputs = plan is not None and autodiff.is_differentiated(
             CallTensors((args, kwargs)).tensors
         )
         with scale_plan.running(plan, from_inputs):

@@ -10,22 +10,21 @@ from typing import Any
 
 import keras
 
-from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.training import keras_internals, routes
+from tf_adaptive_ls.backend import keras_internals, routes, trainer
+from tf_adaptive_ls.backend.keras_internals import NEVER_REMATERIALISED, may_be_trained, parts_of
+from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
+from tf_adaptive_ls.models.planned_call import planned_call_of
+from tf_adaptive_ls.models.walk import Choice, Walk
 from tf_adaptive_ls.training.companion import companion_of, detach
 from tf_adaptive_ls.training.float8 import Float8
-from tf_adaptive_ls.training.found_optimizers import adaptive_optimizers
-from tf_adaptive_ls.training.keras_internals import NEVER_REMATERIALISED, may_be_trained, parts_of
 from tf_adaptive_ls.training.layer_scaling import is_of_scaling
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
-from tf_adaptive_ls.training.planned_call import planned_call_of
 from tf_adaptive_ls.training.saved_config import (
     WITH_WRAPPERS,
     is_with_wrappers,
     opened,
     stamped,
 )
-from tf_adaptive_ls.training.walk import Choice, Walk
 
 _registered = keras.saving.register_keras_serializable("tf_adaptive_ls", "LossScaledModel")
 _WALK = "_walk_of_model"
@@ -84,7 +83,7 @@ class LossScaledModel:
                 "Compile it with AdaptiveLossScaleOptimizer.",
                 stacklevel=3,
             )
-        num_replicas = backend.num_replicas_of(self)
+        num_replicas = trainer.num_replicas_of(self)
         if known and self.jit_compile and num_replicas > 1:
             raise ValueError(
                 "Expected `jit_compile=False` for a model on several devices: XLA compiles a "
@@ -101,7 +100,7 @@ class LossScaledModel:
         """As in Keras, but a file that cannot be read leaves the model as it was."""
         optimizer = getattr(self, "optimizer", None)
         variables = [*self.variables, *(optimizer.variables if optimizer else ())]
-        before = [(variable, backend.lasting_value(variable)) for variable in variables]
+        before = [(variable, trainer.lasting_value(variable)) for variable in variables]
         try:
             super().load_weights(filepath, *args, **kwargs)
         except Exception:

@@ -18,11 +18,11 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from tf_adaptive_ls.numerics import backend
-from tf_adaptive_ls.training import keras_internals, routes
+from tf_adaptive_ls.backend import arrays, keras_internals, routes
+from tf_adaptive_ls.backend.keras_internals import calls_after, calls_of
+from tf_adaptive_ls.models.calls import CallGraph, graph_call
 from tf_adaptive_ls.training.call_tensors import is_inexact
-from tf_adaptive_ls.training.calls import CallGraph, graph_call
-from tf_adaptive_ls.training.keras_internals import calls_after, calls_of
+from tf_adaptive_ls.training.noted_calls import noting
 
 # Sizes of batches that a model is traced with, one after the other: code that asks for the size
 # wants a number, and some wants it even.
@@ -44,15 +44,6 @@ class NotTraceable(Exception):
 def current():
     """The `_Trace` that runs, or `None`."""
     return _tracing.get()
-
-
-def note_call(scaling, original, args, kwargs):
-    """Runs `original(*args, **kwargs)`, and notes that something with a scale is called."""
-    outputs = original(*args, **kwargs)
-    trace = _tracing.get()
-    if trace is not None:
-        trace.called.append(scaling)
-    return outputs
 
 
 class _Trace:
@@ -213,7 +204,7 @@ def _recorded(layer, original, args, kwargs, stands_for, batch_size, opaque, sta
     try:
         args, kwargs = tree.map_structure(lambda leaf: _symbolic(leaf, batch_size), (args, kwargs))
         inputs = _symbolic_leaves((args, kwargs))
-        with keras.StatelessScope():
+        with keras.StatelessScope(), noting(running.called):
             outputs = _symbolic_leaves(original(*args, **kwargs))
         if not outputs:
             raise NotTraceable("it returns no tensor that depends on what it is given")
@@ -247,7 +238,7 @@ def _recorded(layer, original, args, kwargs, stands_for, batch_size, opaque, sta
 def _symbolic(leaf, batch_size):
     if not ops.is_tensor(leaf) and not isinstance(leaf, np.ndarray):
         return leaf
-    if len(backend.dense_parts(leaf)[0]) > 1:
+    if len(arrays.dense_parts(leaf)[0]) > 1:
         raise NotTraceable("it is given a ragged or a sparse tensor")
     if leaf.shape is None or getattr(leaf.shape, "rank", 0) is None:
         raise NotTraceable("it is given a tensor of unknown rank")

@@ -5,7 +5,7 @@ import math
 
 import keras
 
-from tf_adaptive_ls.training.keras_internals import arguments_of_compile, variables_built_for
+from tf_adaptive_ls.backend.keras_internals import arguments_of_compile, variables_built_for
 
 
 def compile_like(model, result, make_optimizer):

@@ -14,7 +14,7 @@ import keras
 from keras.src.backend.common import AutocastScope, get_autocast_scope, global_state, masking
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from tf_adaptive_ls.training import routes
+from tf_adaptive_ls.backend import routes
 
 __all__ = ["AutocastScope"]
 

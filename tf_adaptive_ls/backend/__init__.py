@@ -1,0 +1,10 @@
+"""The ground floor: Keras's privates, what TensorFlow and JAX do differently, devices, `fit`."""
+
+import keras
+
+if keras.backend.backend() not in ("tensorflow", "jax"):
+    raise ImportError(
+        "Expected Keras on TensorFlow or JAX. Received: Keras on the backend "
+        f"'{keras.backend.backend()}'. Set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax "
+        "before Keras is imported."
+    )

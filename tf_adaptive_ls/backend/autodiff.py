@@ -1,0 +1,316 @@
+"""Gradients: custom ones, what is recorded and wanted, and running once more for them."""
+
+import itertools
+import weakref
+
+import keras
+
+
+def custom_gradient(function, constants=()):
+    """Custom gradient of `function(constants, *inputs)` by `inputs`.
+
+    TensorFlow gathers all inputs of such a function in one `IdentityN` node, so that
+    even inference would compute `constants`, which only the backward pass needs: there
+    they must not be inputs. JAX does not let the backward pass close over anything
+    that depends on what is differentiated: there they must be.
+    """
+    if keras.backend.backend() != "jax":
+        differentiable = keras.ops.custom_gradient(lambda *inputs: function(constants, *inputs))
+        return lambda *inputs: _left_to_graph(differentiable(*map(_of_this_graph, inputs)))
+
+    @keras.ops.custom_gradient
+    def with_constants(*all_inputs):
+        given, inputs = all_inputs[: len(constants)], all_inputs[len(constants) :]
+        outputs, backward = function(given, *inputs)
+        zeros = [keras.ops.zeros_like(constant) for constant in given]
+
+        def backward_of_all(*gradients):
+            if isinstance(gradients[0], (list, tuple)):  # those of several outputs come as one
+                (gradients,) = gradients
+            return (*zeros, *backward(*gradients))
+
+        return outputs, backward_of_all
+
+    def in_reverse_mode(*inputs):
+        try:
+            return with_constants(*constants, *inputs)
+        except TypeError as error:
+            if not _is_of_forward_mode(error):
+                raise
+            raise NotImplementedError(
+                "Expected gradients through a LossScaled layer to be taken in reverse mode, as by "
+                "`jax.grad` or `jax.jacrev`. Received: forward mode, as of `jax.jvp` or "
+                "`jax.jacfwd`. Run the forward pass it belongs to inside "
+                "`with tf_adaptive_ls.neutral_scales():`."
+            ) from error
+
+    return in_reverse_mode
+
+
+def _of_this_graph(tensor):
+    """A tensor in the graph that is being built: in a branch of a conditional it may be of another.
+
+    TensorFlow wants all outputs of a custom gradient in one graph.
+    """
+    import tensorflow as tf
+
+    if tf.executing_eagerly() or getattr(tensor, "graph", None) is tf.compat.v1.get_default_graph():
+        return tensor
+    return tf.identity(tensor)
+
+
+def _is_of_forward_mode(error):
+    """Whether JAX says that a function with a backward rule is computed in forward mode."""
+    return "forward-mode" in str(error)
+
+
+def _left_to_graph(outputs):
+    """The outputs of a custom gradient, after `leave_gradients_to_graph` for it alone."""
+    if builds_graph():
+        _leave_gradient_to_graph(keras.tree.flatten(outputs)[0].op)
+    return outputs
+
+
+def is_recorded():
+    """Whether operations are recorded, should somebody want gradients.
+
+    Not so inside the first run of a rematerialised function on TensorFlow, which has no public
+    way to ask.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return True
+    from tensorflow.python import pywrap_tfe
+
+    return not pywrap_tfe.TFE_Py_TapeSetIsStopped()
+
+
+def is_differentiated(tensors, others=()):
+    """Whether gradients by one of several tensors are known to be wanted.
+
+    On TensorFlow of what is recorded at present: of a graph that is called in a tape that was not
+    there when it was built, nothing is known. On JAX of all but what runs once more or in a loop.
+
+    Args:
+        tensors: List of tensors.
+        others: On JAX, more of them, without which it cannot be told of those that nothing is
+            wanted of them.
+    """
+    if not tensors:
+        return False
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.eager import record
+
+        known = [tensor for tensor in tensors if isinstance(tensor, tf.Tensor)]
+        return len(known) < len(tensors) or record.should_record_backprop(known)
+    import jax
+
+    found = []
+
+    @jax.custom_vjp
+    def identity(*tensors):
+        return tensors
+
+    def forward(*tensors):
+        found.extend(tensor.perturbed for tensor in tensors)
+        return tuple(tensor.value for tensor in tensors), None
+
+    identity.defvjp(forward, lambda _, gradients: gradients, symbolic_zeros=True)
+    try:
+        identity(*tensors, *others)
+    except TypeError as error:
+        if not _is_of_forward_mode(error):
+            raise
+        return True
+    return any(found[: len(tensors)]) if found else True
+
+
+class ReadsOfVariables:
+    """A context that sees which variables are read in it, other than through a scope of Keras.
+
+    On TensorFlow; elsewhere no gradient comes to a variable that is not among the arguments.
+
+    Args:
+        known: List of values that may be read: those of variables, and others.
+    """
+
+    def __init__(self, known=()):
+        self._watcher = None
+        # Of `tf.distribute` there is one on every device.
+        parts = [getattr(value, "values", ()) for value in known]
+        parts = itertools.chain(*(each for each in parts if isinstance(each, tuple)))
+        self._known = set(map(id, [*known, *parts]))
+        self._graph = _graph_being_built()
+
+    def __enter__(self):
+        if keras.backend.backend() == "tensorflow":
+            from tensorflow.python.eager import record
+
+            self._watcher = record.VariableWatcher()
+            self._watcher.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        if self._watcher is not None:
+            self._watcher.__exit__(*exception)
+
+    @property
+    def names(self):
+        """The names of trainable `tf.Variable`s that were read: a list."""
+        read = () if self._watcher is None else self._watcher.watched_variables()
+        return [variable.name for variable in read if id(variable) not in self._known]
+
+    def is_outside(self):
+        """Whether a function is being traced that was not when the context was entered.
+
+        Such a `tf.function` remembers what it reads, if it is no variable, for good. Bodies of
+        loops and branches are built anew.
+        """
+        graph = _graph_being_built()
+        while graph is not None and graph is not self._graph:
+            if not _is_control_flow(graph):
+                return True
+            graph = getattr(graph, "outer_graph", None)
+        return False
+
+
+def _graph_being_built():
+    if not builds_graph():
+        return None
+    import tensorflow as tf
+
+    return tf.compat.v1.get_default_graph()
+
+
+def _is_control_flow(graph):
+    from tensorflow.python.ops import control_flow_v2_func_graphs
+
+    return isinstance(graph, control_flow_v2_func_graphs.ControlFlowFuncGraph)
+
+
+def independent(function, tensors, others):
+    """Which tensors no gradient of what a function returns comes to: a list of booleans.
+
+    Args:
+        function: Function without arguments to a list of tensors, of TensorFlow.
+        tensors: List of tensors and `tf.Variable`s.
+        others: List of other tensors that gradients are taken by.
+    """
+    import tensorflow as tf
+
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([*tensors, *others])
+        results = function()
+    # Recorded by tapes around it: a `tf.custom_gradient` may use a tape of its own in there.
+    return [gradient is None for gradient in tape.gradient(results, tensors)]
+
+
+def gradients_end_at_variables():
+    """Whether code of somebody else may define gradients by variables, not by values."""
+    return keras.backend.backend() == "tensorflow"
+
+
+def gradients_end_at_assignments():
+    """Whether a variable that is assigned to has the gradient of its new value from then on.
+
+    Otherwise, as on JAX, where there are only values, it has that of what it was before.
+    """
+    return keras.backend.backend() == "tensorflow"
+
+
+def rematerialised(function):
+    """A function that is run once more in the backward pass, instead of keeping what it needs.
+
+    Args:
+        function: Function of floating-point tensors to a pair: a list of such, which have
+            gradients by the arguments and by nothing else, and a structure of anything else,
+            without.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return keras.remat(function)
+
+    def compute(*tensors):
+        others = []
+
+        def differentiable(*tensors):
+            results, other = function(*tensors)
+            others.append(other)
+            return results
+
+        results = keras.remat(differentiable)(*tensors)
+        return list(_left_to_graph(results)), others[0]
+
+    return compute
+
+
+def leave_gradients_to_graph():
+    """Lets custom gradients in the graph that is being built live as long as it, and no longer.
+
+    TensorFlow keeps the backward pass of every custom gradient in a graph for good, and with it
+    the graph and all that its model is made of: a program that builds many models runs out of
+    memory. Keras's optimizers make such gradients when they reduce over replicas.
+    """
+    if builds_graph():
+        import tensorflow as tf
+
+        for operation in tf.compat.v1.get_default_graph().get_operations():
+            _leave_gradient_to_graph(operation)
+
+
+def builds_graph():
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
+
+
+def _leave_gradient_to_graph(operation):
+    # There is no public way to take a gradient out of the registry, where it is looked up by
+    # name whenever its graph is differentiated.
+    from tensorflow.python.framework import ops
+
+    registered = ops.gradient_registry._registry
+    try:
+        name = operation.get_attr("_gradient_op_type").decode()
+    except ValueError:
+        return  # not a custom gradient
+    backward = registered[name]["type"]
+    if isinstance(backward, _WeakFunction):
+        return
+    registered[name]["type"] = _WeakFunction(backward)
+    operation.graph.add_to_collection("tf_adaptive_ls", backward)
+    weakref.finalize(operation.graph, registered.pop, name, None)
+
+
+class _WeakFunction:
+    """A function that lives as long as others refer to it."""
+
+    def __init__(self, function):
+        self._function = weakref.ref(function)
+
+    def __call__(self, *args):
+        return self._function()(*args)
+
+
+def value_and_gradients(function, tensors):
+    """The value of a function, and its gradients by its arguments.
+
+    Args:
+        function: Function of a list of tensors to a scalar tensor.
+        tensors: The list.
+
+    Returns:
+        The value, and a list of gradients; zeros for a tensor that it does not depend on.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.value_and_grad(function)(tensors)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        value = function(tensors)
+    found = tape.gradient(value, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return value, [tf.convert_to_tensor(gradient) for gradient in found]  # of embeddings: sparse
