@@ -22,14 +22,14 @@ from tf_adaptive_ls.numerics.spectrum import (
     top_exponent,
 )
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
-from tf_adaptive_ls.observe.float8_record import Float8Record
-from tf_adaptive_ls.observe.loss_change import Allocation, loss_change
-from tf_adaptive_ls.observe.loss_change_monitor import LossChangeMonitor
-from tf_adaptive_ls.observe.loss_change_record import LossChanges
+from tf_adaptive_ls.observe.loss_change.allocation import Allocation, loss_change
+from tf_adaptive_ls.observe.loss_change.monitor import LossChangeMonitor
 from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction
 from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain_nonfinite
-from tf_adaptive_ls.observe.run_record import Run, load_run, snapshot_run
+from tf_adaptive_ls.observe.record.float8 import Float8Record
+from tf_adaptive_ls.observe.record.loss_changes import LossChanges
+from tf_adaptive_ls.observe.record.run import Run, load_run, snapshot_run
 from tf_adaptive_ls.observe.scale_table import ScaleRow, ScaleTable, scale_table
 from tf_adaptive_ls.training.float8 import Float8
 from tf_adaptive_ls.training.loss_scaled import LossScaled

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 
-from tf_adaptive_ls.observe.run_record import load_run
+from tf_adaptive_ls.observe.record.run import load_run
 
 
 def main(argv=None):

@@ -18,13 +18,13 @@ from keras import layers
 
 import tf_adaptive_ls as als
 from faults import Outcome
-from tf_adaptive_ls.observe.exclusive_file import ExclusiveFile
+from tf_adaptive_ls.observe.record.exclusive_file import ExclusiveFile
 
 X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
 Y = X[:, :2]
 EPOCHS, STEPS, EVERY = 10, 8, 2
 HOLDER = (
-    "import sys; from tf_adaptive_ls.observe.exclusive_file import ExclusiveFile; "
+    "import sys; from tf_adaptive_ls.observe.record.exclusive_file import ExclusiveFile; "
     "file = ExclusiveFile(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 )
 

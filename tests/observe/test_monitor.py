@@ -22,7 +22,7 @@ from steps import scaled_layers
 import tf_adaptive_ls as als
 from tf_adaptive_ls.observe.html_page import page_of
 from tf_adaptive_ls.observe.monitor import RunWriter
-from tf_adaptive_ls.observe.snapshot import Snapshot
+from tf_adaptive_ls.observe.record.snapshot import Snapshot
 
 GRAPH = {"jit_compile": JIT}
 X, Y = floats(64, 4), floats(64, 2)
@@ -622,7 +622,7 @@ def test_a_record_of_another_model_is_left_alone(mixed_float16, tmp_path):
 
 HOLDER = """
     import sys
-    from tf_adaptive_ls.observe.exclusive_file import ExclusiveFile
+    from tf_adaptive_ls.observe.record.exclusive_file import ExclusiveFile
 
     file = ExclusiveFile(sys.argv[1])
     print("held", flush=True)

@@ -14,7 +14,7 @@ from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
-from tf_adaptive_ls.observe.snapshot import Snapshot
+from tf_adaptive_ls.observe.record.snapshot import Snapshot
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 

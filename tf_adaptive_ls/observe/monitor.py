@@ -13,7 +13,8 @@ from tf_adaptive_ls.backend import devices, trainer
 from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
 from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch
-from tf_adaptive_ls.observe.run_record import RunWriter, check_path
+from tf_adaptive_ls.observe.record.lines import check_path
+from tf_adaptive_ls.observe.record.writers import RunWriter
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 

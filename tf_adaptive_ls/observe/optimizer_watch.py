@@ -4,7 +4,7 @@ import collections
 import warnings
 
 from tf_adaptive_ls.observe.named_layers import scaled_layers
-from tf_adaptive_ls.observe.snapshot import Snapshot
+from tf_adaptive_ls.observe.record.snapshot import Snapshot
 
 _RECENT = 6
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
-from tf_adaptive_ls.observe.run_record import Run, load_run, snapshot_run
+from tf_adaptive_ls.observe.record.run import Run, load_run, snapshot_run
 
 try:
     import matplotlib
@@ -34,7 +34,7 @@ try:
         label_layers,
         style,
     )
-    from tf_adaptive_ls.observe.loss_change_plots import (
+    from tf_adaptive_ls.observe.loss_change.plots import (
         plot_loss_change,
         plot_loss_change_layers,
         plot_loss_change_map,

@@ -1,1 +1,1 @@
-"""What Keras trains with: layers, plans of models, the optimizer."""
+"""What Keras trains with: scaled layers, and the optimizer that chooses their scales."""

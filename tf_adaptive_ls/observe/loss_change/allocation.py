@@ -22,8 +22,8 @@ import numpy as np
 from keras import ops, tree
 
 from tf_adaptive_ls.backend import autodiff, functions, keras_internals
-from tf_adaptive_ls.numerics.quadrature import RULES
 from tf_adaptive_ls.observe.batches import batches_of
+from tf_adaptive_ls.observe.loss_change.quadrature import RULES
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
 from tf_adaptive_ls.training.held_variables import is_scaled_weight

@@ -40,7 +40,7 @@ class LossChanges:
     as_trained: np.ndarray
 
 
-def line_of(step, since, epoch, allocation, as_trained):
+def entry_of_loss_change(step, since, epoch, allocation, as_trained):
     """A dict of what JSON knows. Args: as those of `RunWriter.add_loss_change`."""
     layers = {
         name: [

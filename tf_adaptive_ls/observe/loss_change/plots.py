@@ -19,8 +19,8 @@ from tf_adaptive_ls.observe.drawing import (
     shortened,
     style,
 )
-from tf_adaptive_ls.observe.loss_change_record import LossChanges
-from tf_adaptive_ls.observe.run_record import Run, load_run
+from tf_adaptive_ls.observe.record.loss_changes import LossChanges
+from tf_adaptive_ls.observe.record.run import Run, load_run
 
 # As many lines as there are colours to tell them apart.
 _MOST_NAMED = 8

@@ -9,7 +9,7 @@ import keras
 
 from tf_adaptive_ls.backend import devices, trainer
 from tf_adaptive_ls.observe.batches import batches_of
-from tf_adaptive_ls.observe.loss_change import (
+from tf_adaptive_ls.observe.loss_change.allocation import (
     LossPath,
     NonfiniteLossError,
     check_ready,
@@ -17,7 +17,8 @@ from tf_adaptive_ls.observe.loss_change import (
 )
 from tf_adaptive_ls.observe.monitor import Logs, Writers, check_steps
 from tf_adaptive_ls.observe.named_layers import scaled_layers
-from tf_adaptive_ls.observe.run_record import RunWriter, check_path
+from tf_adaptive_ls.observe.record.lines import check_path
+from tf_adaptive_ls.observe.record.writers import RunWriter
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 

@@ -1,0 +1,174 @@
+"""`Run`: the record of a training run as arrays, of a file or of a model as it is."""
+
+import dataclasses
+import os
+
+import keras
+import numpy as np
+
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
+from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
+from tf_adaptive_ls.observe.named_layers import scaled_layers
+from tf_adaptive_ls.observe.record.float8 import Float8Record, float8_of, last_of_layer
+from tf_adaptive_ls.observe.record.lines import check_path, entries_in, entry_of_snapshot, start_of
+from tf_adaptive_ls.observe.record.loss_changes import LossChanges, loss_changes_of
+from tf_adaptive_ls.observe.record.snapshot import Snapshot
+from tf_adaptive_ls.observe.scale_table import ScaleTable, float8_row, scaled_row
+from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.readings import LayerSnapshot
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """The record of a run as arrays: N snapshots of L layers.
+
+    Attributes:
+        layers, layer_classes: Lists of L strings, as in `scale_table`.
+        float_formats: List of L, the `FloatFormat` of each layer.
+        steps: `[N]`, how many steps had been taken or skipped.
+        skipped_steps: `[N]`, how many of them were skipped.
+        log2_loss_scale: `[N]`, log2(S).
+        log2_scales: `[N, L]`, each layer's r.
+        log2_sampled_at: `[N, L]`, log2 of the scale S * 2**r at the last sample.
+        overflows: `[N, L]`, on how many steps the layer had made finite gradients
+            non-finite.
+        underflow: `[N, L]`, estimated share of gradients lost to underflow; NaN for
+            none seen.
+        subnormal: `[N, L]`, share of gradients without full precision, likewise.
+        spectra: `[N, L, bins]`, the last sample of gradients, counted in the binades of
+            float16, see `Spectrum`.
+        logs: Dict of arrays `[N]`: what else Keras logged. Its metrics are means over
+            the epoch so far. NaN where there was no finite value.
+        loss_changes: `LossChanges`, if there was a `LossChangeMonitor`.
+        float8: `Float8Record`, if layers compute in float8.
+    """
+
+    layers: list[str]
+    layer_classes: list[str]
+    float_formats: list[FloatFormat]
+    steps: np.ndarray
+    skipped_steps: np.ndarray
+    log2_loss_scale: np.ndarray
+    log2_scales: np.ndarray
+    log2_sampled_at: np.ndarray
+    overflows: np.ndarray
+    underflow: np.ndarray
+    subnormal: np.ndarray
+    spectra: np.ndarray
+    logs: dict[str, np.ndarray]
+    loss_changes: LossChanges | None = None
+    float8: Float8Record | None = None
+
+    def table(self) -> ScaleTable:
+        """`scale_table` of the last snapshot, of the scaled layers; empty if there is none."""
+        if not len(self.steps):
+            return ScaleTable([])
+        rows = []
+        for i, (name, kind) in enumerate(zip(self.layers, self.layer_classes, strict=True)):
+            float_format = self.float_formats[i]
+            counts = rebinned(self.spectra[-1, i], COUNTING_FORMAT, float_format)
+            spectrum = Spectrum(counts, float_format)
+            layer_snapshot = LayerSnapshot(
+                int(self.log2_scales[-1, i]),
+                int(self.log2_sampled_at[-1, i]),
+                int(self.overflows[-1, i]),
+                spectrum,
+                peaks=None,
+                **last_of_layer(self.float8, i),
+            )
+            row = scaled_row(name, kind, layer_snapshot, int(self.log2_loss_scale[-1]))
+            if self.float8 is not None:
+                formats = (self.float8.forward[i], self.float8.backward[i])
+                row = float8_row(row, formats, layer_snapshot)
+            rows.append(row)
+        return ScaleTable(rows)
+
+
+def snapshot_run(model: keras.Model, optimizer: AdaptiveLossScaleOptimizer | None = None) -> Run:
+    """The `Run` of a single `Snapshot`, taken now.
+
+    Args:
+        model: A model with `LossScaled` layers.
+        optimizer: Its `AdaptiveLossScaleOptimizer`, if it was not compiled with that.
+
+    Raises:
+        ValueError: If `model` or `optimizer` is not as said.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"Expected a model. Received: model={model!r} (of type {type(model).__name__})."
+        )
+    optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
+    if not isinstance(optimizer, AdaptiveLossScaleOptimizer):
+        raise ValueError(
+            "Expected a model compiled with an AdaptiveLossScaleOptimizer, or that optimizer. "
+            f"Received: {optimizer!r} for model '{model.name}'."
+        )
+    layers = scaled_layers(model)
+    snapshot = Snapshot.of([layer for _, layer in layers], optimizer)
+    start, entry = start_of(layers, snapshot.step), entry_of_snapshot(snapshot, 0, {})
+    return _run(start, [entry], [])
+
+
+def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> Run:
+    """Reads the record of a run that a `LossScaleMonitor` has written.
+
+    Args:
+        path: The file.
+        max_snapshots: Int. If there are more than this, so many of them, evenly
+            spread, with the first and the last. Counts of steps skipped and of
+            overflows add up all the same. Defaults to all.
+
+    Returns:
+        A `Run`. If lines are damaged it is that of the others, with a warning.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is none of these records, of another version, or has no
+            snapshot in it yet; if an argument is not as said.
+    """
+    check_path("path", path)
+    whole = isinstance(max_snapshots, int) and not isinstance(max_snapshots, bool)
+    if max_snapshots is not None and not (whole and max_snapshots > 0):
+        raise ValueError(
+            "Expected `max_snapshots` to be a whole number, at least 1. Received: "
+            f"max_snapshots={max_snapshots!r}."
+        )
+    with open(path, "rb") as file:
+        start, records = entries_in(file.read(), path)
+    snapshots = [record for record in records if "step" in record]
+    if max_snapshots is not None and len(snapshots) > max_snapshots:
+        places = np.linspace(0, len(snapshots) - 1, max_snapshots).round().astype(int)
+        snapshots = [snapshots[place] for place in places]
+    return _run(start, snapshots, [record for record in records if "loss_change" in record])
+
+
+def _run(start, snapshots, loss_changes):
+    def array(name):
+        return np.array([snapshot[name] for snapshot in snapshots], "float64")
+
+    def per_layer(name, *shape):
+        values = np.array([snapshot[name] for snapshot in snapshots], "float32")
+        return values.reshape(len(snapshots), len(start["layers"]), *shape)
+
+    names = {name: None for snapshot in snapshots for name in snapshot["logs"]}
+    return Run(
+        layers=start["layers"],
+        layer_classes=start["classes"],
+        float_formats=[FloatFormat(name) for name in start["float_formats"]],
+        steps=array("step").astype(int),
+        skipped_steps=array("skipped_steps").astype(int),
+        log2_loss_scale=array("log2_loss_scale").astype(int),
+        log2_scales=per_layer("log2_scales").astype(int),
+        log2_sampled_at=per_layer("log2_sampled_at").astype(int),
+        overflows=per_layer("overflows").astype(int),
+        underflow=per_layer("underflow"),
+        subnormal=per_layer("subnormal"),
+        spectra=per_layer("spectra", num_bins(COUNTING_FORMAT)),
+        logs={
+            name: np.array([snapshot["logs"].get(name) for snapshot in snapshots], "float64")
+            for name in names
+        },
+        loss_changes=loss_changes_of(loss_changes),
+        float8=float8_of(start, snapshots),
+    )

@@ -1,0 +1,90 @@
+"""`RunWriter`: appends to the record of a run, for all callbacks of one `fit` together."""
+
+import os
+import weakref
+
+from tf_adaptive_ls.observe.record.exclusive_file import ExclusiveFile
+from tf_adaptive_ls.observe.record.lines import (
+    begins_like_one,
+    entry_of_snapshot,
+    last_layers,
+    line_of,
+    start_of,
+)
+from tf_adaptive_ls.observe.record.loss_changes import entry_of_loss_change
+
+
+class RunWriter:
+    """Appends to the record of a run.
+
+    Callbacks of one `fit` share a writer, see `shared`.
+
+    Args:
+        path: The file; made if there is none, with its directory.
+        layers: Pairs of a name and a `LossScaled` layer.
+        step: How many steps had been taken or skipped before.
+
+    Raises:
+        OSError: If the file cannot be written, now or later: `BlockingIOError` if another
+            process writes it, `FileExistsError` if it is the record of another model.
+        ValueError: If it exists and is something else.
+    """
+
+    def __init__(self, path, layers, step):
+        self.path = path
+        self._file = ExclusiveFile(path)
+        content = self._file.read()
+        if not begins_like_one(content):
+            self._file.close()
+            raise ValueError(
+                "Expected the path of a new file, or of the record of a run to append to. "
+                f"Received: '{path}', which is something else."
+            )
+        names = [name for name, _ in layers]
+        self._begun_with, self._num_users = (names, step), 1
+        names_before = last_layers(content)
+        if names_before is not None and names_before != names:
+            self._file.close()
+            raise FileExistsError(
+                f"it is the record of another model, with {len(names_before)} layers "
+                f"({', '.join(names_before[:3])}, …) instead of {len(names)} "
+                f"({', '.join(names[:3])}, …)"
+            )
+        self._file.drop_unfinished()
+        self._file.add(line_of(start_of(layers, step)))
+
+    @classmethod
+    def shared(cls, path, layers, step):
+        """The writer that can be joined, or a new one."""
+        key = os.path.realpath(path)
+        writer = _writers.get(key)
+        if writer is None or not writer.join(layers, step):
+            _writers[key] = writer = cls(path, layers, step)
+        return writer
+
+    def join(self, layers, step):
+        """Whether it was begun with the same arguments and is not closed: then one more uses it."""
+        joined = bool(self._num_users) and self._begun_with == (
+            [name for name, _ in layers],
+            step,
+        )
+        self._num_users += joined
+        return joined
+
+    def add(self, snapshot, epoch, logs):
+        """Adds a `Snapshot`, with the epoch and what Keras has logged."""
+        self._file.add(line_of(entry_of_snapshot(snapshot, epoch, logs)))
+
+    def add_loss_change(self, step, since, epoch, allocation, as_trained):
+        """Adds the `Allocation` of a path from one step to another, and that as trained."""
+        entry = entry_of_loss_change(step, since, epoch, allocation, as_trained)
+        self._file.add(line_of(entry))
+
+    def close(self):
+        """Lets others write the file, once all who share it have said so."""
+        self._num_users -= 1
+        if not self._num_users:
+            self._file.close()
+
+
+_writers: weakref.WeakValueDictionary[str, RunWriter] = weakref.WeakValueDictionary()
