@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import tree
 
+from tf_adaptive_ls.observe.checks import check_whole
+
 
 def batches_of(data, batch_size=32):
     """Iterates over the batches of data.
@@ -19,12 +21,7 @@ def batches_of(data, batch_size=32):
     Raises:
         ValueError: If `data` is none of these, or `batch_size` not as said.
     """
-    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-    if not whole or batch_size < 1:
-        raise ValueError(
-            "Expected `batch_size` to be a whole number of examples, at least 1. "
-            f"Received: batch_size={batch_size!r}."
-        )
+    check_whole("batch_size", batch_size, " of examples")
     if isinstance(data, keras.utils.PyDataset):
         return (data[i] for i in range(len(data)))
     if _is_of_arrays(data):

@@ -11,9 +11,9 @@ import keras
 
 from tf_adaptive_ls.backend import devices, trainer
 from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
+from tf_adaptive_ls.observe.checks import check_path, check_whole
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
 from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch
-from tf_adaptive_ls.observe.record.lines import check_path
 from tf_adaptive_ls.observe.record.writers import RunWriter
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
@@ -88,9 +88,9 @@ class LossScaleMonitor(keras.callbacks.Callback):
         | None = None,
     ):
         super().__init__()
-        check_steps("every", every)
+        check_whole("every", every, " of steps")
         if stuck_after is not None:
-            check_steps("stuck_after", stuck_after)
+            check_whole("stuck_after", stuck_after, " of steps")
         for name, value in (("path", path), ("tensorboard", tensorboard)):
             if value is not None:
                 check_path(name, value)
@@ -281,12 +281,3 @@ class Writers:
                 "Training goes on.",
                 stacklevel=2,
             )
-
-
-def check_steps(name, value):
-    """Raises a `ValueError` if `value` is no number of steps."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"Expected `{name}` to be a whole number of steps, at least 1. "
-            f"Received: {name}={value!r}."
-        )

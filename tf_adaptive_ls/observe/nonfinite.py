@@ -18,6 +18,7 @@ from tf_adaptive_ls.backend import arrays, autodiff, routes
 from tf_adaptive_ls.backend.keras_internals import parts_of
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
+from tf_adaptive_ls.observe.checks import check_ready
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
 from tf_adaptive_ls.training.call_tensors import CallTensors, is_inexact
@@ -150,7 +151,7 @@ def explain_nonfinite(
     Raises:
         ValueError: If `model` is not as said, or `x` is no batch.
     """
-    _check_ready(model)
+    check_ready(model, "explain_nonfinite")
     batches = isinstance(x, Iterable) and not isinstance(x, Collection) and not hasattr(x, "shape")
     if batches or isinstance(x, keras.utils.PyDataset):
         raise ValueError(
@@ -321,18 +322,3 @@ def _summary(x):
 
 def _figures(summary):
     return float(summary[0]), int(summary[1]), int(summary[2])
-
-
-def _check_ready(model):
-    if not isinstance(model, keras.Model):
-        problem = "which is not a model."
-    elif not model.built:
-        problem = "which is not built yet. Call it on a batch of data first."
-    elif not model.compiled or model.optimizer is None:
-        problem = "which is not compiled. Call `model.compile` first."
-    else:
-        return
-    raise ValueError(
-        "`explain_nonfinite` expected a built and compiled model. Received: "
-        f"{model!r} (of type {type(model).__name__}), {problem}"
-    )

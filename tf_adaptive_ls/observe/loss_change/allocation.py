@@ -23,6 +23,7 @@ from keras import ops, tree
 
 from tf_adaptive_ls.backend import autodiff, functions, keras_internals
 from tf_adaptive_ls.observe.batches import batches_of
+from tf_adaptive_ls.observe.checks import check_ready
 from tf_adaptive_ls.observe.loss_change.quadrature import RULES
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.observe.text_table import text_table
@@ -399,19 +400,3 @@ def check_settings(tolerance, max_intervals):
             "Expected `max_intervals` to be a power of two, at least 2. Received: "
             f"max_intervals={max_intervals!r}. The default is 32."
         )
-
-
-def check_ready(model):
-    """Raises a `ValueError` for what has no loss yet."""
-    if not isinstance(model, keras.Model):
-        problem = "which is not a model."
-    elif not model.built:
-        problem = "which is not built yet. Call it on a batch of data first."
-    elif not model.compiled or model.optimizer is None:
-        problem = "which is not compiled. Call `model.compile` first."
-    else:
-        return
-    raise ValueError(
-        "Expected a built and compiled model. Received: "
-        f"{model!r} (of type {type(model).__name__}), {problem}"
-    )

@@ -9,15 +9,14 @@ import keras
 
 from tf_adaptive_ls.backend import devices, trainer
 from tf_adaptive_ls.observe.batches import batches_of
+from tf_adaptive_ls.observe.checks import check_path, check_ready, check_whole
 from tf_adaptive_ls.observe.loss_change.allocation import (
     LossPath,
     NonfiniteLossError,
-    check_ready,
     check_settings,
 )
-from tf_adaptive_ls.observe.monitor import Logs, Writers, check_steps
+from tf_adaptive_ls.observe.monitor import Logs, Writers
 from tf_adaptive_ls.observe.named_layers import scaled_layers
-from tf_adaptive_ls.observe.record.lines import check_path
 from tf_adaptive_ls.observe.record.writers import RunWriter
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
@@ -78,7 +77,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
                 "Expected `data` to be batches `(x, y)` that can be iterated over again and again, "
                 f"such as a list. Received: data={data!r} (of type {type(data).__name__})."
             )
-        check_steps("every", every)
+        check_whole("every", every, " of steps")
         for name, place in (("path", path), ("tensorboard", tensorboard)):
             if place is not None:
                 check_path(name, place)

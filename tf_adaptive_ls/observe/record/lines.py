@@ -13,7 +13,6 @@ left out.
 import datetime
 import json
 import math
-import os
 import re
 import warnings
 import zlib
@@ -83,12 +82,6 @@ def entries_in(content, path):
     if num_damaged:
         warnings.warn(f"Of the record '{path}' {damage} and left out.", stacklevel=3)
     return start, [json.loads(text) for _, text in entries]
-
-
-def check_path(name, path):
-    """Raises a `ValueError` if `path` is none."""
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise ValueError(f"Expected `{name}` to be the path of a file. Received: {name}={path!r}.")
 
 
 def last_layers(content):

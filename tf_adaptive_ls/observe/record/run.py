@@ -8,9 +8,10 @@ import numpy as np
 
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
+from tf_adaptive_ls.observe.checks import check_path, check_whole
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.record.float8 import Float8Record, float8_of, last_of_layer
-from tf_adaptive_ls.observe.record.lines import check_path, entries_in, entry_of_snapshot, start_of
+from tf_adaptive_ls.observe.record.lines import entries_in, entry_of_snapshot, start_of
 from tf_adaptive_ls.observe.record.loss_changes import LossChanges, loss_changes_of
 from tf_adaptive_ls.observe.record.snapshot import Snapshot
 from tf_adaptive_ls.observe.scale_table import ScaleTable, float8_row, scaled_row
@@ -128,12 +129,8 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
             snapshot in it yet; if an argument is not as said.
     """
     check_path("path", path)
-    whole = isinstance(max_snapshots, int) and not isinstance(max_snapshots, bool)
-    if max_snapshots is not None and not (whole and max_snapshots > 0):
-        raise ValueError(
-            "Expected `max_snapshots` to be a whole number, at least 1. Received: "
-            f"max_snapshots={max_snapshots!r}."
-        )
+    if max_snapshots is not None:
+        check_whole("max_snapshots", max_snapshots)
     with open(path, "rb") as file:
         start, records = entries_in(file.read(), path)
     snapshots = [record for record in records if "step" in record]

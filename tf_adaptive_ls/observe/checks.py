@@ -1,0 +1,47 @@
+"""Checks of arguments: what is no model that trains, no whole number, no path is refused."""
+
+import os
+
+import keras
+
+
+def check_ready(model, expected_by=None):
+    """Raises a `ValueError` for what has no loss yet.
+
+    Args:
+        model: What was given as a model.
+        expected_by: Name of the function it was given to, to begin the message with.
+    """
+    if not isinstance(model, keras.Model):
+        problem = "which is not a model."
+    elif not model.built:
+        problem = "which is not built yet. Call it on a batch of data first."
+    elif not model.compiled or model.optimizer is None:
+        problem = "which is not compiled. Call `model.compile` first."
+    else:
+        return
+    raise ValueError(
+        ("Expected" if expected_by is None else f"`{expected_by}` expected")
+        + f" a built and compiled model. Received: {model!r} (of type {type(model).__name__}), "
+        + problem
+    )
+
+
+def check_whole(name, value, of=""):
+    """Raises a `ValueError` if an argument is no int from 1.
+
+    Args:
+        name: Its name.
+        value: What was given.
+        of: What it is a number of, such as " of steps".
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"Expected `{name}` to be a whole number{of}, at least 1. Received: {name}={value!r}."
+        )
+
+
+def check_path(name, path):
+    """Raises a `ValueError` if `path` is none."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"Expected `{name}` to be the path of a file. Received: {name}={path!r}.")
