@@ -62,6 +62,32 @@ def test_every_module_is_on_the_map():
     assert [name for name in missing if not name.endswith("__init__")] == []
 
 
+def functions_of(path):
+    return (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef))
+
+
+def test_functions_are_short():
+    for path in MODULES:
+        lines = path.read_text().splitlines()
+        for function in functions_of(path):
+            body = function.body[bool(ast.get_docstring(function)) :] or function.body
+            code = [line.strip() for line in lines[body[0].lineno - 1 : function.end_lineno]]
+            length = sum(bool(line) and not line.startswith("#") for line in code)
+            assert length <= 50, f"{name_of(path)}.{function.name}: {length} lines of code"
+
+
+def test_functions_inside_take_few_arguments():
+    public = {"loss_change", "LossChangeMonitor"}  # their options, by keyword
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        theirs = [f for n in tree.body if getattr(n, "name", "") in public for f in ast.walk(n)]
+        for function in functions_of(path):
+            arguments = [a.arg for a in [*function.args.args, *function.args.kwonlyargs]]
+            number = len([name for name in arguments if name not in ("self", "cls")])
+            known = any(function.lineno == getattr(f, "lineno", 0) for f in theirs)
+            assert number <= 7 or known, f"{name_of(path)}.{function.name}: {number} arguments"
+
+
 # Of named tuples, and the one that tells a layer's wrapper.
 NOT_PRIVATE = {"_asdict", "_fields", "_replace", "_loss_scaled"}
 

@@ -177,7 +177,11 @@ def _traced(layer, original, args, kwargs, stands_for, batch_size, opaque):
     refusals = [routes.Route(part, "_maybe_build", _refuse_to_build) for part in unbuilt]
     try:
         graph, often, tensors = _recorded(
-            layer, original, args, kwargs, stands_for, batch_size, opaque, state
+            _Trace(opaque),
+            state,
+            original,
+            tree.map_structure(lambda leaf: _symbolic(leaf, batch_size), (args, kwargs)),
+            stands_for,
         )
         # What is still there when nobody here knows it is somewhere else: in an attribute, a list
         # of the author's, a closure.
@@ -197,13 +201,12 @@ def _refuse_to_build(original, args, kwargs):
     return original(*args, **kwargs)
 
 
-def _recorded(layer, original, args, kwargs, stands_for, batch_size, opaque, state):
+def _recorded(running, state, original, arguments, stands_for):
     """The `CallGraph`, layers called often, and weak references to all tensors, with their keys."""
-    running = _Trace(opaque)
     token = _tracing.set(running)
     try:
-        args, kwargs = tree.map_structure(lambda leaf: _symbolic(leaf, batch_size), (args, kwargs))
-        inputs = _symbolic_leaves((args, kwargs))
+        args, kwargs = arguments
+        inputs = _symbolic_leaves(arguments)
         with keras.StatelessScope(), noting(running.called):
             outputs = _symbolic_leaves(original(*args, **kwargs))
         if not outputs:

@@ -34,6 +34,21 @@ CEILING_RISE = 1 / 2000
 _UNLIMITED = np.finfo("float32").max
 
 
+class Blame(NamedTuple):
+    """Whose scales are to blame for gradients that are not finite, booleans.
+
+    Attributes:
+        layers: Which layers are, `[layers]`.
+        loss: Whether S is, a scalar.
+        unexplained: Whether S is to blame for what no layer has seen: none made it, and at none
+            it arrived. A scalar.
+    """
+
+    layers: Tensor
+    loss: Tensor
+    unexplained: Tensor
+
+
 class Moves(NamedTuple):
     """By how many binades scales are to move, and what the rule then remembers.
 
@@ -67,19 +82,13 @@ def update(layers, loss, evidence, facts, *, rule, restart, sample_every):
     """
     finite = evidence.finite
     backoff = np.float32([rule.backoff(each) for each in facts.narrowest_formats])
-    sampled = is_sampled(loss)
-    layers_at_fault, loss_at_fault, unexplained = at_fault(evidence, layers, loss, facts.flow)
+    blame = at_fault(evidence, layers, loss, facts.flow)
     seen_by_rule = with_rounded(evidence, facts)
     ruled = moves(seen_by_rule, layers, loss, rule, facts.float_formats, restart)
 
-    move = ops.where(layers_at_fault, -backoff, ops.where(finite, ruled.layers, 0.0))
-    move_of_loss = ops.where(loss_at_fault, -max(backoff), ops.where(finite, ruled.loss, 0.0))
-    # Half-way between what overflowed and what S is lowered to; once for steps skipped in a row,
-    # which may be for the data.
-    fallen = ops.minimum(loss.log2_scale - np.ceil(max(backoff) / 2), loss.ceiling)
-    risen = loss.ceiling + ops.where(finite, np.float32(CEILING_RISE), 0.0)
-    falls = ops.logical_and(unexplained, ops.equal(loss.blamed[-1], 0))
-    ceiling = _bounded(ops.where(falls, fallen, risen))
+    move = ops.where(blame.layers, -backoff, ops.where(finite, ruled.layers, 0.0))
+    move_of_loss = ops.where(blame.loss, -max(backoff), ops.where(finite, ruled.loss, 0.0))
+    ceiling = _ceiling(loss, finite, blame, max(backoff))
     log2_scale = _bounded(loss.log2_scale + move_of_loss)
     log2_scale = ops.minimum(log2_scale, ops.floor(ceiling))
     # A change of S by the rule moves no layer.
@@ -90,16 +99,56 @@ def update(layers, loss, evidence, facts, *, rule, restart, sample_every):
     # Of steps skipped in a row the first is remembered. What then overflows at ever smaller
     # scales is no matter of scales, or will be seen again.
     news = ops.logical_or(finite, ops.equal(loss.skipped_in_a_row, 0))
+    new_layers = _with_what_was_seen(layers, loss, evidence, blame, ruled.memory, news)
+    new_loss = LossState(
+        log2_scale,
+        ops.where(
+            ops.logical_and(news, ops.logical_or(finite, blame.loss)),
+            ruled.memory_of_loss,
+            loss.memory,
+        ),
+        next_sample(loss, finite, move, log2_scale - loss.log2_scale, backoff, sample_every),
+        ceiling,
+        ops.where(
+            finite, 0.0, loss.blamed + ops.cast(ops.append(blame.layers, blame.loss), "float32")
+        ),
+        ops.where(finite, 0, loss.skipped_in_a_row + 1),
+    )
+    return new_layers._replace(log2_scales=log2_scales), new_loss
+
+
+def _ceiling(loss, finite, blame, backoff):
+    """log2 of what S is not to go beyond after a step."""
+    # Half-way between what overflowed and what S is lowered to; once for steps skipped in a row,
+    # which may be for the data.
+    fallen = ops.minimum(loss.log2_scale - np.ceil(backoff / 2), loss.ceiling)
+    risen = loss.ceiling + ops.where(finite, np.float32(CEILING_RISE), 0.0)
+    falls = ops.logical_and(blame.unexplained, ops.equal(loss.blamed[-1], 0))
+    return _bounded(ops.where(falls, fallen, risen))
+
+
+def _with_what_was_seen(layers, loss, evidence, blame, memory, news):
+    """`LayerStates` with their scales as they were.
+
+    Args:
+        layers: `LayerStates` in the step.
+        loss: `LossState` in the step.
+        evidence: The step's `Evidence`.
+        blame: The step's `Blame`.
+        memory: What the rule would remember, `[layers, n]`.
+        news: Whether that is to be remembered at all, a boolean scalar.
+    """
+    finite = evidence.finite
     seen = ops.sum(evidence.produced.peaks, axis=-1) > 0
     rounded = evidence.rounded
     if rounded is not None:
         seen = ops.logical_or(seen, ops.sum(rounded.peaks, axis=-1) > 0)
-    kept = ops.logical_and(ops.logical_and(seen, news), ops.logical_or(finite, layers_at_fault))
-    fresh = ops.logical_and(ops.logical_and(seen, finite), sampled)
+    kept = ops.logical_and(ops.logical_and(seen, news), ops.logical_or(finite, blame.layers))
+    fresh = ops.logical_and(ops.logical_and(seen, finite), is_sampled(loss))
     new_layers = LayerStates(
-        log2_scales,
-        ops.where(kept[:, None], ruled.memory, layers.memory),
-        layers.overflows + ops.cast(layers_at_fault, "float32"),
+        layers.log2_scales,
+        ops.where(kept[:, None], memory, layers.memory),
+        layers.overflows + ops.cast(blame.layers, "float32"),
         ops.where(
             fresh[:, None, None],
             ops.stack([evidence.produced.sample, evidence.produced.peaks], axis=1),
@@ -112,23 +161,7 @@ def update(layers, loss, evidence, facts, *, rule, restart, sample_every):
             saturations=layers.saturations + rounded.beyond,
             rounded_spectra=ops.where(fresh[:, None], rounded.sample, layers.rounded_spectra),
         )
-    new_loss = LossState(
-        log2_scale,
-        ops.where(
-            ops.logical_and(news, ops.logical_or(finite, loss_at_fault)),
-            ruled.memory_of_loss,
-            loss.memory,
-        ),
-        next_sample(loss, finite, move, log2_scale - loss.log2_scale, backoff, sample_every),
-        ceiling,
-        ops.where(
-            finite,
-            0.0,
-            loss.blamed + ops.cast(ops.append(layers_at_fault, loss_at_fault), "float32"),
-        ),
-        ops.where(finite, 0, loss.skipped_in_a_row + 1),
-    )
-    return new_layers, new_loss
+    return new_layers
 
 
 def is_sampled(loss):
@@ -137,15 +170,11 @@ def is_sampled(loss):
 
 
 def at_fault(evidence, layers, loss, flow):
-    """Whose scales are to blame for gradients that are not finite.
+    """Whose scales are to blame for gradients that are not finite, a `Blame`.
 
-    A layer is that made such gradients, unless those that arrived at a layer called later
-    were not finite already, or it was blamed in vain `PATIENCE` times in a row. Before anything
-    was sampled all scales are one, S; that is to blame whenever no layer is.
-
-    Returns:
-        Booleans: `[layers]`, a scalar for S, and a scalar whether S is to blame for what no layer
-        has seen: neither made it, nor had it arrive.
+    A layer is at fault if it made such gradients, unless gradients that arrived at a layer called
+    later were not finite already, or it was blamed in vain `PATIENCE` times in a row. Before
+    anything was sampled all scales are one, S. S is to blame whenever no layer is.
     """
     order = np.argsort(np.argsort(flow.call_order)).astype("float32")
     arrived_broken = evidence.arrived.beyond
@@ -161,11 +190,8 @@ def at_fault(evidence, layers, loss, flow):
     skipped = ops.logical_not(evidence.finite)
     loss_at_fault = ops.logical_and(skipped, ops.logical_not(ops.any(layers_at_fault)))
     explained = ops.logical_or(ops.any(made_it), ops.any(evidence.arrived.beyond > 0))
-    return (
-        layers_at_fault,
-        loss_at_fault,
-        ops.logical_and(loss_at_fault, ops.logical_not(explained)),
-    )
+    unexplained = ops.logical_and(loss_at_fault, ops.logical_not(explained))
+    return Blame(layers_at_fault, loss_at_fault, unexplained)
 
 
 def with_rounded(evidence, facts):
