@@ -14,7 +14,7 @@ from tf_adaptive_ls.numerics import scale_update, spectrum
 from tf_adaptive_ls.numerics.report import SIZE, Report
 from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
 from tf_adaptive_ls.numerics.tiny_unit import TOP
-from tf_adaptive_ls.training.products import in_float8, products_in
+from tf_adaptive_ls.training.float8.products import in_float8, products_in
 
 NO_SCALING, BEST_FIXED, OURS = "no scaling", "best fixed scale", "ours"
 CURRENT, HISTORY = "per tensor, current", "per tensor, history"

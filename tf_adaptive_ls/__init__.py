@@ -31,7 +31,7 @@ from tf_adaptive_ls.observe.record.float8 import Float8Record
 from tf_adaptive_ls.observe.record.loss_changes import LossChanges
 from tf_adaptive_ls.observe.record.run import Run, load_run, snapshot_run
 from tf_adaptive_ls.observe.scale_table import ScaleRow, ScaleTable, scale_table
-from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.neutral_scales import neutral_scales
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer

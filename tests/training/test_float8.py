@@ -17,7 +17,7 @@ from keras import layers, ops
 
 import tf_adaptive_ls as als
 from tf_adaptive_ls.backend import devices
-from tf_adaptive_ls.training.products import casts, product_of, products_in
+from tf_adaptive_ls.training.float8.products import casts, product_of, products_in
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 ROUNDINGS = {

@@ -16,7 +16,7 @@ from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.models.planned_call import planned_call_of
 from tf_adaptive_ls.models.walk import Choice, Walk
 from tf_adaptive_ls.training.companion import companion_of, detach
-from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_scaling import is_of_scaling
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.saved_config import (

@@ -9,7 +9,7 @@ from tf_adaptive_ls.backend import keras_internals
 from tf_adaptive_ls.backend.keras_internals import is_all_config, may_be_trained, own_weights
 from tf_adaptive_ls.models.planned_call import PlannedCall, planned_call_of
 from tf_adaptive_ls.training.companion import attach, companion_of, detach
-from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.loss_scaled import wrapper_of
 

@@ -8,12 +8,12 @@ from tf_adaptive_ls.backend.keras_internals import graph_of, nodes_of, parts_of
 from tf_adaptive_ls.models.carry_over import compile_like
 from tf_adaptive_ls.models.planned_model import scale, unscale
 from tf_adaptive_ls.models.walk import Choice, is_walked, layers_inside
-from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.float8.products import products_in
+from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter, with_path
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
-from tf_adaptive_ls.training.products import products_in
 
 Model = TypeVar("Model", bound=keras.Model)
 

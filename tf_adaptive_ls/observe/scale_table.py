@@ -12,8 +12,8 @@ from tf_adaptive_ls.observe.named_layers import named_layers, scaled_inside
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.companion import scaling_of
+from tf_adaptive_ls.training.float8.products import products_in
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
-from tf_adaptive_ls.training.products import products_in
 
 
 @dataclasses.dataclass(frozen=True)

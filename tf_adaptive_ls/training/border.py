@@ -10,7 +10,7 @@ from tf_adaptive_ls.numerics.report import (
     report_of_produced,
     report_of_rounded,
 )
-from tf_adaptive_ls.numerics.rounding import NOISE_BITS, rounded
+from tf_adaptive_ls.numerics.rounding import NOISE_BITS
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import Arguments, CallTensors, is_narrow
 from tf_adaptive_ls.training.scale_plan import AT_S, ScaleGroup
@@ -131,17 +131,17 @@ class Border:
             number: How many it has.
             cast: As that of `rounded`.
         """
-        float_format, seed = self._scaled.operand_format, self._seed
+        operand, seed = self._scaled.float8.backward_operand, self._seed
 
         def round_gradient(gradient):
             noise = None
             if seed is not None:
                 own_seed = seed + np.array([place, 0], "uint32")
                 noise = arrays.random_bits(own_seed, ops.shape(gradient), NOISE_BITS)
-            return rounded(gradient, float_format, noise=noise, cast=cast)
+            return operand.rounded(gradient, noise, cast)
 
         def report(gradient):
-            return report_of_rounded(gradient, float_format, place, number)
+            return report_of_rounded(gradient, operand.float_format, place, number)
 
         return rounding_tap(tensor, self._operand_receiver, round_gradient, report)
 

@@ -25,11 +25,11 @@ from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.border import Border
 from tf_adaptive_ls.training.call_tensors import CallTensors
-from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.float8.products import in_float8, products_in
+from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.held_call import call_held, check_gradients, runs_again
 from tf_adaptive_ls.training.held_variables import ReadElsewhere, scaled_weights_of
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
-from tf_adaptive_ls.training.products import in_float8, products_in
 from tf_adaptive_ls.training.readings import LayerSnapshot
 
 _clock = itertools.count()

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from tf_adaptive_ls.backend import keras_internals
-from tf_adaptive_ls.training.float8 import Float8
+from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, check_float8
 from tf_adaptive_ls.training.noted_calls import note_call
 from tf_adaptive_ls.training.saved_config import opened, stamped

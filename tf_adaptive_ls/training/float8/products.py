@@ -7,14 +7,10 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import keras
 from keras import layers, ops
 
 from tf_adaptive_ls.backend import devices, keras_internals, routes
-from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
-from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
-from tf_adaptive_ls.training.float8 import E4M3
+from tf_adaptive_ls.training.float8.settings import E4M3
 
 
 class Product(NamedTuple):
@@ -148,7 +144,7 @@ def in_float8(parts, float8, tap):
         cast = casts(part, float8)
         own_tap = functools.partial(tap, place=place, number=len(parts), cast=cast)
         calls[id(part)] = functools.partial(
-            _call_in_float8, part, float8.forward_format, own_tap, cast
+            _call_in_float8, part, float8.forward_operand, own_tap, cast
         )
         if routes.route_of(part, "call") is None:
             # It is left there, since taking it away would take it from a call that runs meanwhile.
@@ -171,11 +167,11 @@ def casts(layer, float8):
     return product_of(layer).is_matrix and mixed and devices.has_products_of_8_bits()
 
 
-def _call_in_float8(layer, float_format, tap, cast, inputs, training=None):
-    """What `layer.call(inputs)` computes, from operands of 8 bits."""
+def _call_in_float8(layer, forward, tap, cast, inputs, training=None):
+    """What `layer.call(inputs)` computes, from operands that are rounded as an `Operand` is."""
     product = product_of(layer)
-    operand = quantized(product.operand(layer, inputs), float_format, cast)
-    kernel = quantized(getattr(layer, product.kernel), float_format, cast)
+    operand = forward.straight_through(product.operand(layer, inputs), cast)
+    kernel = forward.straight_through(getattr(layer, product.kernel), cast)
     with devices.sums_of_all_bits() if cast else contextlib.nullcontext():
         outputs = product.multiply(layer, operand, kernel)
     # Before the bias, whose gradient is not an operand.
@@ -189,12 +185,3 @@ def _shaped(layer, bias):
     if getattr(layer, "data_format", "channels_last") == "channels_last":
         return bias
     return ops.reshape(bias, (1, -1) + (1,) * layer.rank)
-
-
-def quantized(x, float_format, cast=False):
-    """`x` rounded to float8, relative to its largest magnitude; its gradient is that of `x`."""
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    x = ops.convert_to_tensor(x, dtype=dtype)
-    (peak,) = ops.unstack(spectrum.peaks([x]), 1)
-    factor = fitting_factor(peak, float_format, dtype)
-    return redirect_gradient(rounded(x, float_format, factor=factor, cast=cast), x)

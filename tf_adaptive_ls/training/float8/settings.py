@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.training.float8.operand import Operand
 from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter
 
 E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
@@ -88,6 +89,16 @@ class Float8:
     def backward_format(self) -> FloatFormat:
         """The `FloatFormat` of gradients."""
         return FloatFormat(self.backward)
+
+    @property
+    def forward_operand(self) -> Operand:
+        """The `Operand` that inputs and kernels are."""
+        return Operand(self.forward_format, fits_itself=True)
+
+    @property
+    def backward_operand(self) -> Operand:
+        """The `Operand` that gradients are: at the scale of their layer."""
+        return Operand(self.backward_format, False, self.rounding == "stochastic")
 
     def get_config(self) -> dict[str, Any]:
         return {"forward": self.forward, "backward": self.backward, "rounding": self.rounding}
