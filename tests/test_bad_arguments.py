@@ -117,13 +117,15 @@ CALLS = {
     plots.plot_loss_change_layers: lambda: {"run": run_with_changes(), "dark": True},
 }
 
-# Made by the library, or abstract.
+# Made by the library, abstract, or, in lower case, of tensors inside a compiled step.
 OTHERS = {
+    als.NOTHING_SEEN,
     als.Allocation,
     als.Calibration,
     als.Explanation,
     als.FixedRule,
     als.LayerRange,
+    als.LayerSnapshot,
     als.LossChanges,
     als.Float8Record,
     als.NarrowReduction,
@@ -135,6 +137,9 @@ OTHERS = {
     als.StuckTrainingError,
     als.TensorReading,
     als.neutral_scales,
+    als.nonzero_total,
+    als.quantile_exponent,
+    als.top_exponent,
 }
 
 ANYTHING = st.one_of(
