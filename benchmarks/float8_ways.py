@@ -176,10 +176,11 @@ class PerTensor(layers.Wrapper):
         )
 
     def call(self, *args, **kwargs):
-        with in_float8(self._products, self._float8, self._tap):
+        with in_float8(self._products, self._float8, self):
             return self.layer(*args, **kwargs)
 
-    def _tap(self, tensor, place, number, cast):
+    def tap(self, tensor, place, cast):
+        """As that of `GradientRounding`."""
         float_format = self._float8.backward_format
 
         def identity(_, tensor, seen):

@@ -35,7 +35,8 @@ def rounded(x, float_format, *, noise=None, factor=None, cast=False):
         noise: Int32 tensor of the shape of `x`, random whole numbers in [0, 2**16). With it
             `x` is rounded up in magnitude with a probability of how far it is on the
             way, so that the mean is `x`.
-        factor: Float32 scalar, a power of two: `x * factor` is rounded, and divided by it.
+        factor: Float32 tensor of powers of two, of a shape that fits that of `x`: `x * factor`
+            is rounded, and divided by it.
         cast: Whether to cast the result to the format on the way, which changes no number:
             XLA takes a product of two such tensors for one of 8 bits, if the device has that.
             Where the format has no infinity, it becomes NaN.
@@ -88,13 +89,13 @@ def fitting_factor(peak, float_format, dtype="float32"):
     """The largest power of two times which a magnitude is not beyond a float8 format.
 
     Args:
-        peak: Float32 scalar, a magnitude.
+        peak: Float32 tensor of magnitudes.
         float_format: A `FloatFormat` of 8 bits.
         dtype: Name of a dtype that is to hold the factor's inverse. All numbers of float16
             are normal ones in a float8 format times the largest factor that is left.
 
     Returns:
-        Float32 scalar; 1 if `peak` is zero, or not finite.
+        Float32 tensor of the shape of `peak`; 1 where that is zero, or not finite.
     """
     bits = arrays.bitcast(peak, "int32")
     exponent = ops.right_shift(bits, _FLOAT32.nmant) - _BIAS

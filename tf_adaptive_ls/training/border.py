@@ -1,16 +1,7 @@
 """The border of a `LossScaled` layer: everything that crosses it is shifted and reported."""
 
-import numpy as np
-from keras import ops
-
-from tf_adaptive_ls.backend import arrays
-from tf_adaptive_ls.numerics.gradient_tap import gradient_tap, rounding_tap
-from tf_adaptive_ls.numerics.report import (
-    report_of_arrived,
-    report_of_produced,
-    report_of_rounded,
-)
-from tf_adaptive_ls.numerics.rounding import NOISE_BITS
+from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
+from tf_adaptive_ls.numerics.report import report_of_arrived, report_of_produced
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import Arguments, CallTensors, is_narrow
 from tf_adaptive_ls.training.scale_plan import AT_S, ScaleGroup
@@ -37,15 +28,9 @@ class Border:
     def __init__(self, scaled, at_own_scale=True, reports=True):
         self._scaled = scaled
         self._route = scale_plan.route_of(scaled)
-        self._receivers = self.receivers_inside = ()
+        self._receivers = ()
         if reports:
             self._receivers = scaled.loss_scale.value, scaled.loss_scale_report.value
-        if scaled.float8 is not None:
-            # Here, since the layer runs where its own variables alone are known.
-            operands = scaled.float8_report.value
-            self._operand_receiver = operands if reports else ops.zeros_like(operands)
-            self.receivers_inside = (self._operand_receiver,)
-            self._seed = _next_seed(scaled.float8_seed)
         self.passes_from = self._route.passes_from if self._route and at_own_scale else ()
         # At whose scale the layer works.
         self._own = AT_S
@@ -122,29 +107,6 @@ class Border:
         (tapped,) = gradient_tap([loss], [self._down], self._receivers, report)
         return tapped
 
-    def tap_operand(self, tensor, place, number, cast):
-        """Inside, where the gradient of a product's output is rounded to float8.
-
-        Args:
-            tensor: The output.
-            place: Which of the products of the layer it is of.
-            number: How many it has.
-            cast: As that of `rounded`.
-        """
-        operand, seed = self._scaled.float8.backward_operand, self._seed
-
-        def round_gradient(gradient):
-            noise = None
-            if seed is not None:
-                own_seed = seed + np.array([place, 0], "uint32")
-                noise = arrays.random_bits(own_seed, ops.shape(gradient), NOISE_BITS)
-            return operand.rounded(gradient, noise, cast)
-
-        def report(gradient):
-            return report_of_rounded(gradient, operand.float_format, place, number)
-
-        return rounding_tap(tensor, self._operand_receiver, round_gradient, report)
-
     def _divisor_out(self, group):
         """2**r over the factor that the gradients of a group travel at, `None` for one."""
         return self._quotient(self._up, group, 1)
@@ -160,12 +122,3 @@ class Border:
             return own
         other = scale_plan.factors(group)[which]
         return other if own is None else own * other
-
-
-def _next_seed(variable):
-    """The seed in a variable `[2]`, which is another from then on; `None` for `None`."""
-    if variable is None:
-        return None
-    seed = ops.copy(variable.value)
-    variable.assign(seed + np.array([0, 1], "uint32"))
-    return seed

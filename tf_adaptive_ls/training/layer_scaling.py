@@ -25,6 +25,7 @@ from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.border import Border
 from tf_adaptive_ls.training.call_tensors import CallTensors
+from tf_adaptive_ls.training.float8.gradients import GradientRounding, next_seed
 from tf_adaptive_ls.training.float8.products import in_float8, products_in
 from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.held_call import call_held, check_gradients, runs_again
@@ -82,12 +83,12 @@ class LayerScaling(keras.layers.Layer):
         )
         self.float8 = None if float8 is None else dataclasses.replace(float8, layer_filter=None)
         self.float8_report = self.float8_seed = None
-        if float8 is not None:
+        if self.operand_format is not None:
             self.float8_report = self._add_weight_of_scaling(
                 "float8_report", (report.SIZE_OF_ROUNDED,), "zeros"
             )
-            if float8.rounding == "stochastic":
-                self.float8_seed = self._add_seed()
+        if float8 is not None and float8.rounding == "stochastic":
+            self.float8_seed = self._add_seed()
         # How it reads weights if that keeps it from working at a scale of its own.
         self._read_elsewhere: str | None = None
         self._gradients_checked = False
@@ -162,8 +163,8 @@ class LayerScaling(keras.layers.Layer):
 
     @property
     def operand_format(self) -> FloatFormat | None:
-        """The `FloatFormat` of 8 bits that gradients are rounded to inside it, or `None`."""
-        return None if self.float8 is None else self.float8.backward_format
+        """The `FloatFormat` of 8 bits that gradients are rounded to at its scale, or `None`."""
+        return None if self.float8 is None else self.float8.scaled_format
 
     @property
     def spectrum(self) -> Spectrum:
@@ -210,19 +211,27 @@ class LayerScaling(keras.layers.Layer):
                 )
         border = Border(self, at_own_scale=False, reports=False)
         args, kwargs, _ = border.tap_inputs(args, kwargs, [])
-        with scale_plan.running(None), self._computing(border)():
+        with scale_plan.running(None), self._computing(self._float8_rounding(reports=False))():
             outputs = run(*args, **kwargs)
         return border.tap_outputs(outputs)
 
     def _call_at_own_scale(self, run, args, kwargs):
-        border = Border(self, reports=self._is_to_report(args, kwargs))
+        reports = self._is_to_report(args, kwargs)
+        border = Border(self, reports=reports)
+        rounding = self._float8_rounding(reports)
         if not runs_again():
             self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
         weights = scaled_weights_of(self.layer)
         args, kwargs, weights = border.tap_inputs(args, kwargs, weights)
         self._check_gradients(run, weights, args, kwargs)
         outputs, losses = call_held(
-            self.layer, run, weights, args, kwargs, self._computing(border), border.receivers_inside
+            self.layer,
+            run,
+            weights,
+            args,
+            kwargs,
+            within=self._computing(rounding),
+            receivers=() if rounding is None else rounding.receivers,
         )
         for loss in losses:
             self.add_loss(border.tap_loss(loss))
@@ -251,14 +260,25 @@ class LayerScaling(keras.layers.Layer):
             self._gradients_checked = True
             check_gradients(self.layer, run, weights, args, kwargs)
 
-    def _computing(self, border):
-        """Function that makes the context in which the layer runs."""
+    def _float8_rounding(self, reports):
+        """`GradientRounding` of a call, `None` without float8."""
         if self.float8 is None:
-            return contextlib.nullcontext
+            return None
         # Only now it is built, and it may have been quantised since.
         check_float8(self.float8, self.layer)
-        parts = own_products(self.layer)
-        return functools.partial(in_float8, parts, self.float8, border.tap_operand)
+        receiver = None
+        if self.float8_report is not None:
+            receiver = self.float8_report.value
+            receiver = receiver if reports else keras.ops.zeros_like(receiver)
+        seed = next_seed(self.float8_seed)
+        operand, number = self.float8.backward_operand, len(own_products(self.layer))
+        return GradientRounding(operand, number, receiver, seed)
+
+    def _computing(self, rounding):
+        """Function that makes the context in which the layer runs."""
+        if rounding is None:
+            return contextlib.nullcontext
+        return functools.partial(in_float8, own_products(self.layer), self.float8, rounding)
 
     # From here on the wrapper is its layer, as far as Keras can see.
 

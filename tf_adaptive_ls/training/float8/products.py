@@ -130,22 +130,17 @@ def way_of_computing(layer, call):
 
 
 @contextlib.contextmanager
-def in_float8(parts, float8, tap):
+def in_float8(parts, float8, rounding):
     """Makes layers that are products compute in float8.
 
     Args:
         parts: List of layers.
         float8: The `Float8`.
-        tap: Function `(tensor, place, number, cast) -> tensor`: identity whose gradient is
-            rounded, for the product at that place among so many, see `rounded` for `cast`.
+        rounding: `GradientRounding` of the products, in the order of `parts`.
     """
     calls = dict(_computing.get())
     for place, part in enumerate(parts):
-        cast = casts(part, float8)
-        own_tap = functools.partial(tap, place=place, number=len(parts), cast=cast)
-        calls[id(part)] = functools.partial(
-            _call_in_float8, part, float8.forward_operand, own_tap, cast
-        )
+        calls[id(part)] = functools.partial(_call_in_float8, part, float8, rounding, place)
         if routes.route_of(part, "call") is None:
             # It is left there, since taking it away would take it from a call that runs meanwhile.
             routes.Route(part, "call", functools.partial(_run, part))
@@ -167,15 +162,15 @@ def casts(layer, float8):
     return product_of(layer).is_matrix and mixed and devices.has_products_of_8_bits()
 
 
-def _call_in_float8(layer, forward, tap, cast, inputs, training=None):
-    """What `layer.call(inputs)` computes, from operands that are rounded as an `Operand` is."""
-    product = product_of(layer)
+def _call_in_float8(layer, float8, rounding, place, inputs, training=None):
+    """What `layer.call(inputs)` computes, from operands that are rounded."""
+    product, forward, cast = product_of(layer), float8.forward_operand, casts(layer, float8)
     operand = forward.straight_through(product.operand(layer, inputs), cast)
     kernel = forward.straight_through(getattr(layer, product.kernel), cast)
     with devices.sums_of_all_bits() if cast else contextlib.nullcontext():
         outputs = product.multiply(layer, operand, kernel)
     # Before the bias, whose gradient is not an operand.
-    outputs = tap(outputs)
+    outputs = rounding.tap(outputs, place, cast)
     if layer.bias is not None:
         outputs = ops.add(outputs, _shaped(layer, layer.bias))
     return outputs if layer.activation is None else layer.activation(outputs)

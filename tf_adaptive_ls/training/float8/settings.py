@@ -100,6 +100,15 @@ class Float8:
         """The `Operand` that gradients are: at the scale of their layer."""
         return Operand(self.backward_format, False, self.rounding == "stochastic")
 
+    @property
+    def scaled_format(self) -> FloatFormat | None:
+        """The `FloatFormat` that gradients are brought to by the scale of their layer.
+
+        `None` if they are by themselves.
+        """
+        operand = self.backward_operand
+        return None if operand.fits_itself else operand.float_format
+
     def get_config(self) -> dict[str, Any]:
         return {"forward": self.forward, "backward": self.backward, "rounding": self.rounding}
 

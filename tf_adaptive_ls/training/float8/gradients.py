@@ -1,0 +1,70 @@
+"""`GradientRounding`: how gradients inside a layer are rounded in one call of it, and reported."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.backend import arrays
+from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.numerics.gradient_tap import rounding_tap
+from tf_adaptive_ls.numerics.report import report_of_rounded
+from tf_adaptive_ls.numerics.rounding import NOISE_BITS
+from tf_adaptive_ls.training.float8.operand import Operand
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientRounding:
+    """How the gradients of products are rounded in one call of the layer that they are in.
+
+    Attributes:
+        operand: The `Operand` that each of them is.
+        num_products: How many products the layer has.
+        receiver: Tensor whose "gradient" is the report of what is rounded; `None` if there is
+            nothing to choose a scale for.
+        seed: Uint32 tensor `[2]`, if they are rounded at random.
+    """
+
+    operand: Operand
+    num_products: int
+    receiver: Tensor | None
+    seed: Tensor | None = None
+
+    @property
+    def receivers(self) -> tuple[Tensor, ...]:
+        """The receiver, if there is one."""
+        return () if self.receiver is None else (self.receiver,)
+
+    def tap(self, tensor: Tensor, place: int, cast: bool) -> Tensor:
+        """`tensor`, the output of a product, whose gradient is rounded and reported.
+
+        Args:
+            tensor: The output.
+            place: Which of the products of the layer it is of.
+            cast: As that of `numerics.rounding.rounded`.
+        """
+
+        def round_gradient(gradient):
+            return self.operand.rounded(gradient, self.noise(ops.shape(gradient), place), cast)
+
+        def report(gradient):
+            number = self.num_products
+            return report_of_rounded(gradient, self.operand.float_format, place, number)
+
+        return rounding_tap(tensor, self.receiver, round_gradient, report)
+
+    def noise(self, shape: Any, place: int) -> Tensor | None:
+        """What the gradient of the product at a place is rounded by, `None` if to nearest."""
+        if self.seed is None:
+            return None
+        return arrays.random_bits(self.seed + np.array([place, 0], "uint32"), shape, NOISE_BITS)
+
+
+def next_seed(variable: Any) -> Tensor | None:
+    """The seed in a variable `[2]`, which is another from then on; `None` for `None`."""
+    if variable is None:
+        return None
+    seed = ops.copy(variable.value)
+    variable.assign(seed + np.array([0, 1], "uint32"))
+    return seed
