@@ -10,6 +10,8 @@ as `float8_ways` says:
                                     by its own; a dynamic scale for all between the products
     Keras's float8                  `quantize("float8")`, where all products are of Dense layers
     ours                            one per layer
+    ours, blocks of 32              one per layer, and in products a power of two for 32 numbers
+                                    along what is summed over: in e4m3 `Float8.mx()`, MXFP8
 
 *Fidelity*: at weights of float32 training, after steps without moving the weights for scales to
 be found, the mean gradient of every weight over some batches is compared with that of float32:

@@ -17,6 +17,7 @@ from tf_adaptive_ls.numerics.tiny_unit import TOP
 from tf_adaptive_ls.training.float8.products import in_float8, products_in
 
 NO_SCALING, BEST_FIXED, OURS = "no scaling", "best fixed scale", "ours"
+BLOCKS = "ours, blocks of 32"
 CURRENT, HISTORY = "per tensor, current", "per tensor, history"
 # log2 of the scales among which the best is looked up afterwards.
 FIXED = (5, 10, 15, 20)
@@ -47,8 +48,13 @@ def ways(backward):
     """All ways for gradients in one format; inputs and kernels are in e4m3 in all."""
     float8 = als.Float8(backward=backward)
 
+    in_blocks = als.Float8(backward=backward, block_size=32)
+
     def wrapped(plain):
         return als.wrap_model(plain, float8=float8)
+
+    def wrapped_in_blocks(plain):
+        return als.wrap_model(plain, float8=in_blocks)
 
     def one_scale(plain):
         # Without a plan, which only our optimizer wants.
@@ -70,6 +76,7 @@ def ways(backward):
         Way(HISTORY, per_tensor(1024)),
         Way(CURRENT, per_tensor(None)),
         Way(OURS, wrapped, als.AdaptiveLossScaleOptimizer),
+        Way(BLOCKS, wrapped_in_blocks, als.AdaptiveLossScaleOptimizer),
     )
 
 
@@ -161,7 +168,7 @@ class PerTensor(layers.Wrapper):
 
     def __init__(self, layer, float8, history):
         super().__init__(layer, name=layer.name, dtype=layer.dtype_policy)
-        self._float8, self._history = float8, history
+        self.float8, self._history = float8, history
         self._products = products_in(layer)
         self._seen = [self._add_history() for _ in self._products]
 
@@ -176,12 +183,12 @@ class PerTensor(layers.Wrapper):
         )
 
     def call(self, *args, **kwargs):
-        with in_float8(self._products, self._float8, self):
+        with in_float8(self._products, self):
             return self.layer(*args, **kwargs)
 
     def tap(self, tensor, place, cast):
-        """As that of `GradientRounding`."""
-        float_format = self._float8.backward_format
+        """As that of `Float8Call`."""
+        float_format = self.float8.backward_format
 
         def identity(_, tensor, seen):
             def backward(*gradients):

@@ -47,6 +47,28 @@ def custom_gradient(function, constants=()):
     return in_reverse_mode
 
 
+def pulled_back(function, value, gradient):
+    """The gradient by `value` of what a function makes of it, from that of the result.
+
+    Args:
+        function: Function of a tensor to a tensor.
+        value: The former.
+        gradient: Tensor like the latter.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        (result,) = jax.vjp(function, value)[1](gradient)
+        return result
+    import tensorflow as tf
+
+    value = tf.convert_to_tensor(value)  # it may be a variable
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(value)
+        result = function(value)
+    return tape.gradient(result, value, output_gradients=gradient)
+
+
 def _of_this_graph(tensor):
     """A tensor in the graph that is being built: in a branch of a conditional it may be of another.
 

@@ -25,7 +25,7 @@ from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.border import Border
 from tf_adaptive_ls.training.call_tensors import CallTensors
-from tf_adaptive_ls.training.float8.gradients import GradientRounding, next_seed
+from tf_adaptive_ls.training.float8.call import Float8Call, next_seed
 from tf_adaptive_ls.training.float8.products import in_float8, products_in
 from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.held_call import call_held, check_gradients, runs_again
@@ -211,14 +211,14 @@ class LayerScaling(keras.layers.Layer):
                 )
         border = Border(self, at_own_scale=False, reports=False)
         args, kwargs, _ = border.tap_inputs(args, kwargs, [])
-        with scale_plan.running(None), self._computing(self._float8_rounding(reports=False))():
+        with scale_plan.running(None), self._computing(self._float8_call(reports=False))():
             outputs = run(*args, **kwargs)
         return border.tap_outputs(outputs)
 
     def _call_at_own_scale(self, run, args, kwargs):
         reports = self._is_to_report(args, kwargs)
         border = Border(self, reports=reports)
-        rounding = self._float8_rounding(reports)
+        float8_call = self._float8_call(reports)
         if not runs_again():
             self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
         weights = scaled_weights_of(self.layer)
@@ -230,8 +230,8 @@ class LayerScaling(keras.layers.Layer):
             weights,
             args,
             kwargs,
-            within=self._computing(rounding),
-            receivers=() if rounding is None else rounding.receivers,
+            within=self._computing(float8_call),
+            receivers=() if float8_call is None else float8_call.receivers,
         )
         for loss in losses:
             self.add_loss(border.tap_loss(loss))
@@ -260,8 +260,8 @@ class LayerScaling(keras.layers.Layer):
             self._gradients_checked = True
             check_gradients(self.layer, run, weights, args, kwargs)
 
-    def _float8_rounding(self, reports):
-        """`GradientRounding` of a call, `None` without float8."""
+    def _float8_call(self, reports):
+        """`Float8Call` of a call, `None` without float8."""
         if self.float8 is None:
             return None
         # Only now it is built, and it may have been quantised since.
@@ -271,14 +271,13 @@ class LayerScaling(keras.layers.Layer):
             receiver = self.float8_report.value
             receiver = receiver if reports else keras.ops.zeros_like(receiver)
         seed = next_seed(self.float8_seed)
-        operand, number = self.float8.backward_operand, len(own_products(self.layer))
-        return GradientRounding(operand, number, receiver, seed)
+        return Float8Call(self.float8, len(own_products(self.layer)), receiver, seed)
 
-    def _computing(self, rounding):
+    def _computing(self, float8_call):
         """Function that makes the context in which the layer runs."""
-        if rounding is None:
+        if float8_call is None:
             return contextlib.nullcontext
-        return functools.partial(in_float8, own_products(self.layer), self.float8, rounding)
+        return functools.partial(in_float8, own_products(self.layer), float8_call)
 
     # From here on the wrapper is its layer, as far as Keras can see.
 

@@ -1,10 +1,13 @@
-"""`Operand`: how one operand of a product is rounded to 8 bits."""
+"""`Operand`: how one operand of a product is rounded to 8 bits, all at once or by blocks."""
 
 import dataclasses
+import math
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
+from tf_adaptive_ls.backend.arrays import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
@@ -20,22 +23,87 @@ class Operand:
         fits_itself: Whether each tensor is shifted by the power of two that brings its largest
             magnitude to the top of the format. Otherwise it is rounded as it is.
         is_stochastic: Whether it is rounded up or down at random, with the mean exact.
+        block_size: Of how many numbers each block is shifted by a power of two of its own,
+            instead of each tensor.
     """
 
     float_format: FloatFormat
     fits_itself: bool
     is_stochastic: bool = False
+    block_size: int | None = None
 
-    def rounded(self, x, noise=None, cast=False):
+    def rounded(self, x: Tensor, noise: Tensor | None = None, cast: bool = False) -> Tensor:
         """`x`, rounded; `noise` and `cast` as those of `numerics.rounding.rounded`."""
         factor = None
         if self.fits_itself:
             (peak,) = ops.unstack(spectrum.peaks([x]), 1)
-            dtype = keras.backend.standardize_dtype(x.dtype)
-            factor = fitting_factor(peak, self.float_format, dtype)
+            factor = self._factor(peak, x)
         return rounded(x, self.float_format, noise=noise, factor=factor, cast=cast)
 
-    def straight_through(self, x, cast=False):
+    def rounded_along(self, x: Tensor, axes: "Axes", noise: Tensor | None = None) -> Tensor:
+        """`x`, rounded by blocks along `axes`; `noise` as that of `rounded`."""
+        assert self.block_size is not None
+        blocks = _Blocks(axes, self.block_size)
+        cut = blocks.cut(x)
+        peaks = ops.cast(ops.max(ops.abs(cut), axis=-1, keepdims=True), "float32")
+        noise = None if noise is None else blocks.cut(noise)
+        factor = self._factor(peaks, x)
+        return blocks.joined(rounded(cut, self.float_format, noise=noise, factor=factor), x)
+
+    def _factor(self, peaks: Tensor, x: Tensor) -> Tensor:
+        return fitting_factor(peaks, self.float_format, keras.backend.standardize_dtype(x.dtype))
+
+    def straight_through(self, x: Any, cast: bool = False) -> Tensor:
         """`x`, rounded; its gradient is that of `x`."""
-        x = ops.convert_to_tensor(x, dtype=keras.backend.standardize_dtype(x.dtype))
+        x = tensor_of(x)
         return redirect_gradient(self.rounded(x, cast=cast), x)
+
+
+def tensor_of(x: Any) -> Tensor:
+    """A tensor, or the value of a variable in the dtype that it is read in."""
+    return ops.convert_to_tensor(x, dtype=keras.backend.standardize_dtype(x.dtype))
+
+
+class Axes(NamedTuple):
+    """Some axes of a tensor.
+
+    Attributes:
+        shape: What the tensor is reshaped to before: a tuple of ints, and of scalars where a
+            size is not known before it runs.
+        axes: Indices, in order.
+    """
+
+    shape: tuple[Any, ...]
+    axes: tuple[int, ...]
+
+
+class _Blocks:
+    """Numbers along axes of a tensor, taken for one axis, in blocks `[…, blocks, size]`."""
+
+    def __init__(self, axes: Axes, size: int) -> None:
+        self._shape = axes.shape
+        others = [axis for axis in range(len(axes.shape)) if axis not in axes.axes]
+        self._order = (*others, *axes.axes)
+        self._others = tuple(axes.shape[axis] for axis in others)
+        self._length = math.prod(axes.shape[axis] for axis in axes.axes)
+        # Fewer have no need to be filled up.
+        known = isinstance(self._length, int)
+        self._size = max(1, min(size, self._length)) if known else size
+
+    def cut(self, x: Tensor) -> Tensor:
+        """`x` in blocks, the last of which are filled up by zeros."""
+        x = ops.transpose(ops.reshape(x, self._shape), self._order)
+        x = ops.reshape(x, (*self._others, self._length))
+        missing = -self._length % self._size
+        if not (isinstance(missing, int) and missing == 0):
+            x = ops.concatenate([x, ops.zeros((*self._others, missing), x.dtype)], axis=-1)
+        number = (self._length + missing) // self._size
+        return ops.reshape(x, (*self._others, number, self._size))
+
+    def joined(self, blocks: Tensor, like: Tensor) -> Tensor:
+        """What `cut` made of `like`, undone."""
+        filled = self._length + -self._length % self._size
+        x = ops.reshape(blocks, (*self._others, filled))[..., : self._length]
+        x = ops.reshape(x, tuple(self._shape[axis] for axis in self._order))
+        inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
+        return ops.reshape(ops.transpose(x, inverse), ops.shape(like))

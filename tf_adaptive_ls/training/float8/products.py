@@ -3,14 +3,18 @@
 import contextlib
 import contextvars
 import functools
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from keras import layers, ops
 
-from tf_adaptive_ls.backend import devices, keras_internals, routes
+from tf_adaptive_ls.backend import autodiff, devices, keras_internals, routes
+from tf_adaptive_ls.training.float8.operand import Axes, tensor_of
 from tf_adaptive_ls.training.float8.settings import E4M3
+
+Labels = tuple[str, str, str]
 
 
 class Product(NamedTuple):
@@ -19,6 +23,9 @@ class Product(NamedTuple):
     Attributes:
         layer_class: The class of `keras.layers` whose `call` does that.
         multiply: Function `(layer, operand, kernel) -> tensor`.
+        labels: Function `(layer, rank of the operand)` to the axes of the operand, the kernel and
+            the result, a string of labels each, as in `einsum`. `*` is before an axis that is
+            made of the groups of a convolution.
         kernel: Name of the attribute that holds the kernel.
         operand: Function `(layer, inputs) -> tensor`, what the kernel is multiplied with.
         is_matrix: Whether that is a product of matrices, for which devices may have 8 bits.
@@ -26,6 +33,7 @@ class Product(NamedTuple):
 
     layer_class: type
     multiply: Callable[[Any, Any, Any], Any]
+    labels: Callable[[Any, int], Labels]
     kernel: str = "kernel"
     operand: Callable[[Any, Any], Any] = lambda layer, inputs: inputs
     is_matrix: bool = False
@@ -86,17 +94,41 @@ def _pointwise(layer, operand, kernel):
     return ops.conv(operand, kernel, strides=1, padding="valid", data_format=layer.data_format)
 
 
+_DIGITS = "0123456789"
+
+
+def _of_matrix(layer, rank):
+    places = _DIGITS[: rank - 1]
+    return places + "k", "kn", places + "n"
+
+
+def _of_equation(layer, rank):
+    operand, kernel, result = re.split(",|->", layer.equation.replace(" ", ""))
+    places = _DIGITS[: rank - len(operand.replace("...", ""))]
+    return operand.replace("...", places), kernel, result.replace("...", places)
+
+
+def _of_convolution(layer, rank, kernel="{window}c*n"):
+    places = _DIGITS[: layer.rank]
+    layout = "b{places}*{c}" if layer.data_format == "channels_last" else "b*{c}{places}"
+    window = "xyz"[: layer.rank]
+    operand, result = (layout.format(places=places, c=channel) for channel in "cn")
+    return operand, kernel.format(window=window), result
+
+
+_of_transposed = functools.partial(_of_convolution, kernel="{window}*nc")
+
 PRODUCTS = (
-    Product(layers.Dense, _matmul, is_matrix=True),
-    Product(layers.EinsumDense, _einsum, is_matrix=True),
-    Product(layers.Conv1D, _convolve, operand=_padded),
-    Product(layers.Conv2D, _convolve),
-    Product(layers.Conv3D, _convolve),
-    Product(layers.Conv1DTranspose, _convolve_transposed),
-    Product(layers.Conv2DTranspose, _convolve_transposed),
-    Product(layers.Conv3DTranspose, _convolve_transposed),
-    Product(layers.SeparableConv1D, _pointwise, "pointwise_kernel", _depthwise),
-    Product(layers.SeparableConv2D, _pointwise, "pointwise_kernel", _depthwise),
+    Product(layers.Dense, _matmul, _of_matrix, is_matrix=True),
+    Product(layers.EinsumDense, _einsum, _of_equation, is_matrix=True),
+    Product(layers.Conv1D, _convolve, _of_convolution, operand=_padded),
+    Product(layers.Conv2D, _convolve, _of_convolution),
+    Product(layers.Conv3D, _convolve, _of_convolution),
+    Product(layers.Conv1DTranspose, _convolve_transposed, _of_transposed),
+    Product(layers.Conv2DTranspose, _convolve_transposed, _of_transposed),
+    Product(layers.Conv3DTranspose, _convolve_transposed, _of_transposed),
+    Product(layers.SeparableConv1D, _pointwise, _of_convolution, "pointwise_kernel", _depthwise),
+    Product(layers.SeparableConv2D, _pointwise, _of_convolution, "pointwise_kernel", _depthwise),
 )
 
 
@@ -130,17 +162,16 @@ def way_of_computing(layer, call):
 
 
 @contextlib.contextmanager
-def in_float8(parts, float8, rounding):
+def in_float8(parts, call):
     """Makes layers that are products compute in float8.
 
     Args:
         parts: List of layers.
-        float8: The `Float8`.
-        rounding: `GradientRounding` of the products, in the order of `parts`.
+        call: `Float8Call` of the products, in the order of `parts`.
     """
     calls = dict(_computing.get())
     for place, part in enumerate(parts):
-        calls[id(part)] = functools.partial(_call_in_float8, part, float8, rounding, place)
+        calls[id(part)] = functools.partial(_call_in_float8, part, call, place)
         if routes.route_of(part, "call") is None:
             # It is left there, since taking it away would take it from a call that runs meanwhile.
             routes.Route(part, "call", functools.partial(_run, part))
@@ -157,23 +188,80 @@ def _run(layer, original, args, kwargs):
 
 def casts(layer, float8):
     """Whether operands are cast, for the device to multiply 8 bits."""
-    # No device multiplies e5m2 with e5m2.
-    mixed = E4M3 in (float8.forward, float8.backward)
+    # No device multiplies e5m2 with e5m2, and by blocks only from Blackwell on.
+    mixed = E4M3 in (float8.forward, float8.backward) and float8.block_size is None
     return product_of(layer).is_matrix and mixed and devices.has_products_of_8_bits()
 
 
-def _call_in_float8(layer, float8, rounding, place, inputs, training=None):
+def _call_in_float8(layer, call, place, inputs, training=None):
     """What `layer.call(inputs)` computes, from operands that are rounded."""
-    product, forward, cast = product_of(layer), float8.forward_operand, casts(layer, float8)
-    operand = forward.straight_through(product.operand(layer, inputs), cast)
-    kernel = forward.straight_through(getattr(layer, product.kernel), cast)
-    with devices.sums_of_all_bits() if cast else contextlib.nullcontext():
-        outputs = product.multiply(layer, operand, kernel)
-    # Before the bias, whose gradient is not an operand.
-    outputs = rounding.tap(outputs, place, cast)
+    product = product_of(layer)
+    multiply = _multiply if call.float8.block_size is None else _multiply_by_blocks
+    operand, kernel = product.operand(layer, inputs), getattr(layer, product.kernel)
+    outputs = multiply(product, layer, operand, kernel, call, place)
     if layer.bias is not None:
         outputs = ops.add(outputs, _shaped(layer, layer.bias))
     return outputs if layer.activation is None else layer.activation(outputs)
+
+
+def _multiply(product, layer, operand, kernel, call, place):
+    """The product of operands that are rounded by one power of two each."""
+    forward, cast = call.float8.forward_operand, casts(layer, call.float8)
+    operand, kernel = (forward.straight_through(each, cast) for each in (operand, kernel))
+    with devices.sums_of_all_bits() if cast else contextlib.nullcontext():
+        outputs = product.multiply(layer, operand, kernel)
+    # Before the bias, whose gradient is not an operand.
+    return call.tap(outputs, place, cast)
+
+
+def _multiply_by_blocks(product, layer, operand, kernel, call, place):
+    """The product of operands that are rounded by blocks along what it sums over.
+
+    So are those of the products that its gradients are.
+    """
+    multiply = functools.partial(product.multiply, layer)
+    of_operand, of_kernel, of_result = product.labels(layer, len(operand.shape))
+    forward, backward = call.float8.forward_operand, call.float8.backward_operand
+
+    def along(x, own, others, kept):
+        return _axes(ops.shape(x), own, set(others) - set(kept), getattr(layer, "groups", 1))
+
+    def differentiable(_, x, w):
+        def gradients(*of_outputs):
+            (g,) = of_outputs
+            noise = [call.noise(ops.shape(g), place, use) for use in (0, 1)]
+            by_x = autodiff.pulled_back(
+                lambda x: multiply(
+                    x, forward.rounded_along(w, along(w, of_kernel, of_result, of_operand))
+                ),
+                x,
+                backward.rounded_along(g, along(g, of_result, of_kernel, of_operand), noise[0]),
+            )
+            by_w = autodiff.pulled_back(
+                lambda w: multiply(
+                    forward.rounded_along(x, along(x, of_operand, of_result, of_kernel)), w
+                ),
+                w,
+                backward.rounded_along(g, along(g, of_result, of_operand, of_kernel), noise[1]),
+            )
+            return by_x, by_w
+
+        outputs = multiply(
+            forward.rounded_along(x, along(x, of_operand, of_kernel, of_result)),
+            forward.rounded_along(w, along(w, of_kernel, of_operand, of_result)),
+        )
+        return outputs, gradients
+
+    return autodiff.custom_gradient(differentiable)(tensor_of(operand), tensor_of(kernel))
+
+
+def _axes(shape, labels, chosen, groups):
+    """`Axes` of a tensor that have one of the chosen labels; `*` stands for the groups."""
+    shape = list(shape)
+    if "*" in labels:
+        place = labels.index("*")
+        shape[place : place + 1] = [groups, shape[place] // groups]
+    return Axes(tuple(shape), tuple(i for i, each in enumerate(labels) if each in chosen))
 
 
 def _shaped(layer, bias):

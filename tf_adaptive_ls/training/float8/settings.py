@@ -11,6 +11,7 @@ from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter
 
 E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
 ROUNDINGS = ("nearest", "stochastic")
+_SAVED = ("forward", "backward", "rounding", "block_size")
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
@@ -24,6 +25,12 @@ class Float8:
     at the scale of its layer it already lies in the range of the format. Gradients pass the
     rounding of inputs and kernels as if it were not there. Biases, activations, normalisation,
     attention weights, and the products' results stay in the dtype that the layer computes in.
+
+    With a `block_size` every operand of every product, gradients as well, is rounded by blocks:
+    of so many numbers along the axes that this product sums over, each block shifted by a power
+    of two of its own. What is summed over differs between the product of the forward pass, that
+    of the gradient by inputs, and that by the kernel, so each tensor is rounded twice. The scale
+    of the layer then matters to what is between the products alone.
 
     What is too large for a format becomes its largest value; infinities and NaN stay.
 
@@ -43,6 +50,9 @@ class Float8:
         layer_filter: Function `layer -> bool` or `(layer, path) -> bool`, as that of
             `wrap_model`, which layers to choose. By default all that have products but the
             first and the last of the model. It is not saved: layers know.
+        block_size: How many numbers share a power of two, a positive int; of convolutions,
+            along channels, and in the gradient by the kernel along examples and places. `None`
+            for one per tensor of inputs and kernels, and for gradients the scale of the layer.
 
     Raises:
         ValueError: If an argument is not as said.
@@ -58,6 +68,7 @@ class Float8:
     backward: str = "float8_e5m2"
     rounding: str = "nearest"
     layer_filter: LayerFilter | None = dataclasses.field(default=None, compare=False)
+    block_size: int | None = None
 
     def __post_init__(self):
         choices = {"forward": FORMATS, "backward": FORMATS, "rounding": ROUNDINGS}
@@ -68,6 +79,12 @@ class Float8:
                     f"Expected `{name}` to be one of {', '.join(map(repr, known))}. "
                     f"Received: {name}={value!r}."
                 )
+        size = self.block_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(
+                "Expected `block_size` to be a positive int or None. "
+                f"Received: block_size={size!r}. MXFP8 has 32."
+            )
         check_layer_filter(self.layer_filter, "compute in float8")
 
     @classmethod
@@ -79,6 +96,17 @@ class Float8:
     def hybrid(cls, layer_filter: LayerFilter | None = None) -> "Float8":
         """The defaults, as in Micikevicius et al. 2022: e5m2 for gradients, else e4m3."""
         return cls("float8_e4m3fn", "float8_e5m2", "nearest", layer_filter)
+
+    @classmethod
+    def mx(cls, layer_filter: LayerFilter | None = None) -> "Float8":
+        """MXFP8: e4m3 throughout, 32 numbers share a power of two.
+
+        The formats are those of the OCP Microscaling specification (Rouhani et al.,
+        "Microscaling Data Formats for Deep Learning", 2023, arXiv 2310.10537); e4m3 for
+        gradients, and powers of two by which nothing saturates, are as in Mishra et al.,
+        "Recipes for Pre-training LLMs with MXFP8", 2025 (arXiv 2506.08027).
+        """
+        return cls(E4M3, E4M3, "nearest", layer_filter, block_size=32)
 
     @property
     def forward_format(self) -> FloatFormat:
@@ -93,12 +121,14 @@ class Float8:
     @property
     def forward_operand(self) -> Operand:
         """The `Operand` that inputs and kernels are."""
-        return Operand(self.forward_format, fits_itself=True)
+        return Operand(self.forward_format, True, block_size=self.block_size)
 
     @property
     def backward_operand(self) -> Operand:
-        """The `Operand` that gradients are: at the scale of their layer."""
-        return Operand(self.backward_format, False, self.rounding == "stochastic")
+        """The `Operand` that gradients are."""
+        fits_itself = self.block_size is not None
+        is_stochastic = self.rounding == "stochastic"
+        return Operand(self.backward_format, fits_itself, is_stochastic, self.block_size)
 
     @property
     def scaled_format(self) -> FloatFormat | None:
@@ -110,14 +140,13 @@ class Float8:
         return None if operand.fits_itself else operand.float_format
 
     def get_config(self) -> dict[str, Any]:
-        return {"forward": self.forward, "backward": self.backward, "rounding": self.rounding}
+        return {name: getattr(self, name) for name in _SAVED}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Float8":
-        unknown = sorted(config.keys() - {"forward", "backward", "rounding"})
-        if unknown:
+        if not config.keys() <= set(_SAVED):
             raise ValueError(
-                "Expected the config of a Float8 to hold forward, backward and rounding. "
+                f"Expected the config of a Float8 to hold {', '.join(_SAVED)}. "
                 f"Received: {config}. It was saved by another version, or is damaged."
             )
         return cls(**config)

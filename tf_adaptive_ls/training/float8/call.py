@@ -1,4 +1,4 @@
-"""`GradientRounding`: how gradients inside a layer are rounded in one call of it, and reported."""
+"""`Float8Call`: what the products in a layer need in one call of it."""
 
 import dataclasses
 from typing import Any
@@ -11,22 +11,22 @@ from tf_adaptive_ls.backend.arrays import Tensor
 from tf_adaptive_ls.numerics.gradient_tap import rounding_tap
 from tf_adaptive_ls.numerics.report import report_of_rounded
 from tf_adaptive_ls.numerics.rounding import NOISE_BITS
-from tf_adaptive_ls.training.float8.operand import Operand
+from tf_adaptive_ls.training.float8.settings import Float8
 
 
 @dataclasses.dataclass(frozen=True)
-class GradientRounding:
-    """How the gradients of products are rounded in one call of the layer that they are in.
+class Float8Call:
+    """One call of a layer whose products compute in float8.
 
     Attributes:
-        operand: The `Operand` that each of them is.
+        float8: The `Float8`.
         num_products: How many products the layer has.
         receiver: Tensor whose "gradient" is the report of what is rounded; `None` if there is
             nothing to choose a scale for.
         seed: Uint32 tensor `[2]`, if they are rounded at random.
     """
 
-    operand: Operand
+    float8: Float8
     num_products: int
     receiver: Tensor | None
     seed: Tensor | None = None
@@ -44,21 +44,25 @@ class GradientRounding:
             place: Which of the products of the layer it is of.
             cast: As that of `numerics.rounding.rounded`.
         """
+        operand = self.float8.backward_operand
 
         def round_gradient(gradient):
-            return self.operand.rounded(gradient, self.noise(ops.shape(gradient), place), cast)
+            return operand.rounded(gradient, self.noise(ops.shape(gradient), place), cast)
 
         def report(gradient):
-            number = self.num_products
-            return report_of_rounded(gradient, self.operand.float_format, place, number)
+            return report_of_rounded(gradient, operand.float_format, place, self.num_products)
 
         return rounding_tap(tensor, self.receiver, round_gradient, report)
 
-    def noise(self, shape: Any, place: int) -> Tensor | None:
-        """What the gradient of the product at a place is rounded by, `None` if to nearest."""
+    def noise(self, shape: Any, place: int, use: int = 0) -> Tensor | None:
+        """What the gradient of the product at a place is rounded by, `None` if to nearest.
+
+        It is another each time that it is rounded: its `use` then counts these.
+        """
         if self.seed is None:
             return None
-        return arrays.random_bits(self.seed + np.array([place, 0], "uint32"), shape, NOISE_BITS)
+        own = np.array([place + use * self.num_products, 0], "uint32")
+        return arrays.random_bits(self.seed + own, shape, NOISE_BITS)
 
 
 def next_seed(variable: Any) -> Tensor | None:
