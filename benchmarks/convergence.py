@@ -18,16 +18,14 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
-import data
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
-import report
-import zoo
 from keras import optimizers
-from strategies import FLOAT32, KERAS, OURS, REFERENCE, STRATEGIES, VARIATIONS, fixed
 
 import tf_adaptive_ls as als
+from benchmarks import data, report, zoo
+from benchmarks.strategies import FLOAT32, KERAS, OURS, REFERENCE, STRATEGIES, VARIATIONS, fixed
 from tf_adaptive_ls.backend import trainer
 
 TEST_EVERY = 100

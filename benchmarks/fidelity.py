@@ -24,17 +24,14 @@ import argparse
 import functools
 import logging
 
-import compute
-import data
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
-import report
-import zoo
 from keras import ops
-from strategies import OURS, STRATEGIES, VARIATIONS
 
 import tf_adaptive_ls as als
+from benchmarks import compute, data, report, zoo
+from benchmarks.strategies import OURS, STRATEGIES, VARIATIONS
 
 ORACLE_LOG2_SCALES = range(-8, 31)
 # Steps at the initial weights before the first comparison, for scales to be found.

@@ -36,13 +36,12 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
-import convergence
-import data
 import keras
 import numpy as np
-import report
-import zoo
-from float8_ways import (
+from keras import layers, ops
+
+from benchmarks import convergence, data, report, zoo
+from benchmarks.float8_ways import (
     BEST_FIXED,
     KERAS_FLOAT8,
     NO_SCALING,
@@ -53,7 +52,6 @@ from float8_ways import (
     variations,
     ways,
 )
-from keras import layers, ops
 
 E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
 ORACLE = tuple(range(0, 31, 3))

@@ -17,13 +17,12 @@ import statistics
 import time
 from unittest import mock
 
-import compute
 import keras
 import numpy as np
-import report
 from keras import layers
 
 import tf_adaptive_ls as als
+from benchmarks import compute, report
 from tf_adaptive_ls.backend import devices
 
 FLAG = "--xla_gpu_enable_triton_gemm=false"

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 
-import report
+from benchmarks import report
 
 BACKENDS = ("tensorflow", "jax")
 PROGRAM = """

@@ -26,14 +26,12 @@ import tempfile
 import time
 import warnings
 
-import convergence
-import data
 import keras
 import numpy as np
-import report
-from strategies import KERAS, OURS, REFERENCE, STRATEGIES
 
 import tf_adaptive_ls as als
+from benchmarks import convergence, data, report
+from benchmarks.strategies import KERAS, OURS, REFERENCE, STRATEGIES
 from tf_adaptive_ls import plots
 
 CASES = ("MLP 17, vanishing", "ResNet-20")

@@ -21,14 +21,13 @@ import importlib.util
 import math
 from collections.abc import Callable
 
-import data
 import keras
 import numpy as np
-import report
-import zoo
-from fidelity import Comparison, Gradients
 from keras import layers, ops
-from strategies import KERAS, OURS, REFERENCE, STRATEGIES
+
+from benchmarks import data, report, zoo
+from benchmarks.fidelity import Comparison, Gradients
+from benchmarks.strategies import KERAS, OURS, REFERENCE, STRATEGIES
 
 STEPS, LAST = 200, 20
 QUICK_STEPS = 40

@@ -25,14 +25,12 @@ import sys
 import time
 from collections.abc import Callable
 
-import compute
 import keras
 import numpy as np
-import report
-import zoo
 from keras import layers
 
 import tf_adaptive_ls as als
+from benchmarks import compute, report, zoo
 
 PLAIN, KERAS, OURS = WAYS = ("no scaling", "Keras", "adaptive")
 TWINS = OURS, SUBCLASS = OURS, "adaptive, as a subclass"
@@ -290,10 +288,20 @@ def _memory_in_bytes(name):
     return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
+ROOT = pathlib.Path(__file__).parents[1]
+
+
 def in_own_process(function, *arguments):
     """What a function of this module returns, called in a process of its own."""
-    command = [sys.executable, __file__, "--child", function.__name__, *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.overhead",
+        "--child",
+        function.__name__,
+        *arguments,
+    ]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
     return json.loads(output.splitlines()[-1])
 
 

@@ -8,13 +8,10 @@ first, on handwritten digits. Writes the record of the run and, in light and dar
 import argparse
 import pathlib
 
-import convergence
-import data
 import keras
-import report
-import zoo
 
 import tf_adaptive_ls as als
+from benchmarks import convergence, data, report, zoo
 from tf_adaptive_ls import plots
 
 BATCH_SIZE = 32

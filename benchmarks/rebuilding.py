@@ -15,10 +15,10 @@ import multiprocessing
 import keras
 import numpy as np
 import psutil
-import report
 from keras import layers
 
 import tf_adaptive_ls as als
+from benchmarks import report
 
 CASES = {
     f"{name}, {'XLA' if xla else 'graph'}": (adaptive, xla)

@@ -20,7 +20,7 @@ import pathlib
 import sys
 import tempfile
 
-import report
+from benchmarks import report
 
 PARTS = ("kills", "numbers", "soak", "disk", "files", "threads")
 QUICK_PARTS = ("numbers", "disk", "files")
@@ -28,7 +28,7 @@ QUICK_PARTS = ("numbers", "disk", "files")
 
 def run_part(name, quick, advance):
     """The outcomes of one part, ready for JSON."""
-    part = importlib.import_module(f"faults.{name}")
+    part = importlib.import_module(f"benchmarks.faults.{name}")
     with tempfile.TemporaryDirectory() as directory:
         outcomes = part.outcomes(pathlib.Path(directory), quick, advance)
         return {"name": name, "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes]}

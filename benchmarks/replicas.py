@@ -21,10 +21,10 @@ import time
 
 import keras
 import numpy as np
-import report
 import tensorflow as tf
 
 import tf_adaptive_ls as als
+from benchmarks import report
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
 from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts, Ownership

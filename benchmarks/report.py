@@ -10,12 +10,13 @@ import re
 import shlex
 import sys
 
-import compute
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tabulate import tabulate
+
+from benchmarks import compute
 
 
 def add_arguments(parser, name):

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable
 
 import keras
-import rules
 
 import tf_adaptive_ls as als
+from benchmarks import rules
 
 FLOAT32 = "float32"
 KERAS = "Keras, dynamic"

@@ -14,7 +14,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_alone
+
+from tests import tensorflow_alone
 
 # Sums of several threads differ from run to run, also in plain Keras.
 tf.config.threading.set_intra_op_parallelism_threads(1)

@@ -4,8 +4,8 @@ import dataclasses
 
 import keras
 import numpy as np
-from backends import compiled, dense, value_and_gradients
 
+from tests.backends import compiled, dense, value_and_gradients
 from tf_adaptive_ls.models.planned_call import planned_call_of
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 

@@ -8,11 +8,11 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backend_worker import allocated_by, fit, state_of
-from backends import ON_JAX
 from keras import layers
 
 import tf_adaptive_ls as als
+from tests.backend_worker import allocated_by, fit, state_of
+from tests.backends import ON_JAX
 
 pytestmark = pytest.mark.filterwarnings("ignore:Loss scales do nothing")
 pytest.importorskip("jax")

@@ -12,13 +12,13 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from faults.files import everything, problem_with, trained_model, whole_tracebacks
-from graphs import floats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import layers
 
 import tf_adaptive_ls as als
+from benchmarks.faults.files import everything, problem_with, trained_model, whole_tracebacks
+from tests.graphs import floats
 from tf_adaptive_ls import plots
 
 X, Y = floats(4, 4), floats(4, 2)

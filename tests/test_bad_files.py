@@ -7,13 +7,13 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from faults import files
-from graphs import floats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import layers
 
 import tf_adaptive_ls as als
+from benchmarks.faults import files
+from tests.graphs import floats
 
 
 def check_damaged(kind, directory, number):

@@ -5,12 +5,12 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from backends import ON_JAX
-from graphs import chain, floats
 from keras import layers, optimizers
-from steps import assert_equal, layer_stepper
 
 import tf_adaptive_ls as als
+from tests.backends import ON_JAX
+from tests.graphs import chain, floats
+from tests.steps import assert_equal, layer_stepper
 
 
 class Subclassed(keras.Model):

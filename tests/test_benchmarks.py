@@ -3,22 +3,25 @@
 import json
 import re
 
-import convergence
-import fidelity
-import float8
-import float8_speed
-import import_time
 import keras
-import loss_change
 import numpy as np
-import others
-import overhead
 import pytest
-import rebuilding
-import replicas
-import report
-from backends import ON_JAX
-from strategies import OURS, REFERENCE, STRATEGIES
+
+from benchmarks import (
+    convergence,
+    fidelity,
+    float8,
+    float8_speed,
+    import_time,
+    loss_change,
+    others,
+    overhead,
+    rebuilding,
+    replicas,
+    report,
+)
+from benchmarks.strategies import OURS, REFERENCE, STRATEGIES
+from tests.backends import ON_JAX
 
 
 def results(directory):

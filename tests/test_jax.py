@@ -10,7 +10,8 @@ import sys
 import textwrap
 
 import pytest
-from backends import ON_JAX
+
+from tests.backends import ON_JAX
 
 pytestmark = pytest.mark.skipif(ON_JAX, reason="all tests are on JAX")
 

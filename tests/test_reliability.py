@@ -1,8 +1,9 @@
 """The faults of `./dev benchmark reliability` are survived: each part short, and whole."""
 
 import pytest
-import reliability
-from faults import threads
+
+from benchmarks import reliability
+from benchmarks.faults import threads
 
 # What damaged files are like is in `test_bad_files`.
 SHORT = ("kills", "numbers", "soak", "disk")

@@ -17,7 +17,7 @@ import numpy as np
 from keras import layers
 
 import tf_adaptive_ls as als
-from faults import Outcome
+from benchmarks.faults import Outcome
 from tf_adaptive_ls.observe.record.exclusive_file import ExclusiveFile
 
 X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")

@@ -18,7 +18,7 @@ import numpy as np
 from keras import layers
 
 import tf_adaptive_ls as als
-from faults import Outcome
+from benchmarks.faults import Outcome
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
 Y = X[:, :2]

@@ -16,8 +16,8 @@ import time
 import numpy as np
 
 import tf_adaptive_ls as als
-from faults import Outcome
-from faults.worker import STEPS
+from benchmarks.faults import Outcome
+from benchmarks.faults.worker import STEPS
 
 RECORDED = ("steps", "skipped_steps", "log2_loss_scale", "log2_scales", "overflows", "spectra")
 DATASETS = 109  # as many as a checkpoint has
@@ -31,10 +31,16 @@ class Run:
         directory.mkdir()
 
     def start(self, *arguments):
-        root = pathlib.Path(__file__).parents[1]
-        path = os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")])
+        root = pathlib.Path(__file__).parents[2]
+        path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
         return subprocess.Popen(
-            [sys.executable, "-m", "faults.worker", str(self._directory), *map(str, arguments)],
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.faults.worker",
+                str(self._directory),
+                *map(str, arguments),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -5,14 +5,13 @@ be skipped, no others, and the accuracy is to be that of a run which never sees 
 within twice the standard deviation over seeds.
 """
 
-import data
 import keras
 import numpy as np
-import zoo
 from keras import layers
 
 import tf_adaptive_ls as als
-from faults import Outcome
+from benchmarks import data, zoo
+from benchmarks.faults import Outcome
 
 STEPS, BATCH = 1000, 32
 SEEDS = 3

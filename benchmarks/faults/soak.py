@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras import layers
 
 import tf_adaptive_ls as als
-from faults import Outcome
+from benchmarks.faults import Outcome
 
 THOUSANDS, WARM_UP = 20, 10
 MOST_KB = 1.0  # per thousand steps

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import layers
 
 import tf_adaptive_ls as als
-from faults import Outcome
+from benchmarks.faults import Outcome
 
 X = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
 Y = np.sin(X[:, :2])

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from backends import MODES, compiled
 
 import tf_adaptive_ls as als
+from tests.backends import MODES, compiled
 from tf_adaptive_ls.backend import devices
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import MODES, compiled, value_and_gradients
 from keras import ops
 
+from tests.backends import MODES, compiled, value_and_gradients
 from tf_adaptive_ls.backend import devices
 from tf_adaptive_ls.backend.arrays import power_of_two
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap

@@ -4,9 +4,9 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from backends import MODES, compiled
 
 import tf_adaptive_ls as als
+from tests.backends import MODES, compiled
 from tf_adaptive_ls.numerics.rounding import NOISE_BITS, fitting_factor, rounded
 
 FORMATS = ["float8_e4m3fn", "float8_e5m2"]

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from rules import AmaxHistoryRule, LogMaxRule
 
 import tf_adaptive_ls as als
+from benchmarks.rules import AmaxHistoryRule, LogMaxRule
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 

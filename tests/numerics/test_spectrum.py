@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import MODES, ON_JAX, compiled
 
 import tf_adaptive_ls as als
+from tests.backends import MODES, ON_JAX, compiled
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, narrowest
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE

@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from backends import JIT
-from graphs import floats
 from keras import layers
-from steps import scaled_layers
 
 import tf_adaptive_ls as als
+from tests.backends import JIT
+from tests.graphs import floats
+from tests.steps import scaled_layers
 
 X, Y = floats(32, 8), floats(32, 4)
 

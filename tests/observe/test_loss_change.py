@@ -5,11 +5,11 @@ import math
 import keras
 import numpy as np
 import pytest
-from graphs import floats
 from keras import layers, ops
-from steps import randomize_scales
 
 import tf_adaptive_ls as als
+from tests.graphs import floats
+from tests.steps import randomize_scales
 
 X, Y = floats(8, 4), floats(8, 2)
 

@@ -1,6 +1,5 @@
 """`LossChangeMonitor`: chords add up, records survive, and training is as without."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,11 +7,11 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import JIT
-from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import JIT
+from tests.graphs import floats
 
 X, Y = floats(64, 4), floats(64, 2)
 DATA = [(X[:16], Y[:16]), (X[16:32], Y[16:32])]
@@ -152,7 +151,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
 KILLED = """
 import sys
 sys.path[:0] = {path}
-from test_loss_change_monitor import *
+from tests.observe.test_loss_change_monitor import *
 class Kill(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if batch == 7:
@@ -164,7 +163,7 @@ fit(network(), als.LossChangeMonitor(DATA, sys.argv[1], every=3), Kill())
 @pytest.mark.long
 def test_records_survive_a_kill(tmp_path):
     path = tmp_path / "run.jsonl"
-    program = KILLED.format(path=[os.path.dirname(__file__), *sys.path])
+    program = KILLED.format(path=sys.path)
     process = subprocess.run([sys.executable, "-c", program, path], check=False)
     assert process.returncode == -signal.SIGKILL
     np.testing.assert_array_equal(als.load_run(path).loss_changes.steps, [3, 6])

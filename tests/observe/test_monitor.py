@@ -14,12 +14,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import JIT, ON_JAX, value_and_gradients
-from graphs import floats
 from keras import layers, ops
-from steps import scaled_layers
 
 import tf_adaptive_ls as als
+from tests.backends import JIT, ON_JAX, value_and_gradients
+from tests.graphs import floats
+from tests.steps import scaled_layers
 from tf_adaptive_ls.observe.html_page import page_of
 from tf_adaptive_ls.observe.monitor import RunWriter
 from tf_adaptive_ls.observe.record.snapshot import Snapshot

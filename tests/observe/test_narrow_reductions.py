@@ -2,10 +2,10 @@
 
 import keras
 import numpy as np
-from backends import JIT
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import JIT
 from tf_adaptive_ls.observe.narrow_reductions import narrow_reductions
 
 

@@ -4,11 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import JIT
-from graphs import floats, tokens
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import JIT
+from tests.graphs import floats, tokens
 
 
 class Log(layers.Layer):

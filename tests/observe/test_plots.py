@@ -8,11 +8,11 @@ import sys
 import keras
 import numpy as np
 import pytest
-from backends import JIT
-from graphs import floats
 from keras import layers
 
 import tf_adaptive_ls as als
+from tests.backends import JIT
+from tests.graphs import floats
 from tf_adaptive_ls import plots
 from tf_adaptive_ls.__main__ import main
 from tf_adaptive_ls.observe.html_page import page_of

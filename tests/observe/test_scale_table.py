@@ -2,11 +2,11 @@
 
 import keras
 import numpy as np
-from backends import JIT
-from graphs import floats
 from keras import layers
 
 import tf_adaptive_ls as als
+from tests.backends import JIT
+from tests.graphs import floats
 
 
 def network():

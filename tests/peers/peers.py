@@ -23,16 +23,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import value_and_gradients
 from keras.src import backend, optimizers
 from keras.src.backend import in_stateless_scope
 from keras.src.layers.layer import Layer
 from keras.src.optimizers import loss_scale_optimizer
 from keras.src.testing import test_case
 from keras.src.trainers import trainer
-from known import reason_for
 
 import tf_adaptive_ls as als
+from tests.backends import value_and_gradients
+from tests.peers.known import reason_for
 from tf_adaptive_ls.backend.arrays import dense_parts, is_inexact_dtype, real_numbers
 from tf_adaptive_ls.training.loss_scaled import wrapper_of
 

@@ -3,13 +3,13 @@
 import copy as copy_module
 import pickle
 
-import any_models
 import keras
 import numpy as np
 import pytest
-from steps import plans_of
 
 import tf_adaptive_ls as als
+from tests import any_models
+from tests.steps import plans_of
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 pytestmark = [

@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from backends import JIT
-from graphs import floats
 from keras import applications
-from steps import assert_equal, assert_gradients_within, layer_stepper, randomize_scales
 
 import tf_adaptive_ls as als
+from tests.backends import JIT
+from tests.graphs import floats
+from tests.steps import assert_equal, assert_gradients_within, layer_stepper, randomize_scales
 
 # The smallest of each family, at the smallest size that it takes.
 FAMILIES = {

@@ -2,11 +2,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import ON_JAX
-from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import ON_JAX
+from tests.graphs import floats
 from tf_adaptive_ls.backend import keras_internals
 from tf_adaptive_ls.training.call_tensors import Arguments, CallTensors, is_inexact, is_narrow
 from tf_adaptive_ls.training.scale_plan import AT_S, Route, ScaleGroup

@@ -4,11 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import MODES, ON_JAX, compiled, value_and_gradients
-from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import MODES, ON_JAX, compiled, value_and_gradients
+from tests.graphs import floats
 from tf_adaptive_ls.backend import arrays
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 

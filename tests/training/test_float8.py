@@ -11,11 +11,11 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from backends import COMPILED, JIT, MODES, ON_JAX, compiled, value_and_gradients
-from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import COMPILED, JIT, MODES, ON_JAX, compiled, value_and_gradients
+from tests.graphs import floats
 from tf_adaptive_ls.backend import devices
 from tf_adaptive_ls.training.float8.products import casts, product_of, products_in
 

@@ -4,11 +4,11 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
-from backends import COMPILED, MODES, ON_JAX, value_and_gradients
-from backends import compiled as compiled_in
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import COMPILED, MODES, ON_JAX, value_and_gradients
+from tests.backends import compiled as compiled_in
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.training.float8.operand import Axes, Operand
 

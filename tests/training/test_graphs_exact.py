@@ -3,17 +3,17 @@
 import keras
 import numpy as np
 import pytest
-from graphs import FORKS, GRAPHS
 from keras import layers
-from steps import (
+
+import tf_adaptive_ls as als
+from tests.graphs import FORKS, GRAPHS
+from tests.steps import (
     assert_equal,
     assert_gradients_within,
     layer_stepper,
     randomize_scales,
     scaled_layers,
 )
-
-import tf_adaptive_ls as als
 
 # A fork adds three gradients in another order: each sum rounds once more, and what
 # it feeds a few times over; measured 3 ulps of the largest element at most.

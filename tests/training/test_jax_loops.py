@@ -6,12 +6,12 @@ What is in `test_loops.py` runs on JAX, too, by way of `backends.py`. Here nothi
 import keras
 import numpy as np
 import pytest
-from backends import ON_JAX
-from graphs import RELU, floats
 from keras import layers, ops
-from steps import randomize_scales, scaled_layers
 
 import tf_adaptive_ls as als
+from tests.backends import ON_JAX
+from tests.graphs import RELU, floats
+from tests.steps import randomize_scales, scaled_layers
 from tf_adaptive_ls.numerics.report import Report
 
 if not ON_JAX:

@@ -3,8 +3,10 @@
 import keras
 import numpy as np
 import pytest
-from graphs import floats, tokens
-from steps import (
+
+import tf_adaptive_ls as als
+from tests.graphs import floats, tokens
+from tests.steps import (
     assert_equal,
     assert_gradients_within,
     layer_stepper,
@@ -12,8 +14,6 @@ from steps import (
     randomize_scales,
     scaled_layers,
 )
-
-import tf_adaptive_ls as als
 
 keras_hub = pytest.importorskip("keras_hub")
 pytestmark = [

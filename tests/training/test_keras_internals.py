@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
-from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.graphs import floats
 from tf_adaptive_ls.backend import keras_internals
 
 FUNCTION = "`keras_internals.{}` has to follow Keras"

@@ -11,9 +11,9 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from steps import assert_equal, assert_gradients_within, layer_stepper, randomize_scales
 
 import tf_adaptive_ls as als
+from tests.steps import assert_equal, assert_gradients_within, layer_stepper, randomize_scales
 
 EXCEPTIONS = {
     "FlaxLayer": "wraps a module of another framework",

@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from backends import COMPILED, MODES, ON_JAX, compiled, value_and_gradients
-from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import COMPILED, MODES, ON_JAX, compiled, value_and_gradients
+from tests.graphs import floats
 
 # Logits that a float32 probability is 0 or 1 for: what is computed from those is clipped.
 LARGE = keras.initializers.RandomNormal(stddev=100.0, seed=0)

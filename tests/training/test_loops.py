@@ -12,12 +12,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import JIT, ON_JAX, compiled, value_and_gradients
-from graphs import RELU, floats
 from keras import layers, ops, optimizers
-from steps import randomize_scales, scaled_layers
 
 import tf_adaptive_ls as als
+from tests.backends import JIT, ON_JAX, compiled, value_and_gradients
+from tests.graphs import RELU, floats
+from tests.steps import randomize_scales, scaled_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Loss scales do nothing")
 

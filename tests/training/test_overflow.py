@@ -5,11 +5,11 @@ import functools
 import keras
 import numpy as np
 import pytest
-from backends import JIT, value_and_gradients
 from keras import layers, ops
-from steps import scaled_layers
 
 import tf_adaptive_ls as als
+from tests.backends import JIT, value_and_gradients
+from tests.steps import scaled_layers
 from tf_adaptive_ls.numerics.tiny_unit import UNIT
 
 EAGER, GRAPH, XLA = {"run_eagerly": True}, {"jit_compile": JIT}, {"jit_compile": True}

@@ -9,14 +9,14 @@ import random
 import keras
 import numpy as np
 import pytest
-from backends import ON_JAX, float64_enabled
-from graphs import PenalizedDense, Penalty, floats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import layers
-from steps import assert_equal, randomize_scales, scaled_layers, stepper
 
 import tf_adaptive_ls as als
+from tests.backends import ON_JAX, float64_enabled
+from tests.graphs import PenalizedDense, Penalty, floats
+from tests.steps import assert_equal, randomize_scales, scaled_layers, stepper
 
 LENGTH, SIZE = 3, 4  # of every tensor, so that any two fit together
 

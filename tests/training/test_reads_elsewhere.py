@@ -4,11 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import value_and_gradients
-from graphs import floats
 from keras import layers, ops
 
 import tf_adaptive_ls as als
+from tests.backends import value_and_gradients
+from tests.graphs import floats
 from tf_adaptive_ls.training.layer_scaling import is_of_scaling
 
 WORKS = "works at the scale of its surroundings: it {}"

@@ -7,12 +7,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from graphs import GRAPHS, chain, floats
 from keras import layers, ops
-from steps import scaled_layers
 from tensorflow.python.framework.ops import gradient_registry
 
 import tf_adaptive_ls as als
+from tests.graphs import GRAPHS, chain, floats
+from tests.steps import scaled_layers
 
 
 def registered_gradients():

@@ -6,10 +6,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import JIT, ON_JAX
-from graphs import GRAPHS, floats
 from keras import layers, ops
-from steps import (
+
+import tf_adaptive_ls as als
+from tests.backends import JIT, ON_JAX
+from tests.graphs import GRAPHS, floats
+from tests.steps import (
     assert_equal,
     assert_gradients_within,
     layer_stepper,
@@ -17,9 +19,7 @@ from steps import (
     scaled_layers,
     stepper,
 )
-from test_layers_exact import CASES, WITH_XLA, built, training_of
-
-import tf_adaptive_ls as als
+from tests.training.test_layers_exact import CASES, WITH_XLA, built, training_of
 from tf_adaptive_ls.backend.keras_internals import is_rematerialised, not_rematerialised
 
 # TensorFlow fuses a product, a bias and an activation where no part is kept. JAX compiles what

@@ -10,13 +10,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import JIT
-from graphs import GRAPHS, floats
 from keras import layers
-from steps import plans_of, randomize_scales, scaled_layers
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import tf_adaptive_ls as als
+from tests.backends import JIT
+from tests.graphs import GRAPHS, floats
+from tests.steps import plans_of, randomize_scales, scaled_layers
 
 
 def compiled(model, **options):

@@ -9,10 +9,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import COMPILED, JIT, ON_JAX, compiled, value_and_gradients
-from graphs import RELU, Penalty, chain, floats
 from keras import layers, ops
-from steps import (
+
+import tf_adaptive_ls as als
+from tests.backends import COMPILED, JIT, ON_JAX, compiled, value_and_gradients
+from tests.graphs import RELU, Penalty, chain, floats
+from tests.steps import (
     assert_equal,
     assert_gradients_equal,
     layer_stepper,
@@ -21,8 +23,6 @@ from steps import (
     scaled_layers,
     stepper,
 )
-
-import tf_adaptive_ls as als
 from tf_adaptive_ls.observe.named_layers import scaled_layers as named_scaled_layers
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling

@@ -12,11 +12,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from graphs import floats
 from keras import layers
-from steps import scaled_layers
 
 import tf_adaptive_ls as als
+from tests.graphs import floats
+from tests.steps import scaled_layers
 
 X, Y = floats(64, 4), floats(64, 2, seed=1)
 GRAPH = {"jit_compile": False}

@@ -4,11 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from backends import ON_JAX
-from graphs import floats
 from keras import layers
 
 import tf_adaptive_ls as als
+from tests.backends import ON_JAX
+from tests.graphs import floats
 from tf_adaptive_ls.backend.keras_internals import is_all_config
 
 WORDS = np.array([["oak"], ["ash"], ["fir"]])

@@ -1,0 +1,1 @@
+"""Benchmarks: `./dev benchmark NAME` runs one, see README.md."""
