@@ -56,6 +56,7 @@ CALLS = {
         "backward": "float8_e5m2",
         "rounding": "stochastic",
         "layer_filter": None,
+        "block_size": 32,
     },
     als.AdaptiveLossScaleOptimizer: lambda: {
         "inner_optimizer": "sgd",

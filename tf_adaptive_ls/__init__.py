@@ -5,6 +5,7 @@ of `numerics`; under all of them is `backend`.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from tf_adaptive_ls.models.wrapping import plain_copy, strip_model, wrap_model
 from tf_adaptive_ls.numerics.float_format import FloatFormat
@@ -79,6 +80,10 @@ __all__ = [
     "top_exponent",
     "wrap_model",
 ]
+
+
+if TYPE_CHECKING:
+    from tf_adaptive_ls.observe import plots as plots
 
 
 def __getattr__(name):

@@ -279,7 +279,7 @@ def test_outside_of_its_model_a_plan_does_not_hold(rng):
         keras.Model(wrapped.input, wrapped.layers[2].output)(inputs[0])
     finally:
         LayerScaling._scaled_call = original
-    first, second, third, last = scaled_layers_in_order(wrapped)
+    _, second, third, last = scaled_layers_in_order(wrapped)
     assert seen[:4] == [
         ("S", second),
         (second, third),
@@ -287,7 +287,6 @@ def test_outside_of_its_model_a_plan_does_not_hold(rng):
         (last, "S"),
     ]
     assert seen[4:] == [None]
-    del first
 
 
 class Breakable(layers.Layer):

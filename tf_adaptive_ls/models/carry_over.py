@@ -6,6 +6,7 @@ import math
 import keras
 
 from tf_adaptive_ls.backend.keras_internals import arguments_of_compile, variables_built_for
+from tf_adaptive_ls.training.optimizer import INITIAL_SCALE
 
 
 def compile_like(model, result, make_optimizer):
@@ -13,7 +14,7 @@ def compile_like(model, result, make_optimizer):
     if type(model).compile is not keras.Model.compile:
         return  # only its author knows what it takes
     config = arguments_of_compile(model)
-    optimizer, loss_scale = model.optimizer, 2.0**15
+    optimizer, loss_scale = model.optimizer, INITIAL_SCALE
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         if optimizer.built:
             loss_scale = 2.0 ** math.floor(math.log2(float(optimizer.dynamic_scale.numpy())))

@@ -12,6 +12,7 @@ from keras import ops
 
 from tf_adaptive_ls.backend.arrays import Tensor
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.arguments import is_number, is_whole
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # An exponent below any that a gradient has.
@@ -283,7 +284,7 @@ def _if_seen(top, change, float_format):
 
 
 def _check_share(name, value):
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
+    if not is_number(value) or not 0 < value < 1:
         raise ValueError(
             f"Expected `{name}` to be a share of gradients, between 0 and 1. "
             f"Received: {name}={value!r}. The default is 1e-3."
@@ -291,8 +292,7 @@ def _check_share(name, value):
 
 
 def _check_forget(value):
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf:
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(
             "Expected `forget` to be a number of binades per step, at least 0. "
             f"Received: forget={value!r}. The default is 0.01."
@@ -300,7 +300,7 @@ def _check_forget(value):
 
 
 def _check_headroom(value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not is_whole(value):
         raise ValueError(
             "Expected `headroom` to be a whole number of binades, at least 0. "
             f"Received: headroom={value!r}. QuantileRule's default is 5."

@@ -4,6 +4,8 @@ import os
 
 import keras
 
+from tf_adaptive_ls.numerics.arguments import is_whole
+
 
 def check_ready(model, expected_by=None):
     """Raises a `ValueError` for what has no loss yet.
@@ -35,7 +37,7 @@ def check_whole(name, value, of=""):
         value: What was given.
         of: What it is a number of, such as " of steps".
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value, 1):
         raise ValueError(
             f"Expected `{name}` to be a whole number{of}, at least 1. Received: {name}={value!r}."
         )

@@ -1,11 +1,9 @@
 """`LossScaleMonitor`: records a run, and ends it with a reason when it is stuck."""
 
-import contextlib
 import os
 import pathlib
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeAlias
 
 import keras
 
@@ -15,10 +13,9 @@ from tf_adaptive_ls.observe.checks import check_path, check_whole
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
 from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch
 from tf_adaptive_ls.observe.record.writers import RunWriter
+from tf_adaptive_ls.observe.sinks import Logs, Sinks
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
-
-Logs: TypeAlias = dict[str, Any]
 
 
 class StuckTrainingError(RuntimeError):
@@ -111,7 +108,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._epoch = self._unseen = 0
         self._logs: Logs = {}
         self._watches: dict[str, OptimizerWatch] = {}
-        self._writers: dict[str, Writers] = {}
+        self._sinks: dict[str, Sinks] = {}
 
     def _named_optimizers(self):
         """By name; a single one has none."""
@@ -162,8 +159,8 @@ class LossScaleMonitor(keras.callbacks.Callback):
         if not self._watches:
             return
         self._look(end=True)
-        for writers in self._writers.values():
-            writers.write("close")
+        for sinks in self._sinks.values():
+            sinks.close()
         if self._stuck:
             raise StuckTrainingError(
                 f"{self._complaint()}\nTo find out where, call "
@@ -180,13 +177,13 @@ class LossScaleMonitor(keras.callbacks.Callback):
             watch = OptimizerWatch(self.model, optimizer, name, self.every, self.stuck_after)
             self._watches[name] = watch
             self._figures.update(watch.figures)
-            writers = self._writers[name] = Writers("LossScaleMonitor")
+            sinks = self._sinks[name] = Sinks("LossScaleMonitor")
             if devices.is_first_process():
                 path, directory = _path_of(self.path, name), self.tensorboard
                 if directory is not None and name:
                     directory = pathlib.Path(directory) / name
-                writers.open(RunWriter.shared, path, watch.layers, watch.first_step)
-                writers.open(TensorBoardWriter, directory, watch.layers, watch.first_step)
+                sinks.open(RunWriter.shared, path, watch.layers, watch.first_step)
+                sinks.open(TensorBoardWriter, directory, watch.layers, watch.first_step)
 
     @property
     def _stuck(self) -> bool:
@@ -203,7 +200,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
             snapshot = watch.look(end)
             self._figures.update(watch.figures)
             if snapshot is not None:
-                self._writers[name].write("add", snapshot, self._epoch, self._logs)
+                self._sinks[name].add(snapshot, self._epoch, self._logs)
 
     def _look_into_next_batch(self):
         """Makes `fit` explain the next batch instead of training on it."""
@@ -244,40 +241,3 @@ def _path_of(path, name):
         return path
     path = pathlib.Path(path)
     return path.with_name(f"{path.stem}-{name}{path.suffix}")
-
-
-class Writers:
-    """What a callback writes to: where that fails, it warns and leaves it at that.
-
-    Args:
-        callback: The name of the callback.
-    """
-
-    def __init__(self, callback):
-        self._callback = callback
-        self._writers = []
-
-    def open(self, kind, path, layers, step):
-        """Adds `kind(path, layers, step)`, if there is a path."""
-        if path is not None:
-            with self._only_warning(path):
-                self._writers.append(kind(path, layers, step))
-
-    def write(self, method, *args):
-        """Calls a method of all of them."""
-        for writer in tuple(self._writers):
-            self._writers.remove(writer)
-            with self._only_warning(writer.path):
-                getattr(writer, method)(*args)
-                self._writers.append(writer)
-
-    @contextlib.contextmanager
-    def _only_warning(self, path):
-        try:
-            yield
-        except OSError as error:
-            warnings.warn(
-                f"{self._callback} cannot write to '{path}' and leaves it at that: {error}. "
-                "Training goes on.",
-                stacklevel=2,
-            )

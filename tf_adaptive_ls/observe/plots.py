@@ -39,7 +39,9 @@ try:
         plot_loss_change_layers,
         plot_loss_change_map,
     )
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("matplotlib"):
+        raise
     raise ImportError(
         "Expected matplotlib for plots of runs. Received: no such package. Install it with "
         "`pip install 'tf_adaptive_ls[plots]'`."

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -96,6 +97,20 @@ def check_gradients(layer, run, weights, args, kwargs):
             raise ReadElsewhere(f"has gradients of {', '.join(names)} that only variables get")
 
 
+class _FirstRun(NamedTuple):
+    """What is known of a call that is run twice once it has run.
+
+    Attributes:
+        found: As `HeldVariables.found`.
+        results: `CallTensors` of outputs and losses.
+        updated: The variables that it asks to be updated.
+    """
+
+    found: list[Any]
+    results: CallTensors
+    updated: list[keras.Variable]
+
+
 def _call_twice(layer, run_layer, values, args, kwargs, within, receivers):
     """`_call` that keeps nothing for the backward pass, but runs the layer there once more.
 
@@ -106,12 +121,14 @@ def _call_twice(layer, run_layer, values, args, kwargs, within, receivers):
     # As they are now: statistics and seeds are updated before the second run.
     given = CallTensors((args, kwargs, [ops.copy(value) for _, value in values]))
     context = keras_internals.call_context()  # it is gone by the second run
-    first = {}
+    first = None
 
     def run(*tensors):
+        nonlocal first
         new_args, new_kwargs, held = given.replaced(tensors)
-        new_values = [*zip(variables, held, strict=True), *first.get("found", [])]
-        token = _runs_again.set(bool(first) or runs_again())
+        found_before = [] if first is None else first.found
+        new_values = [*zip(variables, held, strict=True), *found_before]
+        token = _runs_again.set(first is not None or runs_again())
         try:
             with (
                 keras_internals.in_call_context(context),
@@ -123,12 +140,11 @@ def _call_twice(layer, run_layer, values, args, kwargs, within, receivers):
         finally:
             _runs_again.reset(token)
         results = CallTensors((outputs, losses))
-        first.setdefault("found", found)
-        first.setdefault("results", results)
-        first.setdefault("updated", [variable for variable, _ in updates])
+        if first is None:
+            first = _FirstRun(found, results, [variable for variable, _ in updates])
         return results.tensors, (results.others, results.masks, [value for _, value in updates])
 
     tensors, (others, masks, updates) = autodiff.rematerialised(run)(*given.tensors)
     # As in Keras, logits are not kept.
-    outputs, losses = first["results"].replaced(tensors, others=others, masks=masks, logits={})
-    return outputs, losses, list(zip(first["updated"], updates, strict=True)), first["found"]
+    outputs, losses = first.results.replaced(tensors, others=others, masks=masks, logits={})
+    return outputs, losses, list(zip(first.updated, updates, strict=True)), first.found

@@ -12,6 +12,7 @@ from keras import ops
 
 from tf_adaptive_ls.backend import autodiff, devices, functions, keras_internals
 from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.numerics.arguments import is_number, is_whole
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, is_known
@@ -19,6 +20,9 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 from tf_adaptive_ls.training.readings import LayerSnapshot
 from tf_adaptive_ls.training.saved_config import opened, stamped
 from tf_adaptive_ls.training.scale_keeper import ScaleKeeper, Signals, is_overwritten, is_scale
+
+# The largest power of two that float16 holds.
+INITIAL_SCALE = 2.0**15
 
 # Keras's own default, for models without `LossScaled` layers, or with frozen ones alone.
 _KERAS_GROWTH_STEPS = 2000
@@ -86,7 +90,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str,
-        initial_scale: float = 2.0**15,
+        initial_scale: float = INITIAL_SCALE,
         rule: ScaleRule | None = None,
         sample_every: int = 10,
         name: str | None = None,
@@ -100,12 +104,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 f"Received: rule={rule!r} (of type {type(rule).__name__}). "
                 "Use for example QuantileRule(headroom=4)."
             )
-        if not isinstance(rule.memory_size, int) or rule.memory_size < 0:
+        if not is_whole(rule.memory_size):
             raise ValueError(
                 "Expected `rule` to remember a whole number of numbers per layer, at least 0. "
                 f"Received: rule={rule!r}, with memory_size={rule.memory_size!r}."
             )
-        if not isinstance(sample_every, int) or isinstance(sample_every, bool) or sample_every < 1:
+        if not is_whole(sample_every, 1):
             raise ValueError(
                 "Expected `sample_every` to be a whole number of steps, at least 1. "
                 f"Received: sample_every={sample_every!r}."
@@ -458,8 +462,7 @@ def _checked_inner_optimizer(inner_optimizer):
 
 
 def _check_initial_scale(scale):
-    number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
-    if not number or not _is_usable_scale(scale):
+    if not (is_number(scale) or isinstance(scale, np.number)) or not _is_usable_scale(scale):
         raise ValueError(
             f"Expected `initial_scale` to be a power of two from 2**-{MAX_LOG2_SCALE} to "
             f"2**{MAX_LOG2_SCALE}. Received: initial_scale={scale!r}. The default is 2.0**15."

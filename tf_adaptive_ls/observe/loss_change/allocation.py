@@ -22,6 +22,7 @@ import numpy as np
 from keras import ops, tree
 
 from tf_adaptive_ls.backend import autodiff, functions, keras_internals
+from tf_adaptive_ls.numerics.arguments import is_number, is_whole
 from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.checks import check_ready
 from tf_adaptive_ls.observe.loss_change.quadrature import RULES
@@ -388,14 +389,12 @@ def _standard_errors(values, shares):
 
 def check_settings(tolerance, max_intervals):
     """Raises a `ValueError` for settings that cannot be."""
-    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-    if not number or not tolerance > 0:
+    if not is_number(tolerance) or not tolerance > 0:
         raise ValueError(
             "Expected `tolerance` to be a difference of losses, above 0. Received: "
             f"tolerance={tolerance!r}. The default is 1e-3."
         )
-    whole = isinstance(max_intervals, int) and not isinstance(max_intervals, bool)
-    if not whole or max_intervals < 2 or max_intervals & (max_intervals - 1):
+    if not is_whole(max_intervals, 2) or max_intervals & (max_intervals - 1):
         raise ValueError(
             "Expected `max_intervals` to be a power of two, at least 2. Received: "
             f"max_intervals={max_intervals!r}. The default is 32."

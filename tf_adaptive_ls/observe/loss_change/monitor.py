@@ -15,9 +15,9 @@ from tf_adaptive_ls.observe.loss_change.allocation import (
     NonfiniteLossError,
     check_settings,
 )
-from tf_adaptive_ls.observe.monitor import Logs, Writers
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.record.writers import RunWriter
+from tf_adaptive_ls.observe.sinks import Logs, Sinks
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
@@ -126,15 +126,15 @@ class LossChangeMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         if self._begun:
-            self._writers.write("close")
+            self._sinks.close()
 
     def _begin(self):
         self._path = LossPath(self.model, self.tolerance, self.max_intervals)
         layers, step = scaled_layers(self.model), self._step()
-        self._writers = Writers("LossChangeMonitor")
+        self._sinks = Sinks("LossChangeMonitor")
         if devices.is_first_process():
-            self._writers.open(RunWriter.shared, self.path, layers, step)
-            self._writers.open(TensorBoardWriter, self.tensorboard, layers, step)
+            self._sinks.open(RunWriter.shared, self.path, layers, step)
+            self._sinks.open(TensorBoardWriter, self.tensorboard, layers, step)
         self._set_out()
         self._begun = True
 
@@ -164,8 +164,6 @@ class LossChangeMonitor(keras.callbacks.Callback):
             else:
                 allocation, trained = found[0], found[1] if self.as_trained else None
                 self._figures = {"loss_change_error": allocation.error}
-                self._writers.write(
-                    "add_loss_change", step, since, self._epoch, allocation, trained
-                )
+                self._sinks.add_loss_change(step, since, self._epoch, allocation, trained)
         if self.single_steps:
             self._weights, self._batches = None, 1

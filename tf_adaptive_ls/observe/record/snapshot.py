@@ -36,13 +36,15 @@ class Snapshot:
     @property
     def worst_underflow(self):
         """The largest share of gradients that any layer loses to underflow."""
-        shares = [r.spectrum.underflow_share for r in self.layers if r.spectrum.nonzero]
+        spectra = [layer.spectrum for layer in self.layers]
+        shares = [spectrum.underflow_share for spectrum in spectra if spectrum.nonzero]
         return max(shares, default=0.0)
 
     @property
     def worst_flushed(self):
         """The same of gradients that are rounded to float8; `None` if none are."""
-        rounding = [r for r in self.layers if r.operands is not None]
+        rounding = [layer for layer in self.layers if layer.operands is not None]
         if not rounding:
             return None
-        return max((r.flushed_share for r in rounding if r.operands.nonzero), default=0.0)
+        shares = (layer.flushed_share for layer in rounding if layer.operands.nonzero)
+        return max(shares, default=0.0)
