@@ -6,9 +6,9 @@ import keras
 
 from tf_adaptive_ls.backend.keras_internals import graph_of, nodes_of, parts_of
 from tf_adaptive_ls.models.carry_over import compile_like
+from tf_adaptive_ls.models.float8_layers import float8_layers
 from tf_adaptive_ls.models.planned_model import scale, unscale
-from tf_adaptive_ls.models.walk import Choice, is_walked, layers_inside
-from tf_adaptive_ls.training.float8.products import products_in
+from tf_adaptive_ls.models.walk import Choice
 from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter, with_path
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
@@ -64,7 +64,7 @@ def wrap_model(
     """
     _check_is_model(model, "wrap_model")
     check_layer_filter(layer_filter, "wrap")
-    in_float8 = _layers_for_float8(model, float8)
+    in_float8 = set() if float8 is None else float8_layers(model, float8)
     choice = Choice(
         wants=with_path(layer_filter),
         float8_of=lambda layer, path: float8 if id(layer) in in_float8 else None,
@@ -150,57 +150,6 @@ def _is_compiled_for_layers(model):
         return False
     scaled = {id(each) for each in parts_of(model) if isinstance(each, LayerScaling)}
     return not optimizer.built or scaled <= set(map(id, optimizer.scaled_layers))
-
-
-def _layers_for_float8(model, float8):
-    """By `id` the layers of a model that are to compute in float8."""
-    if float8 is None:
-        return set()
-    if not isinstance(float8, Float8):
-        raise ValueError(
-            f"Expected `float8` to be a Float8. Received: float8={float8!r} (of type "
-            f"{type(float8).__name__}). Use for example Float8()."
-        )
-    candidates = list(_with_products(model, ""))
-    if float8.layer_filter is None:
-        # Mellempudi et al. 2019: input and output need more precision.
-        candidates = candidates[1:-1]
-    wants = with_path(float8.layer_filter)
-    chosen = {id(layer) for layer, path in candidates if wants(layer, path)}
-    if not chosen:
-        raise ValueError(
-            "Expected a model with layers to compute in float8: Dense, EinsumDense or convolution "
-            f"layers, or such with them inside. Received: model '{model.name}', in which "
-            + (
-                "there are none but the first and the last. Choose those with `layer_filter`."
-                if float8.layer_filter is None
-                else "`layer_filter` chooses none."
-            )
-        )
-    return chosen
-
-
-def _with_products(model, prefix):
-    """Layers with products and their paths, once each, in the order that `model` runs them.
-
-    Where it has no graph, in the order in which they were made.
-    """
-    found = {}
-    graph = graph_of(model)
-    for layer in layers_inside(model) if graph is None else map(_operation_of, nodes_of(graph)):
-        if not isinstance(layer, keras.layers.Layer):
-            continue
-        path = prefix + layer.name
-        if is_walked(layer):
-            for each, at in _with_products(layer, f"{path}/"):
-                found.setdefault(id(each), (each, at))
-        elif products_in(layer):
-            found.setdefault(id(layer), (layer, path))
-    return found.values()
-
-
-def _operation_of(node):
-    return node.operation
 
 
 def _without_wrappers(model):

@@ -27,7 +27,7 @@ from tf_adaptive_ls.training.border import Border
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.float8.call import Float8Call, next_seed
 from tf_adaptive_ls.training.float8.products import in_float8, products_in
-from tf_adaptive_ls.training.float8.settings import Float8
+from tf_adaptive_ls.training.float8.settings import Float8, check_is_float8
 from tf_adaptive_ls.training.held_call import call_held, check_gradients, runs_again
 from tf_adaptive_ls.training.held_variables import ReadElsewhere, scaled_weights_of
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
@@ -339,11 +339,7 @@ def own_products(layer):
 
 
 def check_float8(float8, layer):
-    if not isinstance(float8, Float8):
-        raise ValueError(
-            f"Expected `float8` to be a Float8. Received: float8={float8!r} (of type "
-            f"{type(float8).__name__}). Use for example Float8()."
-        )
+    check_is_float8(float8)
     if layer.built and not own_products(layer):
         raise ValueError(
             "Expected a layer with a matrix product or a convolution that can be computed in "

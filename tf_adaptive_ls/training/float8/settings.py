@@ -150,3 +150,12 @@ class Float8:
                 f"Received: {config}. It was saved by another version, or is damaged."
             )
         return cls(**config)
+
+
+def check_is_float8(value: Any) -> None:
+    """Raises a `ValueError` if an argument `float8` is no `Float8`."""
+    if not isinstance(value, Float8):
+        raise ValueError(
+            f"Expected `float8` to be a Float8. Received: float8={value!r} (of type "
+            f"{type(value).__name__}). Use for example Float8()."
+        )
