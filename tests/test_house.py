@@ -1,9 +1,12 @@
 """The layout that ARCHITECTURE.md draws: wings on a ground floor, and nothing points upward."""
 
 import ast
+import importlib
+import inspect
 import pathlib
 import socket
 
+import keras
 import pytest
 from pytest_socket import SocketConnectBlockedError
 
@@ -103,6 +106,37 @@ def test_privates_of_others_are_on_the_ground_floor():
                 assert ours or public, f"{name_of(path)}: {ast.unparse(node)}"
             if isinstance(node, ast.ImportFrom):
                 assert not node.module.startswith("keras.src"), name_of(path)
+
+
+def test_overriding_privates_of_keras_is_on_the_ground_floor():
+    for path in MODULES:
+        if wing_of(path) == GROUND:
+            continue
+        module = importlib.import_module(name_of(path))
+        for kind in filter(inspect.isclass, vars(module).values()):
+            if kind.__module__ != module.__name__:
+                continue
+            theirs = [c for c in kind.__mro__ if c.__module__.startswith("keras")]
+            for name in vars(kind):
+                known = any(name in vars(c) for c in theirs) or hasattr(keras.Model, name)
+                is_private = name.startswith("_") and not name.endswith("__")
+                assert not (known and is_private), f"{kind.__name__}.{name}"
+            scopes = vars(kind).keys() & {"add_update", "add_loss", "get_current_value"}
+            assert not scopes, f"{kind.__name__}.{scopes}"
+
+
+# What tensors of one backend have and those of another have not.
+OF_BACKENDS = {"aval", "dense_shape", "flat_values", "graph", "indices", "op", "rank", "sharding"}
+
+
+def test_tensors_of_backends_are_told_apart_on_the_ground_floor():
+    for path in MODULES:
+        if wing_of(path) == GROUND:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+                name = getattr(node.args[1], "value", None)
+                assert name not in OF_BACKENDS, f"{name_of(path)}: {ast.unparse(node)}"
 
 
 def test_what_depends_on_the_backend_is_on_the_ground_floor():

@@ -247,6 +247,17 @@ def test_models_are_trained_saved_and_resumed(policy, tmp_path):
         np.testing.assert_array_equal(np.array(ours), np.array(reference))
 
 
+def test_another_optimizer_will_do(mixed_float16):
+    """No scale has to bring gradients into the range of 8 bits."""
+    inputs = keras.Input((8,))
+    x = layers.Dense(40, activation="relu")(layers.Dense(8)(inputs))
+    plain = keras.Model(inputs, layers.Dense(1, dtype="float32")(x))
+    model = als.wrap_model(plain, float8=als.Float8.mx())
+    model.compile(keras.optimizers.LossScaleOptimizer("sgd"), "mse")
+    with pytest.warns(UserWarning, match="leaves their scales at 1"):
+        model.fit(random((8, 8), spread=1.0), np.ones((8, 1)), verbose=0)
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "32"])
 def test_sizes_that_cannot_be(size):
     with pytest.raises(ValueError, match="Expected `block_size` to be a positive int or None"):

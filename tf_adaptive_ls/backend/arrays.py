@@ -1,14 +1,9 @@
 """Arrays: what Keras has no neutral name for in reading, casting and taking them apart."""
 
-from typing import Any, TypeAlias
-
 import keras
 import numpy as np
 
 from tf_adaptive_ls.backend import autodiff, devices
-
-# One of whichever backend computes; also a NumPy array, where nothing is differentiated.
-Tensor: TypeAlias = Any
 
 _FLOAT32 = np.finfo(np.float32)
 
@@ -23,6 +18,11 @@ def power_of_two(exponent):
 def is_sparse(x):
     """Whether a gradient is one of a few rows, as of an embedding: a `tf.IndexedSlices`."""
     return hasattr(x, "indices")
+
+
+def has_known_rank(x):
+    """Whether it is known how many axes a tensor has; in a graph of TensorFlow it need not be."""
+    return x.shape is not None and getattr(x.shape, "rank", 0) is not None
 
 
 def dense_parts(x):

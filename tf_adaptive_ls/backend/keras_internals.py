@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import copy
 import functools
+from typing import Any
 
 import keras
 from keras.src.backend.common import AutocastScope, get_autocast_scope, global_state, masking
@@ -150,7 +151,40 @@ def _take_no_mode(layer: keras.layers.Layer, mode: object) -> None:
 
 # The mode of what Keras shall not run once more in the backward pass, in whatever
 # `keras.RematScope` it is made. A layer takes over the mode of that scope, and has no argument.
-NEVER_REMATERIALISED = property(_no_mode, _take_no_mode)
+_NEVER_REMATERIALISED = property(_no_mode, _take_no_mode)
+
+
+class StandIn(keras.layers.Wrapper):
+    """A layer that is, as far as Keras can see, the layer that it is around."""
+
+    # The layer may be run once more in the backward pass: what stands for it has to stay.
+    _remat_mode = _NEVER_REMATERIALISED
+
+    def _maybe_build(self, call_spec: Any) -> None:
+        if not self.layer.built:
+            build_for_call(self.layer, call_spec)
+        self.built = True
+
+    def _open_name_scope(self) -> contextlib.AbstractContextManager[None]:
+        # The layer opens its own: paths of weights read as without a wrapper.
+        return contextlib.nullcontext()
+
+
+class WithHiddenVariables:
+    """Mixin for a model: some of its trainable variables are not to be summed up."""
+
+    # What is known of its calls would not hold in the backward pass. Its layers may be run again.
+    _remat_mode = _NEVER_REMATERIALISED
+
+    @property
+    def shown_trainable_weights(self) -> list[keras.Variable]:
+        """Those that are."""
+        raise NotImplementedError
+
+    @property
+    def _collected_trainable_weights(self) -> list[keras.Variable]:
+        # What `summary` counts, if a model has it.
+        return self.shown_trainable_weights
 
 
 def is_rematerialised(layer, args, kwargs):

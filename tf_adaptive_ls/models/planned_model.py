@@ -11,13 +11,13 @@ from typing import Any
 import keras
 
 from tf_adaptive_ls.backend import keras_internals, routes, trainer
-from tf_adaptive_ls.backend.keras_internals import NEVER_REMATERIALISED, may_be_trained, parts_of
+from tf_adaptive_ls.backend.keras_internals import WithHiddenVariables, may_be_trained, parts_of
 from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.models.planned_call import planned_call_of
 from tf_adaptive_ls.models.walk import Choice, Walk
 from tf_adaptive_ls.training.companion import companion_of, detach
 from tf_adaptive_ls.training.float8.settings import Float8
-from tf_adaptive_ls.training.layer_scaling import is_of_scaling
+from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.saved_config import (
     WITH_WRAPPERS,
@@ -30,8 +30,12 @@ _registered = keras.saving.register_keras_serializable("tf_adaptive_ls", "LossSc
 _WALK = "_walk_of_model"
 
 
+def _rounds_at_its_scale(part):
+    return isinstance(part, LayerScaling) and part.operand_format is not None
+
+
 @_registered
-class LossScaledModel:
+class LossScaledModel(WithHiddenVariables):
     """Mixin for models that are wrapped.
 
     There is one subclass for every class of model; a model is given it in place of its own class,
@@ -42,8 +46,6 @@ class LossScaledModel:
     base_class: Any = None
     # Whether it was read from a file in which `LossScaled` layers stand in its graph.
     is_with_wrappers = False
-    # In the backward pass its plan would not hold. Its layers are, each by itself.
-    _remat_mode = NEVER_REMATERIALISED
 
     def __new__(cls, *args, **kwargs):
         # A copy that Keras makes of a wrapped model is plain.
@@ -61,8 +63,7 @@ class LossScaledModel:
         return sum(math.prod(v.shape) for v in self.weights if not is_of_scaling(v))
 
     @property
-    def _collected_trainable_weights(self):
-        # What `summary` counts, if a model has it.
+    def shown_trainable_weights(self):
         return [v for v in self.trainable_weights if not is_of_scaling(v)]
 
     def make_train_function(self, force=False):
@@ -70,7 +71,7 @@ class LossScaledModel:
         known = isinstance(self.optimizer, AdaptiveLossScaleOptimizer)
         # A `compile` of the model's own leaves Keras's default optimizer in `self.optimizer`.
         adaptive = known or bool(adaptive_optimizers(self))
-        if not adaptive and any(getattr(each, "float8", None) for each in parts_of(self)):
+        if not adaptive and any(_rounds_at_its_scale(each) for each in parts_of(self)):
             raise ValueError(
                 "Expected a model with layers that compute in float8 to be compiled with "
                 "AdaptiveLossScaleOptimizer: at no other scales are their gradients in the range "

@@ -243,7 +243,7 @@ def _symbolic(leaf, batch_size):
         return leaf
     if len(arrays.dense_parts(leaf)[0]) > 1:
         raise NotTraceable("it is given a ragged or a sparse tensor")
-    if leaf.shape is None or getattr(leaf.shape, "rank", 0) is None:
+    if not arrays.has_known_rank(leaf):
         raise NotTraceable("it is given a tensor of unknown rank")
     shape = tuple(leaf.shape)
     if shape and shape[0] is None:

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend import arrays
-from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend import arrays, devices
-from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.tiny_unit import NUM_UNITS, heard, told

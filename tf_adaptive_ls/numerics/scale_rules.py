@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.arguments import is_number, is_whole
 from tf_adaptive_ls.numerics.float_format import FloatFormat

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.backend.arrays import Tensor, power_of_two
+from tf_adaptive_ls.backend.arrays import power_of_two
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, LossState

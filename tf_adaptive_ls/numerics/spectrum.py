@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend import arrays
-from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 ZERO = 0

@@ -227,7 +227,7 @@ def _readings_of_gradients(model, watch, variables, gradients):
     readings = []
     for variable, gradient in zip(variables, gradients, strict=False):
         if gradient is not None:
-            gradient = getattr(gradient, "values", gradient)  # of embeddings: sparse
+            gradient, *_ = arrays.dense_parts(gradient)[0]  # of embeddings: sparse
             owner = owners.get(id(variable), "")
             reading = _reading("backward", owner, f"gradient of {variable.name}", gradient)
             readings.append((watch.entered.get(owner, 0) - 0.5, reading))

@@ -48,9 +48,7 @@ def call_held(layer, run, weights, args, kwargs, within=contextlib.nullcontext, 
 def _call(layer, run, values, args, kwargs, within, receivers):
     with scale_plan.running(None), HeldVariables(layer, values, receivers) as held, within():
         outputs = run(*args, **kwargs)
-        losses = list(held.losses)
-        held.losses.clear()  # Keras 3.12 would look for each by its value, which graphs have not
-        keras_internals.forget_losses(layer, losses)
+        losses = held.take_losses(layer)
     held.check_reads()
     return outputs, losses, held.updates, held.found
 

@@ -1,9 +1,7 @@
 """A scope in which a layer works on given values of its variables, and changes none of them."""
 
-import keras
-from keras import ops
-
-from tf_adaptive_ls.backend import arrays, autodiff, keras_internals
+from tf_adaptive_ls.backend import arrays, autodiff
+from tf_adaptive_ls.backend.variable_scope import VariableScope
 from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
 
 
@@ -21,7 +19,7 @@ class ReadElsewhere(BaseException):
         self.how = how
 
 
-class HeldVariables(keras.StatelessScope):
+class HeldVariables(VariableScope):
     """The scope.
 
     Args:
@@ -31,7 +29,7 @@ class HeldVariables(keras.StatelessScope):
     """
 
     def __init__(self, layer, values, others=()):
-        super().__init__(values, collect_losses=True)
+        super().__init__(values)
         self._layer_name = layer.name
         self._reads = autodiff.ReadsOfVariables(known=[*(value for _, value in values), *others])
         self._read = set()
@@ -61,34 +59,30 @@ class HeldVariables(keras.StatelessScope):
         """Pairs of a variable and the value that it was assigned."""
         return list(self._updates.values())
 
-    def add_update(self, update):
+    def assigned(self, variable, value):
         self._check_is_here()
-        variable, value = update
         self._updates[id(variable)] = variable, value
         if id(variable) in self._weights and autodiff.gradients_end_at_assignments():
             # Outside of such a scope, too, a weight assigned to in a call has the gradient
             # of its new value.
             value = redirect_gradient(value, self._weights[id(variable)])
-        super().add_update((variable, value))
+        return value
 
     @property
     def found(self):
         """Pairs of a variable that was not among the values and the value it was found to have."""
         return list(self._found.values())
 
-    def get_current_value(self, variable):
+    def read(self, variable, value):
         self._check_is_here()
-        value = super().get_current_value(variable)
         self._read.add(id(variable))
         if id(variable) in self._weights:
             self._check_is_recorded(variable)
-        if value is None and keras_internals.own_value(variable) is not None:
-            self._check_has_no_gradient(variable)
-            if self.original_scope is not None:
-                value = self.original_scope.get_current_value(variable)
-            if value is None:
-                value = ops.copy(keras_internals.own_value(variable))
-            self._found.setdefault(id(variable), (variable, value))
+        if value is None:
+            value = self.value_outside(variable)
+            if value is not None:
+                self._check_has_no_gradient(variable)
+                self._found.setdefault(id(variable), (variable, value))
         return value
 
     def _check_is_here(self):

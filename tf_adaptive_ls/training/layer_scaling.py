@@ -211,14 +211,14 @@ class LayerScaling(keras.layers.Layer):
                 )
         border = Border(self, at_own_scale=False, reports=False)
         args, kwargs, _ = border.tap_inputs(args, kwargs, [])
-        with scale_plan.running(None), self._computing(self._float8_call(reports=False))():
+        with scale_plan.running(None), self._computing(self._next_float8_call(reports=False))():
             outputs = run(*args, **kwargs)
         return border.tap_outputs(outputs)
 
     def _call_at_own_scale(self, run, args, kwargs):
         reports = self._is_to_report(args, kwargs)
         border = Border(self, reports=reports)
-        float8_call = self._float8_call(reports)
+        float8_call = self._next_float8_call(reports)
         if not runs_again():
             self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
         weights = scaled_weights_of(self.layer)
@@ -260,7 +260,7 @@ class LayerScaling(keras.layers.Layer):
             self._gradients_checked = True
             check_gradients(self.layer, run, weights, args, kwargs)
 
-    def _float8_call(self, reports):
+    def _next_float8_call(self, reports):
         """`Float8Call` of a call, `None` without float8."""
         if self.float8 is None:
             return None

@@ -1,6 +1,5 @@
 """`LossScaled`: a layer around a layer, which runs it at a loss scale of its own."""
 
-import contextlib
 import functools
 from typing import Any
 
@@ -14,7 +13,7 @@ from tf_adaptive_ls.training.saved_config import opened, stamped
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
-class LossScaled(LayerScaling, keras.layers.Wrapper):
+class LossScaled(LayerScaling, keras_internals.StandIn):
     """Runs the backward pass of a layer at a loss scale of its own.
 
     With S the scale of the surroundings (the optimizer's loss scale, or that of
@@ -46,9 +45,6 @@ class LossScaled(LayerScaling, keras.layers.Wrapper):
     Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
     Training", 2019 (arXiv 1910.12385).
     """
-
-    # The layer is, and its border has to stay where it is.
-    _remat_mode = keras_internals.NEVER_REMATERIALISED
 
     def __init__(
         self,
@@ -107,15 +103,6 @@ class LossScaled(LayerScaling, keras.layers.Wrapper):
         return getattr(layer, name)
 
     # From here on the wrapper is its layer, as far as Keras can see.
-
-    def _maybe_build(self, call_spec):
-        if not self.layer.built:
-            keras_internals.build_for_call(self.layer, call_spec)
-        self.built = True
-
-    def _open_name_scope(self):
-        # The layer opens its own: paths of weights read as without a wrapper.
-        return contextlib.nullcontext()
 
     def build(self, *args: Any, **kwargs: Any) -> None:
         if not self.layer.built:

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend import autodiff, devices, functions, keras_internals
-from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.arguments import is_number, is_whole
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend import arrays
-from tf_adaptive_ls.backend.arrays import Tensor
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.gradient_tap import rounding_tap
 from tf_adaptive_ls.numerics.report import report_of_rounded
 from tf_adaptive_ls.numerics.rounding import NOISE_BITS
