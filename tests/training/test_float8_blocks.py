@@ -253,7 +253,7 @@ def test_another_optimizer_will_do(mixed_float16):
     x = layers.Dense(40, activation="relu")(layers.Dense(8)(inputs))
     plain = keras.Model(inputs, layers.Dense(1, dtype="float32")(x))
     model = als.wrap_model(plain, float8=als.Float8.mx())
-    model.compile(keras.optimizers.LossScaleOptimizer("sgd"), "mse")
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "mse")
     with pytest.warns(UserWarning, match="leaves their scales at 1"):
         model.fit(random((8, 8), spread=1.0), np.ones((8, 1)), verbose=0)
 
