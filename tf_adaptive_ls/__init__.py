@@ -5,7 +5,7 @@ of `numerics`; under all of them is `backend`.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tf_adaptive_ls.models.wrapping import plain_copy, strip_model, wrap_model
 from tf_adaptive_ls.numerics.float_format import FloatFormat
@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from tf_adaptive_ls.observe import plots as plots
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # Only when it is asked for: it needs matplotlib.
     if name == "plots":
         return importlib.import_module("tf_adaptive_ls.observe.plots")

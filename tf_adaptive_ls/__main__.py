@@ -7,7 +7,7 @@ import sys
 from tf_adaptive_ls.observe.record.run import load_run
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tf_adaptive_ls",
         description="Draws what every layer's gradients did in a run, and prints a table.",

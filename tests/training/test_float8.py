@@ -472,6 +472,7 @@ def test_the_table_shows_formats_and_why_layers_stay_wide():
         "first": "first product",
         "norm": "no product",
         "second": "e4m3fn, e5m2",
+        "third": "e4m3fn, e5m2",
         "last": "last product",
     }
     assert rows["second"].flushed is None

@@ -1,31 +1,36 @@
 """Arrays: what Keras has no neutral name for in reading, casting and taking them apart."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import numpy as np
 
 from tf_adaptive_ls.backend import autodiff, devices
+from tf_adaptive_ls.backend.types import Tensor
 
 _FLOAT32 = np.finfo(np.float32)
 
 
-def power_of_two(exponent):
+def power_of_two(exponent: Tensor) -> Tensor:
     """Exactly `2 ** exponent` in float32, for whole numbers in [-126, 127]."""
     # Written bit by bit, since `2 ** k` need not be exact on an accelerator.
     biased = keras.ops.cast(exponent, "int32") + (_FLOAT32.maxexp - 1)
     return bitcast(keras.ops.left_shift(biased, _FLOAT32.nmant), "float32")
 
 
-def is_sparse(x):
+def is_sparse(x: Tensor) -> bool:
     """Whether a gradient is one of a few rows, as of an embedding: a `tf.IndexedSlices`."""
     return hasattr(x, "indices")
 
 
-def has_known_rank(x):
+def has_known_rank(x: Tensor) -> bool:
     """Whether it is known how many axes a tensor has; in a graph of TensorFlow it need not be."""
     return x.shape is not None and getattr(x.shape, "rank", 0) is not None
 
 
-def dense_parts(x):
+def dense_parts(x: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The dense tensors that a value is made of, and how to make one like it of others.
 
     A ragged or sparse tensor has several.
@@ -43,7 +48,7 @@ def dense_parts(x):
         import jax
 
         parts, structure = jax.tree.flatten(x)
-        return parts, structure.unflatten
+        return parts, functools.partial(jax.tree.unflatten, structure)
     import tensorflow as tf
 
     if isinstance(x, tf.TensorArray) or getattr(x, "dtype", None) == tf.variant:
@@ -58,7 +63,7 @@ def dense_parts(x):
     return [x], lambda parts: parts[0]
 
 
-def behind_activation(x):
+def behind_activation(x: Tensor) -> tuple[list[Tensor], Callable[..., Any]] | None:
     """What a tensor was computed from by a softmax or sigmoid, and that function; or `None`.
 
     In a graph of TensorFlow, where Keras's crossentropies look for that. As from `dense_parts`.
@@ -73,13 +78,13 @@ def behind_activation(x):
     return list(x.op.inputs), lambda parts: functions[x.op.type](*parts)
 
 
-def is_inexact_dtype(dtype):
+def is_inexact_dtype(dtype: str) -> bool:
     """Whether a dtype, of a tensor, is one of floating-point or complex numbers."""
     name = keras.backend.standardize_dtype(dtype)
     return keras.backend.is_float_dtype(name) or name.startswith("complex")
 
 
-def real_numbers(x):
+def real_numbers(x: Tensor) -> Tensor:
     """All numbers of a dense or sparse gradient as real ones: complex ones as two."""
     x = x.values if is_sparse(x) else x
     if not keras.backend.standardize_dtype(x.dtype).startswith("complex"):
@@ -87,7 +92,7 @@ def real_numbers(x):
     return keras.ops.stack([keras.ops.real(x), keras.ops.imag(x)], axis=-1)
 
 
-def complex_number(real, imaginary):
+def complex_number(real: Tensor, imaginary: Tensor) -> Tensor:
     """The complex tensor of two of the same floating-point dtype."""
     if keras.backend.backend() == "jax":
         import jax
@@ -98,7 +103,7 @@ def complex_number(real, imaginary):
     return tf.complex(real, imaginary)
 
 
-def bitcast(x, dtype):
+def bitcast(x: Tensor, dtype: str) -> Tensor:
     """The bits of `x`, read as another dtype of the same size.
 
     Keras 3.15's `ops.view` refuses tensors of unknown size on TensorFlow.
@@ -112,7 +117,7 @@ def bitcast(x, dtype):
     return tf.bitcast(x, dtype)
 
 
-def random_bits(seed, shape, number):
+def random_bits(seed: Tensor, shape: Any, number: int) -> Tensor:
     """Random whole numbers in `[0, 2**number)`, int32, the same for the same seed.
 
     Keras's own random numbers take no seed that is a tensor.
@@ -134,7 +139,7 @@ def random_bits(seed, shape, number):
     )
 
 
-def divide_by_power_of_two(x, divisor):
+def divide_by_power_of_two(x: Tensor, divisor: Tensor) -> Tensor:
     """`x / divisor`, exactly rounded, for a power of two that float32 holds the inverse of.
 
     A gradient has several readers: its shift, its peak, its sample. XLA on a CPU computes

@@ -2,11 +2,17 @@
 
 import itertools
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 
+from tf_adaptive_ls.backend.types import Tensor
 
-def custom_gradient(function, constants=()):
+
+def custom_gradient(
+    function: Callable[..., Any], constants: Sequence[Tensor] = ()
+) -> Callable[..., Any]:
     """Custom gradient of `function(constants, *inputs)` by `inputs`.
 
     TensorFlow gathers all inputs of such a function in one `IdentityN` node, so that
@@ -18,22 +24,23 @@ def custom_gradient(function, constants=()):
         differentiable = keras.ops.custom_gradient(lambda *inputs: function(constants, *inputs))
         return lambda *inputs: _left_to_graph(differentiable(*map(_of_this_graph, inputs)))
 
-    @keras.ops.custom_gradient
-    def with_constants(*all_inputs):
+    def with_constants(*all_inputs: Any) -> Any:
         given, inputs = all_inputs[: len(constants)], all_inputs[len(constants) :]
         outputs, backward = function(given, *inputs)
         zeros = [keras.ops.zeros_like(constant) for constant in given]
 
-        def backward_of_all(*gradients):
+        def backward_of_all(*gradients: Any) -> Any:
             if isinstance(gradients[0], (list, tuple)):  # those of several outputs come as one
                 (gradients,) = gradients
             return (*zeros, *backward(*gradients))
 
         return outputs, backward_of_all
 
-    def in_reverse_mode(*inputs):
+    differentiable = keras.ops.custom_gradient(with_constants)
+
+    def in_reverse_mode(*inputs: Any) -> Any:
         try:
-            return with_constants(*constants, *inputs)
+            return differentiable(*constants, *inputs)
         except TypeError as error:
             if not _is_of_forward_mode(error):
                 raise
@@ -47,7 +54,7 @@ def custom_gradient(function, constants=()):
     return in_reverse_mode
 
 
-def pulled_back(function, value, gradient):
+def pulled_back(function: Callable[[Tensor], Tensor], value: Tensor, gradient: Tensor) -> Tensor:
     """The gradient by `value` of what a function makes of it, from that of the result.
 
     Args:
@@ -69,7 +76,7 @@ def pulled_back(function, value, gradient):
     return tape.gradient(result, value, output_gradients=gradient)
 
 
-def _of_this_graph(tensor):
+def _of_this_graph(tensor: Tensor) -> Tensor:
     """A tensor in the graph that is being built: in a branch of a conditional it may be of another.
 
     TensorFlow wants all outputs of a custom gradient in one graph.
@@ -81,19 +88,19 @@ def _of_this_graph(tensor):
     return tf.identity(tensor)
 
 
-def _is_of_forward_mode(error):
+def _is_of_forward_mode(error: Exception) -> bool:
     """Whether JAX says that a function with a backward rule is computed in forward mode."""
     return "forward-mode" in str(error)
 
 
-def _left_to_graph(outputs):
+def _left_to_graph(outputs: Any) -> Any:
     """The outputs of a custom gradient, after `leave_gradients_to_graph` for it alone."""
     if builds_graph():
         _leave_gradient_to_graph(keras.tree.flatten(outputs)[0].op)
     return outputs
 
 
-def is_recorded():
+def is_recorded() -> bool:
     """Whether operations are recorded, should somebody want gradients.
 
     Not so inside the first run of a rematerialised function on TensorFlow, which has no public
@@ -106,7 +113,7 @@ def is_recorded():
     return not pywrap_tfe.TFE_Py_TapeSetIsStopped()
 
 
-def is_differentiated(tensors, others=()):
+def is_differentiated(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bool:
     """Whether gradients by one of several tensors are known to be wanted.
 
     On TensorFlow of what is recorded at present: of a graph that is called in a tape that was not
@@ -127,16 +134,16 @@ def is_differentiated(tensors, others=()):
         return len(known) < len(tensors) or record.should_record_backprop(known)
     import jax
 
-    found = []
+    found: list[bool] = []
 
-    @jax.custom_vjp
-    def identity(*tensors):
+    def unchanged(*tensors: Any) -> Any:
         return tensors
 
-    def forward(*tensors):
+    def forward(*tensors: Any) -> Any:
         found.extend(tensor.perturbed for tensor in tensors)
         return tuple(tensor.value for tensor in tensors), None
 
+    identity: Any = jax.custom_vjp(unchanged)
     identity.defvjp(forward, lambda _, gradients: gradients, symbolic_zeros=True)
     try:
         identity(*tensors, *others)
@@ -156,15 +163,15 @@ class ReadsOfVariables:
         known: List of values that may be read: those of variables, and others.
     """
 
-    def __init__(self, known=()):
-        self._watcher = None
+    def __init__(self, known: Sequence[Tensor] = ()) -> None:
+        self._watcher: Any = None
         # Of `tf.distribute` there is one on every device.
-        parts = [getattr(value, "values", ()) for value in known]
-        parts = itertools.chain(*(each for each in parts if isinstance(each, tuple)))
+        values = [getattr(value, "values", ()) for value in known]
+        parts = itertools.chain(*(each for each in values if isinstance(each, tuple)))
         self._known = set(map(id, [*known, *parts]))
         self._graph = _graph_being_built()
 
-    def __enter__(self):
+    def __enter__(self) -> "ReadsOfVariables":
         if keras.backend.backend() == "tensorflow":
             from tensorflow.python.eager import record
 
@@ -172,17 +179,17 @@ class ReadsOfVariables:
             self._watcher.__enter__()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         if self._watcher is not None:
             self._watcher.__exit__(*exception)
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """The names of trainable `tf.Variable`s that were read: a list."""
         read = () if self._watcher is None else self._watcher.watched_variables()
         return [variable.name for variable in read if id(variable) not in self._known]
 
-    def is_outside(self):
+    def is_outside(self) -> bool:
         """Whether a function is being traced that was not when the context was entered.
 
         Such a `tf.function` remembers what it reads, if it is no variable, for good. Bodies of
@@ -196,7 +203,7 @@ class ReadsOfVariables:
         return False
 
 
-def _graph_being_built():
+def _graph_being_built() -> Any:
     if not builds_graph():
         return None
     import tensorflow as tf
@@ -204,13 +211,15 @@ def _graph_being_built():
     return tf.compat.v1.get_default_graph()
 
 
-def _is_control_flow(graph):
+def _is_control_flow(graph: Any) -> bool:
     from tensorflow.python.ops import control_flow_v2_func_graphs
 
     return isinstance(graph, control_flow_v2_func_graphs.ControlFlowFuncGraph)
 
 
-def independent(function, tensors, others):
+def independent(
+    function: Callable[..., Any], tensors: Sequence[Tensor], others: Sequence[Tensor]
+) -> list[bool]:
     """Which tensors no gradient of what a function returns comes to: a list of booleans.
 
     Args:
@@ -227,12 +236,12 @@ def independent(function, tensors, others):
     return [gradient is None for gradient in tape.gradient(results, tensors)]
 
 
-def gradients_end_at_variables():
+def gradients_end_at_variables() -> bool:
     """Whether code of somebody else may define gradients by variables, not by values."""
     return keras.backend.backend() == "tensorflow"
 
 
-def gradients_end_at_assignments():
+def gradients_end_at_assignments() -> bool:
     """Whether a variable that is assigned to has the gradient of its new value from then on.
 
     Otherwise, as on JAX, where there are only values, it has that of what it was before.
@@ -240,7 +249,7 @@ def gradients_end_at_assignments():
     return keras.backend.backend() == "tensorflow"
 
 
-def rematerialised(function):
+def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that is run once more in the backward pass, instead of keeping what it needs.
 
     Args:
@@ -251,10 +260,10 @@ def rematerialised(function):
     if keras.backend.backend() != "tensorflow":
         return keras.remat(function)
 
-    def compute(*tensors):
+    def compute(*tensors: Tensor) -> tuple[list[Tensor], Any]:
         others = []
 
-        def differentiable(*tensors):
+        def differentiable(*tensors: Tensor) -> list[Tensor]:
             results, other = function(*tensors)
             others.append(other)
             return results
@@ -265,7 +274,7 @@ def rematerialised(function):
     return compute
 
 
-def leave_gradients_to_graph():
+def leave_gradients_to_graph() -> None:
     """Lets custom gradients in the graph that is being built live as long as it, and no longer.
 
     TensorFlow keeps the backward pass of every custom gradient in a graph for good, and with it
@@ -279,7 +288,7 @@ def leave_gradients_to_graph():
             _leave_gradient_to_graph(operation)
 
 
-def builds_graph():
+def builds_graph() -> bool:
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf
@@ -287,7 +296,7 @@ def builds_graph():
     return not tf.executing_eagerly()
 
 
-def _leave_gradient_to_graph(operation):
+def _leave_gradient_to_graph(operation: Any) -> None:
     # There is no public way to take a gradient out of the registry, where it is looked up by
     # name whenever its graph is differentiated.
     from tensorflow.python.framework import ops
@@ -308,14 +317,18 @@ def _leave_gradient_to_graph(operation):
 class _WeakFunction:
     """A function that lives as long as others refer to it."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = weakref.ref(function)
 
-    def __call__(self, *args):
-        return self._function()(*args)
+    def __call__(self, *args: Any) -> list[Tensor | None]:
+        function = self._function()
+        assert function is not None
+        return function(*args)
 
 
-def value_and_gradients(function, tensors):
+def value_and_gradients(
+    function: Callable[..., Any], tensors: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """The value of a function, and its gradients by its arguments.
 
     Args:

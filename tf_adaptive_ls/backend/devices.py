@@ -5,12 +5,16 @@ import functools
 import math
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
+from tf_adaptive_ls.backend.types import Tensor
+
 
 @functools.cache
-def on_gpu():
+def on_gpu() -> bool:
     if keras.backend.backend() == "jax":
         import jax
 
@@ -21,7 +25,7 @@ def on_gpu():
 
 
 @functools.cache
-def has_products_of_8_bits():
+def has_products_of_8_bits() -> bool:
     """Whether XLA makes products of 8 bits of those of tensors that were cast.
 
     On JAX, with all devices of the Ada or Hopper kind or later, and only if Triton's products
@@ -37,7 +41,7 @@ def has_products_of_8_bits():
     return all(re.fullmatch(r"8\.9|9\.\d|\d\d\.\d", each) for each in capabilities)
 
 
-def sums_of_all_bits():
+def sums_of_all_bits() -> contextlib.AbstractContextManager[None]:
     """A context in which sums of products of 8 bits are not shortened, on JAX.
 
     Otherwise Hopper adds with 14 bits.
@@ -49,7 +53,7 @@ def sums_of_all_bits():
     return jax.default_matmul_precision("highest")
 
 
-def is_first_process():
+def is_first_process() -> bool:
     """Whether this process is the one of several that writes what all know."""
     if keras.backend.backend() != "jax":
         return True
@@ -58,7 +62,7 @@ def is_first_process():
     return jax.process_index() == 0
 
 
-def run_if(condition, function, *arguments):
+def run_if(condition: Any, function: Callable[..., Any], *arguments: Any) -> None:
     """Runs `function(*arguments)`, which updates variables, if a scalar tensor is true.
 
     In `tf.distribute`, on every replica; `condition` must be the same on all. Not where there are
@@ -72,7 +76,7 @@ def run_if(condition, function, *arguments):
 
     # Updates of variables merge replicas, which they cannot do inside a conditional of one
     # replica: the conditional has to be around all.
-    def on_all(strategy, condition, arguments):
+    def on_all(strategy: Any, condition: Any, arguments: Any) -> None:
         condition = strategy.experimental_local_results(condition)[0]
         _run_if(
             condition,
@@ -83,14 +87,14 @@ def run_if(condition, function, *arguments):
     context.merge_call(on_all, args=(condition, arguments))
 
 
-def _run_if(condition, function):
-    def run():
+def _run_if(condition: Any, function: Callable[..., Any]) -> None:
+    def run() -> None:
         function()
 
     keras.ops.cond(condition, run, lambda: None)
 
 
-def _varies_over(tensor):
+def _varies_over(tensor: Tensor) -> Any:
     """The axes of a mesh that a tensor has other values along, where JAX keeps account of it."""
     import jax
 
@@ -100,7 +104,7 @@ def _varies_over(tensor):
     return getattr(kind, "vma", ())  # up to JAX 0.9
 
 
-def varying_as(x, other):
+def varying_as(x: Tensor, other: Tensor) -> Tensor:
     """`x`, with JAX told that it has other values wherever `other` has."""
     if keras.backend.backend() != "jax":
         return x
@@ -114,7 +118,7 @@ def varying_as(x, other):
     return jax.lax.pvary(x, axes)  # up to JAX 0.8
 
 
-def max_over_shards(function, tensors):
+def max_over_shards(function: Callable[..., Any], tensors: list[Tensor]) -> Tensor:
     """The element-wise maximum of a function over the parts of a batch that devices hold.
 
     With `keras.distribution` on JAX one computation spans all devices. What reads gradients
@@ -141,7 +145,7 @@ def max_over_shards(function, tensors):
     whole, divided = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(axis)
     specs = [divided if x.ndim and x.shape[0] % num_parts == 0 else whole for x in tensors]
 
-    def of_part(*tensors):
+    def of_part(*tensors: Any) -> Any:
         part = jax.lax.axis_index(axis)
         return jax.lax.pmax(function(list(tensors), part, num_parts), axis)
 
@@ -151,7 +155,7 @@ def max_over_shards(function, tensors):
     return over_mesh(*tensors)
 
 
-def unsupported_strategy():
+def unsupported_strategy() -> str | None:
     """The name of the `tf.distribute` strategy around, if replicas cannot be summed over in it.
 
     `None` if they can, or if there is none.
@@ -171,7 +175,7 @@ def unsupported_strategy():
     return type(strategy).__name__
 
 
-def sum_over_replicas(tensor):
+def sum_over_replicas(tensor: Tensor) -> tuple[Tensor, int]:
     """The sum of a tensor over the replicas that `tf.distribute` runs a step on, and their number.
 
     This is the only communication between replicas that loss scales need.

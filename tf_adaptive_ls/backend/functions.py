@@ -1,11 +1,13 @@
 """Functions that a backend compiles or traces, and what that makes of values."""
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
 
-def compiled(function):
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of nested structures of tensors, compiled when it is first called."""
     if keras.backend.backend() == "jax":
         import jax
@@ -16,12 +18,12 @@ def compiled(function):
     return tf.function(function, reduce_retracing=True)
 
 
-def only_values():
+def only_values() -> bool:
     """Whether a conditional may not update variables, as on JAX, but has to return new values."""
     return keras.backend.backend() != "tensorflow"
 
 
-def would_be_constant(value):
+def would_be_constant(value: Any) -> bool:
     """Whether a function that is being compiled would keep `value` as it is now, for good.
 
     So JAX does with what is not among the arguments of the function. TensorFlow reads variables
@@ -35,7 +37,7 @@ def would_be_constant(value):
     return compiles and not isinstance(value, jax.core.Tracer)
 
 
-def is_traced_alone():
+def is_traced_alone() -> bool:
     """Whether TensorFlow traces a function, and not one of several replicas."""
     if keras.backend.backend() != "tensorflow":
         return False
@@ -44,7 +46,7 @@ def is_traced_alone():
     return not tf.executing_eagerly() and not tf.distribute.has_strategy()
 
 
-def outside_of_traces():
+def outside_of_traces() -> Any:
     """Context in which what is computed is not part of a function that is being traced."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import copy
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -16,11 +17,12 @@ from keras.src.backend.common import AutocastScope, get_autocast_scope, global_s
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from tf_adaptive_ls.backend import routes
+from tf_adaptive_ls.backend.types import Tensor
 
 __all__ = ["AutocastScope"]
 
 
-def parts_of(layer):
+def parts_of(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """A layer and all layers inside it, at any depth.
 
     `layer.layers` is only there for models, and only one level deep.
@@ -35,7 +37,7 @@ _ALL_CONFIG = tuple(
 )
 
 
-def is_all_config(layer):
+def is_all_config(layer: keras.layers.Layer) -> bool:
     """Whether a layer is known to be what its config says, and to have no state.
 
     One that cannot be told to be so is taken not to be.
@@ -54,7 +56,7 @@ def is_all_config(layer):
 _FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
 
 
-def is_plain_keras_layer(layer):
+def is_plain_keras_layer(layer: keras.layers.Layer) -> bool:
     """Whether a layer is one of Keras's own and runs only code of Keras."""
     functions = getattr(layer, "activation", None), vars(layer).get("call")
     return (
@@ -64,12 +66,12 @@ def is_plain_keras_layer(layer):
     )
 
 
-def is_from_keras(definition):
+def is_from_keras(definition: Any) -> bool:
     """Whether a class or function is defined in Keras."""
     return definition.__module__.partition(".")[0] == "keras"
 
 
-def layers_in(layer):
+def layers_in(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layers inside a layer, one level deep, whatever lists they are kept in."""
     return list(layer._layers)
 
@@ -78,23 +80,23 @@ def layers_in(layer):
 _OPEN_CLASSES = ("Layer", "Model", "Functional", "Sequential", "Wrapper")
 
 
-def computes_as_keras_does(layer):
+def computes_as_keras_does(layer: keras.layers.Layer) -> bool:
     """Whether a layer is of a class of Keras that computes something, or of a subclass of such."""
     kind = next(kind for kind in type(layer).__mro__ if is_from_keras(kind))
     return kind.__name__ not in _OPEN_CLASSES
 
 
-def may_be_trained(layer):
+def may_be_trained(layer: keras.layers.Layer) -> bool:
     """Whether a layer has weights that are trainable, or would be if it were not frozen."""
     return any(map(own_weights, parts_of(layer)))
 
 
-def own_weights(layer):
+def own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The weights of a layer, not of others inside it, that are trainable if it is not frozen."""
     return list(layer._trainable_variables)
 
 
-def graph_of(model):
+def graph_of(model: keras.layers.Layer) -> keras.Model | None:
     """The Functional graph that a model runs, or `None`.
 
     A Sequential model runs a Functional one that it makes, and shows it to nobody.
@@ -104,7 +106,7 @@ def graph_of(model):
     return model if hasattr(model, "_nodes_by_depth") else None
 
 
-def nodes_of(graph):
+def nodes_of(graph: keras.Model) -> list[Any]:
     """The calls in a Functional graph, in an order in which they can be run.
 
     Layers know only all their calls, in whatever graph, in `_inbound_nodes`; a graph shows
@@ -118,22 +120,22 @@ def nodes_of(graph):
     ]
 
 
-def operations_of(layer):
+def operations_of(layer: keras.layers.Layer) -> list[Any]:
     """The operations in the graph of a Functional model, layers among them; of others, none."""
     return list(getattr(layer, "_operations", ()))
 
 
-def calls_of(operation):
+def calls_of(operation: Any) -> list[Any]:
     """The list in which Keras keeps all calls of an operation on symbolic tensors."""
     return operation._inbound_nodes
 
 
-def calls_after(operation):
+def calls_after(operation: Any) -> list[Any]:
     """The list in which Keras keeps all calls that take what comes from an operation."""
     return operation._outbound_nodes
 
 
-def node_of(tensor):
+def node_of(tensor: Tensor) -> Any:
     """The call that a symbolic tensor comes from, or `None`."""
     history = getattr(tensor, "_keras_history", None)
     if history is None or history.operation is None:
@@ -170,7 +172,11 @@ class StandIn(keras.layers.Wrapper):
         return contextlib.nullcontext()
 
 
-class WithHiddenVariables:
+# What a mixin is mixed into, as far as types tell.
+_Model: Any = object
+
+
+class WithHiddenVariables(_Model):
     """Mixin for a model: some of its trainable variables are not to be summed up."""
 
     # What is known of its calls would not hold in the backward pass. Its layers may be run again.
@@ -187,14 +193,16 @@ class WithHiddenVariables:
         return self.shown_trainable_weights
 
 
-def is_rematerialised(layer, args, kwargs):
+def is_rematerialised(
+    layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
     """Whether Keras would run a call of a layer once more in the backward pass.
 
     As the `keras.RematScope` has it that it was made in, which it does not show. That of an
     activation alone, which takes all that it needs as arguments, does not count.
     """
 
-    def call():
+    def call() -> None:
         pass
 
     return any(
@@ -205,7 +213,7 @@ def is_rematerialised(layer, args, kwargs):
     )
 
 
-def may_be_rematerialised(layer):
+def may_be_rematerialised(layer: keras.layers.Layer) -> bool:
     """Whether Keras may run a layer once more, with all that is inside it."""
     mode = layer._remat_mode
     return mode is not None and (
@@ -213,12 +221,22 @@ def may_be_rematerialised(layer):
     )
 
 
-def _rematerialised(layer, call, args, kwargs):
+def _rematerialised(
+    layer: keras.layers.Layer,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     # Of its class: its own may be a route.
     return type(layer).rematerialized_call(layer, call, *args, **kwargs)
 
 
-def rematerialised_unless_held(layer, call, args, kwargs):
+def rematerialised_unless_held(
+    layer: keras.layers.Layer,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Callable[..., Any]:
     """`call`, or what runs it once more in the backward pass where Keras would have that."""
     if layer._remat_mode is None or id(layer) in _run_once.get():
         return call
@@ -232,7 +250,7 @@ _run_once: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def not_rematerialised(layer):
+def not_rematerialised(layer: keras.layers.Layer) -> Iterator[None]:
     """Keeps Keras from running a layer, or layers inside it, once more in the backward pass."""
     parts = [part for part, _ in _remat_modes(layer)]
     for part in parts:
@@ -246,7 +264,7 @@ def not_rematerialised(layer):
         _run_once.reset(token)
 
 
-def _remat_modes(layer):
+def _remat_modes(layer: keras.layers.Layer) -> list[tuple[keras.layers.Layer, Any]]:
     """Pairs of a layer in `layer`, or itself, and the mode in which Keras runs it once more."""
     modes = [(part, part._remat_mode) for part in parts_of(layer)]
     return [
@@ -256,12 +274,17 @@ def _remat_modes(layer):
     ]
 
 
-def _unless_run_once(layer, original, args, kwargs):
+def _unless_run_once(
+    layer: keras.layers.Layer,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     return args[0] if id(layer) in _run_once.get() else original(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def computing_in_float32(model):
+def computing_in_float32(model: keras.Model) -> Iterator[None]:
     """Makes all layers of a model that compute in less than float32 compute in that.
 
     The setter of `dtype_policy` would write to a policy that layers share, a `DTypePolicyMap`,
@@ -278,7 +301,7 @@ def computing_in_float32(model):
             part._dtype_policy = policy
 
 
-def build_for_call(layer, call_spec):
+def build_for_call(layer: keras.layers.Layer, call_spec: Any) -> None:
     """Builds a layer as a call of it would, whatever signature its `build` has.
 
     `layer.build` wants to be told shapes by the names that it gives its arguments.
@@ -286,7 +309,7 @@ def build_for_call(layer, call_spec):
     layer._maybe_build(call_spec)
 
 
-def forget_losses(layer, losses):
+def forget_losses(layer: keras.layers.Layer, losses: list[Any]) -> None:
     """Makes a layer, and layers inside it, forget losses that its call has added, and no others.
 
     `_clear_losses` would take those of earlier calls with them.
@@ -296,7 +319,7 @@ def forget_losses(layer, losses):
         part._loss_ids -= forgotten
 
 
-def allow_any_positional_arguments(layer):
+def allow_any_positional_arguments(layer: keras.layers.Layer) -> None:
     """Lets a layer be called by position with what is not a tensor.
 
     Keras's own wrappers that take `*args`, and `Layer` for its subclasses, use a flag.
@@ -304,12 +327,12 @@ def allow_any_positional_arguments(layer):
     layer._allow_non_tensor_positional_args = True
 
 
-def is_symbolic():
+def is_symbolic() -> bool:
     """Whether shapes alone are computed."""
     return in_symbolic_scope()
 
 
-def autocast_scope_of_call(layer, casts):
+def autocast_scope_of_call(layer: keras.layers.Layer, casts: bool) -> Callable[..., Any] | None:
     """What makes the scope that `Layer.__call__` opens around a call, `None` for none.
 
     Args:
@@ -325,10 +348,12 @@ def autocast_scope_of_call(layer, casts):
     return lambda: AutocastScope(dtype)
 
 
-def cast_inputs(layer, arguments):
+def cast_inputs(
+    layer: keras.layers.Layer, arguments: tuple[tuple[Any, ...], dict[str, Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Casts the tensors among the arguments of a call as `Layer.__call__` does."""
 
-    def cast(x):
+    def cast(x: Tensor) -> Tensor:
         mask = mask_of(x)
         y = layer.dtype_policy.convert_input(x, True, layer.input_dtype)
         if mask is not None and y is not x:
@@ -338,7 +363,7 @@ def cast_inputs(layer, arguments):
     return keras.tree.map_structure(cast, arguments) if layer._convert_input_args else arguments
 
 
-def add_part(layer, name, part):
+def add_part(layer: keras.layers.Layer, name: str, part: keras.layers.Layer) -> None:
     """Makes `part` an attribute of a layer that may be built already."""
     tracker = layer._tracker
     was_locked = tracker.locked
@@ -348,26 +373,26 @@ def add_part(layer, name, part):
         tracker.lock(tracker._lock_violation_msg)
 
 
-def take_out(layer, name, part):
+def take_out(layer: keras.layers.Layer, name: str, part: keras.layers.Layer) -> None:
     """Undoes `add_part`."""
     if vars(layer).get(name) is part:
         delattr(layer, name)
         layer._tracker.untrack(part)
 
 
-def move_variables_to(layer, other):
+def move_variables_to(layer: keras.layers.Layer, other: keras.layers.Layer) -> None:
     """Lets the paths of a layer's variables read as if they were those of another."""
     for variable in layer.variables:
         variable._path = f"{other.path or other.name}/{variable.name}"
 
 
-def call_context():
+def call_context() -> Any:
     """What layers hand on to those that they call, such as `training`, as it is now."""
     return copy.copy(global_state.get_global_attribute(_CALL_CONTEXT))
 
 
 @contextlib.contextmanager
-def in_call_context(context):
+def in_call_context(context: Any) -> Iterator[None]:
     """Makes what `call_context` returned hold."""
     before = global_state.get_global_attribute(_CALL_CONTEXT)
     global_state.set_global_attribute(_CALL_CONTEXT, copy.copy(context))
@@ -380,12 +405,12 @@ def in_call_context(context):
 _CALL_CONTEXT = "current_call_ctx"
 
 
-def unpickled_model(file):
+def unpickled_model(file: Any) -> Any:
     """The model that a pickle holds as a file."""
     return keras.Model._unpickle_model(file)
 
 
-def own_value(variable):
+def own_value(variable: keras.Variable) -> Tensor | None:
     """The value of a variable in no scope, `None` if it has none yet.
 
     Inside a scope, asking for `value` asks the scope, and would make one.
@@ -393,7 +418,7 @@ def own_value(variable):
     return variable._value
 
 
-def mask_of(tensor):
+def mask_of(tensor: Tensor) -> Any:
     """The Keras mask of a tensor, or `None`.
 
     An attribute where tensors have attributes; JAX's have none, and Keras a table.
@@ -401,12 +426,12 @@ def mask_of(tensor):
     return masking.get_keras_mask(tensor)
 
 
-def set_mask(tensor, mask):
+def set_mask(tensor: Tensor, mask: Tensor) -> None:
     """Gives a tensor a Keras mask, see `mask_of`."""
     masking.set_keras_mask(tensor, mask)
 
 
-def logits_of(tensor):
+def logits_of(tensor: Tensor) -> Any:
     """The logits that Keras has left on the result of a softmax or sigmoid, or `None`.
 
     On TensorFlow: its crossentropies compute from them.
@@ -414,12 +439,12 @@ def logits_of(tensor):
     return getattr(tensor, "_keras_logits", None)
 
 
-def set_logits(tensor, logits):
+def set_logits(tensor: Tensor, logits: Tensor) -> None:
     """Leaves logits on a tensor, see `logits_of`."""
     tensor._keras_logits = logits
 
 
-def arguments_of_compile(model):
+def arguments_of_compile(model: keras.Model) -> dict[str, Any]:
     """What `compile` was called with, a dict.
 
     `get_compile_config` gives the same serialized, which not every loss can be.
@@ -427,12 +452,12 @@ def arguments_of_compile(model):
     return dict(model._compile_config.config)
 
 
-def variables_built_for(optimizer):
+def variables_built_for(optimizer: Any) -> list[keras.Variable]:
     """The variables that an optimizer was built for, in its order."""
     return list(optimizer._trainable_variables)
 
 
-def track_variable(optimizer, variable):
+def track_variable(optimizer: Any, variable: keras.Variable) -> None:
     """Makes a variable that was made elsewhere the next of an optimizer.
 
     `add_variable` would make another.

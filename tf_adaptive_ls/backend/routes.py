@@ -1,6 +1,10 @@
 """Methods of single objects, led another way: the object stays of its class, and no other knows."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
 
 
 class Route:
@@ -15,17 +19,17 @@ class Route:
         original: The method as it was.
     """
 
-    def __init__(self, thing, name, run):
+    def __init__(self, thing: keras.layers.Layer, name: str, run: Callable[..., Any]) -> None:
         functools.update_wrapper(self, getattr(thing, name))  # first: it copies all attributes
         self.original = getattr(thing, name)
         self._thing, self._name, self._run = thing, name, run
         # As it is: Keras keeps track of what is made an attribute of a layer.
         object.__setattr__(thing, name, self)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self.original, args, kwargs)
 
-    def end(self):
+    def end(self) -> None:
         """The method is again what it was. A function set since stays, and may call the route."""
         self._run = _straight_on
         if route_of(self._thing, self._name) is not self:
@@ -36,18 +40,20 @@ class Route:
             object.__setattr__(self._thing, self._name, self.original)
 
 
-def _straight_on(original, args, kwargs):
+def _straight_on(
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     return original(*args, **kwargs)
 
 
-def behind(method):
+def behind(method: "Route") -> Callable[..., Any]:
     """What a method leads to in the end."""
     while isinstance(method, Route):
         method = method.original
     return method
 
 
-def route_of(thing, name):
+def route_of(thing: keras.layers.Layer, name: str) -> "Route | None":
     """The `Route` in the place of a method, or `None`."""
     own = vars(thing).get(name)
     return own if isinstance(own, Route) else None

@@ -1,6 +1,8 @@
 """The calls that a model is made of: what a scale plan is derived from."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import tree
@@ -21,7 +23,7 @@ class GraphCall:
             variable, or what was computed from one.
     """
 
-    operation: object
+    operation: Any
     args: tuple[int | None, ...]
     kwargs: dict[str, tuple[int | None, ...]]
     inputs: tuple[int, ...]
@@ -47,7 +49,9 @@ class CallGraph:
     order: tuple[object, ...] | None = None
 
 
-def graph_call(node, operation, key_of, takes_values=False):
+def graph_call(
+    node: Any, operation: Any, key_of: Callable[..., Any], takes_values: bool = False
+) -> "GraphCall":
     """The `GraphCall` of a node of Keras.
 
     Args:
@@ -57,7 +61,7 @@ def graph_call(node, operation, key_of, takes_values=False):
         takes_values: As the attribute.
     """
 
-    def keys(structure):
+    def keys(structure: Any) -> tuple[int | None, ...]:
         return tuple(
             key_of(leaf) if isinstance(leaf, keras.KerasTensor) else None
             for leaf in tree.flatten(structure)

@@ -2,6 +2,8 @@
 
 import collections
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
@@ -9,7 +11,9 @@ from tf_adaptive_ls.backend.keras_internals import arguments_of_compile, variabl
 from tf_adaptive_ls.training.optimizer import INITIAL_SCALE
 
 
-def compile_like(model, result, make_optimizer):
+def compile_like(
+    model: keras.Model, result: keras.Model, make_optimizer: Callable[..., Any]
+) -> None:
     """Compiles `result` as `model` is, with a copy of its optimizer and its state."""
     if type(model).compile is not keras.Model.compile:
         return  # only its author knows what it takes
@@ -38,7 +42,9 @@ def compile_like(model, result, make_optimizer):
                 variable.assign(keras.ops.copy(values[role]))
 
 
-def _roles_of_variables(optimizer, build):
+def _roles_of_variables(
+    optimizer: Any, build: Callable[..., Any]
+) -> list[tuple[int | None, str, int]]:
     """Builds an optimizer, and tells what each of its variables is for.
 
     Returns:
@@ -48,7 +54,7 @@ def _roles_of_variables(optimizer, build):
     weight_of = {}
     add = optimizer.add_variable_from_reference
 
-    def recording(reference_variable, *args, **kwargs):
+    def recording(reference_variable: keras.Variable, *args: Any, **kwargs: Any) -> keras.Variable:
         variable = add(reference_variable, *args, **kwargs)
         weight_of[id(variable)] = id(reference_variable)
         return variable
@@ -58,7 +64,7 @@ def _roles_of_variables(optimizer, build):
         build()
     finally:
         del optimizer.add_variable_from_reference
-    counts = collections.Counter()
+    counts: collections.Counter[Any] = collections.Counter()
     roles = []
     for variable in optimizer.variables:
         # Inside a `LossScaleOptimizer` Keras loses sight of some: names tell which.

@@ -1,14 +1,16 @@
 """The optimizers that a model holds, whatever its `compile` calls them."""
 
+import keras
+
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 
-def adaptive_optimizers(model):
+def adaptive_optimizers(model: keras.Model) -> dict[str, AdaptiveLossScaleOptimizer]:
     """The `AdaptiveLossScaleOptimizer`s of a model by the names of its attributes.
 
     Those in lists and dicts are numbered, or have the name of their place there, too.
     """
-    found = {}
+    found: dict[AdaptiveLossScaleOptimizer, str] = {}
     for name, value in vars(model).items():
         if name.startswith("_self_"):  # TensorFlow's own notes of them
             continue

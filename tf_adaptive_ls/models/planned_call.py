@@ -1,18 +1,22 @@
 """The call of a model, or of a layer made of layers, under a scale plan from a trace of it."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
 from tf_adaptive_ls.backend import autodiff, keras_internals, routes
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.models import tracing
 from tf_adaptive_ls.models.planning import plan_of
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.companion import companion_of
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
+from tf_adaptive_ls.training.scale_plan import ScalePlan
 
 _ATTRIBUTE = "_planned_call_of_layer"
 _METHODS = ("call", "symbolic_call", "add_loss")
@@ -28,41 +32,44 @@ class PlannedCall:
         layer: The model or layer.
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer: keras.layers.Layer) -> None:
         self._layer = layer
-        self._find, self._has_plans = (lambda: None), True
-        self._known_layers = None
+        self._find: Callable[[], Any] = lambda: None
+        self._has_plans = True
+        self._known_layers: tuple[int, ...] | None = None
         self._has_run = False
-        self._plans = {}
+        self._plans: dict[Any, Any] = {}
         object.__setattr__(layer, _ATTRIBUTE, self)
         self._routes = [routes.Route(layer, name, getattr(self, f"_{name}")) for name in _METHODS]
 
-    def uses(self, find, has_plans):
+    def uses(self, find: Callable[..., Any], has_plans: bool) -> None:
         """Sets what looks for new layers inside, and whether there are plans."""
         self._find, self._has_plans = find, has_plans
         self._known_layers = None
         self._plans.clear()
 
-    def undo(self):
+    def undo(self) -> None:
         for route in self._routes:
             route.end()
         del vars(self._layer)[_ATTRIBUTE]
 
-    def find_layers(self):
+    def find_layers(self) -> None:
         """Looks for layers inside if others are there than before."""
         layers = tuple(map(id, keras_internals.layers_in(self._layer)))
         if layers != self._known_layers:
             self._known_layers = layers
             self._find()
 
-    def reasons(self):
+    def reasons(self) -> dict[str, str]:
         """Why gradients return to the scale of the surroundings: dict of reasons by layer name."""
-        found = {}
+        found: dict[str, str] = {}
         for _, reasons in self._plans.values():
             found |= reasons
         return found
 
-    def _call(self, original, args, kwargs):
+    def _call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         if tracing.current() is not None:
             return original(*args, **kwargs)
         self.find_layers()
@@ -85,7 +92,9 @@ class PlannedCall:
                 )
         return outputs
 
-    def _plan_of(self, original, args, kwargs):
+    def _plan_of(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ScalePlan | None:
         if not self._has_plans or are_scales_neutral() or keras_internals.is_symbolic():
             return None
         parts = keras_internals.parts_of(self._layer)
@@ -96,7 +105,13 @@ class PlannedCall:
             self._plans[key] = self._traced(original, args, kwargs, parts)
         return self._plans[key][0]
 
-    def _traced(self, original, args, kwargs, parts):
+    def _traced(
+        self,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parts: list[keras.layers.Layer],
+    ) -> tuple[ScalePlan | None, dict[str, str]]:
         """The plan, `None` if there is none, and reasons by the names of layers."""
         try:
             graph, opaque = tracing.trace(self._layer, original, args, kwargs, _scaling_or_itself)
@@ -110,14 +125,18 @@ class PlannedCall:
         reasons = {part.name: opaque[id(part)] for part in parts if id(part) in opaque}
         return plan_of(graph, models), reasons
 
-    def _symbolic_call(self, original, args, kwargs):
+    def _symbolic_call(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         trace = tracing.current()
         if trace is None:
             return original(*args, **kwargs)
         call = routes.behind(self._layer.call)
         return trace.call_inside(self._layer, call, original, args, kwargs)
 
-    def _add_loss(self, original, args, kwargs):
+    def _add_loss(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         trace = tracing.current()
         losses = tree.flatten((args, kwargs))
         if trace is not None and any(isinstance(each, keras.KerasTensor) for each in losses):
@@ -126,29 +145,29 @@ class PlannedCall:
             original(*args, **kwargs)
 
 
-def planned_call_of(layer):
+def planned_call_of(layer: keras.layers.Layer) -> Any:
     """The `PlannedCall` of a layer, or `None`."""
     return vars(layer).get(_ATTRIBUTE)
 
 
-def reasons_for_no_plan(model):
+def reasons_for_no_plan(model: keras.layers.Layer) -> dict[str, str]:
     """Where gradients return to the scale of the surroundings: dict of reasons by name."""
-    found = {}
+    found: dict[str, str] = {}
     for part in keras_internals.parts_of(model):
         if planned_call_of(part) is not None:
             found |= planned_call_of(part).reasons()
     return found
 
 
-def _scaling_or_itself(operation):
+def _scaling_or_itself(operation: Any) -> Any:
     companion = companion_of(operation)
     return operation if companion is None or not companion.has_started else companion
 
 
-def _signature(args, kwargs):
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What of arguments a plan depends on; hashable."""
 
-    def of_leaf(leaf):
+    def of_leaf(leaf: Any) -> str | tuple[str, str, bool]:
         if ops.is_tensor(leaf) or isinstance(leaf, np.ndarray):
             mask = keras_internals.mask_of(leaf)
             return str(leaf.shape), str(leaf.dtype), mask is None
@@ -159,12 +178,12 @@ def _signature(args, kwargs):
     return names, repr(structure), tuple(map(of_leaf, tree.flatten((args, kwargs))))
 
 
-def _state_of(parts):
+def _state_of(parts: list[keras.layers.Layer]) -> tuple[tuple[Any, ...], ...]:
     """What of layers a plan depends on; hashable."""
     return tuple((id(part), part.built, *_flags(part)) for part in parts)
 
 
-def _flags(part):
+def _flags(part: keras.layers.Layer) -> tuple[tuple[str, Any], ...]:
     """The attributes of an author's layer that say what it does: numbers, strings, flags."""
     if planned_call_of(part) is None:
         return ()
@@ -176,5 +195,5 @@ def _flags(part):
 
 
 @functools.cache
-def _attributes_of_keras():
+def _attributes_of_keras() -> frozenset[str]:
     return frozenset([*vars(keras.layers.Layer()), *vars(keras.Model())])

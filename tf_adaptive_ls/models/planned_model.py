@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -30,7 +30,7 @@ _registered = keras.saving.register_keras_serializable("tf_adaptive_ls", "LossSc
 _WALK = "_walk_of_model"
 
 
-def _rounds_at_its_scale(part):
+def _rounds_at_its_scale(part: Any) -> bool:
     return isinstance(part, LayerScaling) and part.operand_format is not None
 
 
@@ -47,26 +47,26 @@ class LossScaledModel(WithHiddenVariables):
     # Whether it was read from a file in which `LossScaled` layers stand in its graph.
     is_with_wrappers = False
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # A copy that Keras makes of a wrapped model is plain.
         return cls.base_class(*args, **kwargs)
 
     @property
-    def trainable_weights(self):
+    def trainable_weights(self) -> list[keras.Variable]:
         # TensorFlow's trainers take gradients by these.
         weights = super().trainable_weights
         known = set(map(id, weights))
         of_scaling = [v for v in self.trainable_variables if is_of_scaling(v)]
         return [*weights, *(v for v in of_scaling if weights and id(v) not in known)]
 
-    def count_params(self):
+    def count_params(self) -> int:
         return sum(math.prod(v.shape) for v in self.weights if not is_of_scaling(v))
 
     @property
-    def shown_trainable_weights(self):
+    def shown_trainable_weights(self) -> list[keras.Variable]:
         return [v for v in self.trainable_weights if not is_of_scaling(v)]
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Callable[..., Any] | None:
         find_layers(self)
         known = isinstance(self.optimizer, AdaptiveLossScaleOptimizer)
         # A `compile` of the model's own leaves Keras's default optimizer in `self.optimizer`.
@@ -97,7 +97,7 @@ class LossScaledModel(WithHiddenVariables):
             self.optimizer.build_once(self.trainable_variables)
         return super().make_train_function(force)
 
-    def load_weights(self, filepath, *args, **kwargs):
+    def load_weights(self, filepath: str, *args: Any, **kwargs: Any) -> None:
         """As in Keras, but a file that cannot be read leaves the model as it was."""
         optimizer = getattr(self, "optimizer", None)
         variables = [*self.variables, *(optimizer.variables if optimizer else ())]
@@ -111,15 +111,15 @@ class LossScaledModel(WithHiddenVariables):
                     variable.assign(value)
             raise
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: dict[str, Any]) -> None:
         super().build_from_config(config)
         find_layers(self)
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         # Keras would name a method of this class, which pickle could not find.
         return keras_internals.unpickled_model, super().__reduce__()[1]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         registered = keras.saving.get_registered_name(self.base_class)
         walked = vars(self)[_WALK]
         config = {**super().get_config(), "base_class": registered}
@@ -127,7 +127,7 @@ class LossScaledModel(WithHiddenVariables):
         return stamped(config, WITH_WRAPPERS) if self.is_with_wrappers else stamped(config)
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> keras.Model:
         with_wrappers = is_with_wrappers(config)
         config = opened(config, "wrapped model", ["base_class"], optional=None)
         choice = _choice_of(config)
@@ -159,10 +159,10 @@ class _Walked:
 
 
 @functools.cache
-def _planned_class(base_class, with_wrappers):
+def _planned_class(base_class: Any, with_wrappers: bool) -> type:
     """The class of wrapped models of `base_class`."""
 
-    def get_config(self):
+    def get_config(self: Any) -> dict[str, Any]:
         return LossScaledModel.get_config(self)
 
     # Keras makes a config by itself only for a class that has none.
@@ -181,7 +181,7 @@ def _planned_class(base_class, with_wrappers):
     return planned_class
 
 
-def scale(model, choice, with_wrappers=False):
+def scale(model: keras.Model, choice: Choice, with_wrappers: bool = False) -> keras.Model:
     """Scales all layers of a model, which is changed; all or nothing.
 
     Args:
@@ -202,7 +202,7 @@ def scale(model, choice, with_wrappers=False):
     return model
 
 
-def unscale(model):
+def unscale(model: keras.Model) -> None:
     """Undoes `scale`."""
     for part in parts_of(model):
         if planned_call_of(part) is not None:
@@ -217,7 +217,7 @@ def unscale(model):
                 route.end()  # of layers inside of others that have run
 
 
-def find_layers(model):
+def find_layers(model: keras.Model) -> None:
     """Scales layers that a model has got since it was wrapped."""
     for part in parts_of(model):
         if planned_call_of(part) is not None:
@@ -229,7 +229,7 @@ def find_layers(model):
 
 
 @contextlib.contextmanager
-def without_companions(model):
+def without_companions(model: keras.Model) -> Iterator[None]:
     """Takes what scales layers out of them: Keras quantises only layers with none inside."""
     companions = [each for each in map(companion_of, parts_of(model)) if each is not None]
     for companion in companions:
@@ -242,7 +242,7 @@ def without_companions(model):
 
 
 @contextlib.contextmanager
-def as_plain(model):
+def as_plain(model: keras.Model) -> Iterator[None]:
     """A model as it was before it was wrapped, for what writes it in a format of its own."""
     exchanged = [
         (part, type(part)) for part in parts_of(model) if isinstance(part, LossScaledModel)
@@ -257,13 +257,13 @@ def as_plain(model):
                 object.__setattr__(part, "__class__", planned_class)
 
 
-def _save_to_preset(self, *args, **kwargs):
+def _save_to_preset(self: Any, *args: Any, **kwargs: Any) -> Any:
     """A preset of KerasHub is the plain model's, and is loaded without this library."""
     with as_plain(self):
         return self.save_to_preset(*args, **kwargs)
 
 
-def _choice_of(config):
+def _choice_of(config: dict[str, Any]) -> Choice:
     """Takes out of the config of a wrapped model what it says of the `Choice`."""
     left_out = set(config.pop("left_out", ()))
     float8 = {path: Float8.from_config(each) for path, each in config.pop("float8", {}).items()}
@@ -274,13 +274,17 @@ def _choice_of(config):
     )
 
 
-def exchange(model, walk, path, with_wrappers):
+def exchange(
+    model: keras.Model, walk: Walk, path: str, with_wrappers: bool
+) -> Callable[[], None] | None:
     """Gives a model the class of wrapped ones; returns what undoes that."""
-    plain_class = type(model)
+    plain_class: Any = type(model)
     if issubclass(plain_class, LossScaledModel):
         return None
 
-    def quantize(original, args, kwargs):
+    def quantize(
+        original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         in_float8 = [each.name for each in parts_of(model) if getattr(each, "float8", None)]
         if in_float8:
             raise ValueError(
@@ -291,7 +295,7 @@ def exchange(model, walk, path, with_wrappers):
         with without_companions(model):
             return original(*args, **kwargs)
 
-    def undo():
+    def undo() -> None:
         route.end()
         object.__setattr__(model, "__class__", plain_class)
         del vars(model)[_WALK]
@@ -304,7 +308,7 @@ def exchange(model, walk, path, with_wrappers):
 
 
 @functools.cache
-def functional_class():
+def functional_class() -> type:
     """The class of Functional models, which Keras does not export."""
     tensor = keras.Input(())
     return type(keras.Model(tensor, keras.layers.Identity()(tensor)))

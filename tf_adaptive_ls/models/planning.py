@@ -1,6 +1,8 @@
 """Derives a scale plan from the calls that a model is made of."""
 
 import collections
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -9,6 +11,7 @@ from tf_adaptive_ls.backend.keras_internals import (
     is_plain_keras_layer,
     parts_of,
 )
+from tf_adaptive_ls.models.calls import CallGraph, GraphCall
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.scale_plan import AT_S, Route, ScaleGroup, ScalePlan
 
@@ -20,7 +23,9 @@ _NORMALISATIONS = (
 )
 
 
-def plan_of(graph, models=()):
+def plan_of(
+    graph: CallGraph, models: Sequence[tuple[keras.layers.Layer, keras.Model | None]] = ()
+) -> ScalePlan:
     """Derives the `ScalePlan` of a `CallGraph`.
 
     Args:
@@ -43,10 +48,10 @@ def plan_of(graph, models=()):
         if joined:
             groups.join([*call.inputs, *call.outputs])
 
-    def group_of(key):
+    def group_of(key: Any) -> ScaleGroup:
         return AT_S if key is None else groups.scale_group(key)
 
-    def passes_from(call):
+    def passes_from(call: GraphCall) -> tuple[LayerScaling, ...]:
         if not any(call is other for other in passing):
             return ()
         consumers = groups.consumers(call.outputs[0])
@@ -69,7 +74,7 @@ def plan_of(graph, models=()):
     return ScalePlan(layers, routes, tuple(models), calls, graph.inputs, order)
 
 
-def _grouped(graph, times_called):
+def _grouped(graph: CallGraph, times_called: dict[int, int]) -> "_Groups":
     """The `_Groups` of the tensors of a graph."""
     groups = _Groups()
     groups.pin([*graph.inputs, *graph.ends])
@@ -89,7 +94,7 @@ def _grouped(graph, times_called):
     return groups
 
 
-def _scaled_layers(operation):
+def _scaled_layers(operation: Any) -> list[LayerScaling]:
     """What has a scale and may be run at its border by a call of `operation`."""
     if isinstance(operation, LayerScaling):
         return [operation]
@@ -98,7 +103,7 @@ def _scaled_layers(operation):
     return [layer for layer in parts_of(operation) if isinstance(layer, LayerScaling)]
 
 
-def _may_pass(call):
+def _may_pass(call: GraphCall) -> bool:
     """Whether a call is one of a layer that normalises its only input."""
     layer = call.operation.layer
     return (
@@ -108,7 +113,7 @@ def _may_pass(call):
     )
 
 
-def _only_hands_gradients_on(operation):
+def _only_hands_gradients_on(operation: Any) -> bool:
     """Whether `operation` has a linear backward pass and no gradients of its own."""
     if not isinstance(operation, keras.layers.Layer):
         return is_from_keras(type(operation))
@@ -121,20 +126,20 @@ def _only_hands_gradients_on(operation):
 class _Groups:
     """Union-find over the tensors of a graph, by their keys, with what is known of each group."""
 
-    def __init__(self):
-        self._parent = {}
-        self._pinned = set()
-        self._consumers = {}
-        self._passing = {}
+    def __init__(self) -> None:
+        self._parent: dict[Any, Any] = {}
+        self._pinned: set[Any] = set()
+        self._consumers: dict[Any, list[LayerScaling]] = {}
+        self._passing: dict[Any, list[LayerScaling]] = {}
 
-    def _find(self, key):
+    def _find(self, key: Any) -> Any:
         root = self._parent.setdefault(key, key)
         while self._parent[root] != root:
             root = self._parent[root]
         self._parent[key] = root
         return root
 
-    def join(self, tensors):
+    def join(self, tensors: Sequence[Any]) -> None:
         if not tensors:
             return
         first, *others = (self._find(tensor) for tensor in tensors)
@@ -146,24 +151,24 @@ class _Groups:
                 if root in self._pinned:
                     self._pinned.add(first)
 
-    def pin(self, tensors):
+    def pin(self, tensors: Sequence[Any]) -> None:
         """Lets the groups of `tensors` travel at S."""
         self._pinned.update(self._find(tensor) for tensor in tensors)
 
-    def add_consumer(self, tensor, layer):
+    def add_consumer(self, tensor: Any, layer: LayerScaling) -> None:
         consumers = self._consumers.setdefault(self._find(tensor), [])
         if layer not in consumers:
             consumers.append(layer)
 
-    def add_passing(self, tensor, layer):
+    def add_passing(self, tensor: Any, layer: LayerScaling) -> None:
         self._passing.setdefault(self._find(tensor), []).append(layer)
 
-    def consumers(self, tensor):
+    def consumers(self, tensor: Any) -> tuple[LayerScaling, ...]:
         """The layers that take what is in the group of `tensor`, none if it travels at S."""
         root = self._find(tensor)
         return () if root in self._pinned else tuple(self._consumers.get(root, ()))
 
-    def scale_group(self, tensor):
+    def scale_group(self, tensor: Any) -> ScaleGroup:
         """The `ScaleGroup` of `tensor`."""
         consumers = self.consumers(tensor)
         passing = tuple(self._passing.get(self._find(tensor), ()))

@@ -13,6 +13,8 @@ import re
 import threading
 import types
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,6 +22,7 @@ from keras import ops, tree
 
 from tf_adaptive_ls.backend import arrays, keras_internals, routes
 from tf_adaptive_ls.backend.keras_internals import calls_after, calls_of
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.models.calls import CallGraph, graph_call
 from tf_adaptive_ls.training.call_tensors import is_inexact
 from tf_adaptive_ls.training.noted_calls import noting
@@ -41,7 +44,7 @@ class NotTraceable(Exception):
     """
 
 
-def current():
+def current() -> "_Trace | None":
     """The `_Trace` that runs, or `None`."""
     return _tracing.get()
 
@@ -54,14 +57,23 @@ class _Trace:
         called: What was noted to be called, in order.
     """
 
-    def __init__(self, opaque):
+    def __init__(self, opaque: dict[Any, Any]) -> None:
         self._opaque = opaque
-        self._inside = {}  # by the `id` of a tensor that has left a layer: it, and what it was
-        self._times_called = {}
-        self.ends = []
-        self.called = []
+        self._inside: dict[
+            int, Any
+        ] = {}  # by the `id` of a tensor that has left a layer: it, and what it was
+        self._times_called: dict[Any, int] = {}
+        self.ends: list[Any] = []
+        self.called: list[Any] = []
 
-    def call_inside(self, layer, original, plain, args, kwargs):
+    def call_inside(
+        self,
+        layer: keras.layers.Layer,
+        original: Callable[..., Any],
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         """What a layer that is made of layers returns for symbolic tensors.
 
         Args:
@@ -83,7 +95,7 @@ class _Trace:
             return plain(*args, **kwargs)
         return tree.map_structure(lambda tensor: self._outside(layer, tensor), outputs)
 
-    def _outside(self, layer, tensor):
+    def _outside(self, layer: keras.layers.Layer, tensor: Tensor) -> Tensor:
         # Keras will write into it that it comes from the layer.
         twin = keras.KerasTensor(tensor.shape, tensor.dtype)
         mask = keras_internals.mask_of(tensor)
@@ -94,32 +106,38 @@ class _Trace:
             self.ends.append(twin)
         return twin
 
-    def is_looked_into(self, operation):
+    def is_looked_into(self, operation: Any) -> bool:
         return id(operation) in self._times_called and id(operation) not in self._opaque
 
-    def key_of(self, tensor):
+    def key_of(self, tensor: Tensor) -> Any:
         """The key of a tensor: one that has left a layer is what it was in there."""
         return id(self._within(tensor))
 
-    def node_of(self, tensor):
+    def node_of(self, tensor: Tensor) -> Any:
         """The node that a tensor comes from, `None` for an input."""
         return keras_internals.node_of(self._within(tensor))
 
-    def twins(self):
+    def twins(self) -> list[Tensor]:
         """The tensors that stand for others outside of layers."""
         return [twin for twin, _ in self._inside.values()]
 
-    def _within(self, tensor):
+    def _within(self, tensor: Tensor) -> Tensor:
         while id(tensor) in self._inside:
             tensor = self._inside[id(tensor)][1]
         return tensor
 
-    def called_often(self):
+    def called_often(self) -> list[Any]:
         """The `id` of layers that were called more than once, and looked into."""
         return [key for key, n in self._times_called.items() if n > 1 and key not in self._opaque]
 
 
-def trace(layer, original, args, kwargs, stands_for):
+def trace(
+    layer: keras.layers.Layer,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stands_for: Callable[..., Any],
+) -> tuple[CallGraph, dict[int, str]]:
     """What a call of a model would compute.
 
     Args:
@@ -137,7 +155,7 @@ def trace(layer, original, args, kwargs, stands_for):
     """
     with _one_at_a_time:
         for batch_size in _BATCH_SIZES:
-            opaque = {}
+            opaque: dict[int, Any] = {}
             try:
                 # Those called at several places have plans of their own.
                 while True:
@@ -156,10 +174,11 @@ def trace(layer, original, args, kwargs, stands_for):
         raise NotTraceable(reason)
 
 
-def _told(error):
+def _told(error: Exception) -> str:
     if isinstance(error, NotTraceable):
         return str(error)
-    where, text = _KERAS_ADDS.match(str(error).strip()).groups()
+    found = _KERAS_ADDS.match(str(error).strip())
+    where, text = found.groups() if found else ("", str(error))
     text = text.partition("\n")[0]
     return f"{where + ': ' if where else ''}{type(error).__name__}: {text}"[:200]
 
@@ -170,7 +189,15 @@ _KERAS_ADDS = re.compile(
 )
 
 
-def _traced(layer, original, args, kwargs, stands_for, batch_size, opaque):
+def _traced(
+    layer: keras.layers.Layer,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stands_for: Callable[..., Any],
+    batch_size: int | None,
+    opaque: dict[Any, Any],
+) -> tuple[CallGraph, list[Any]]:
     parts = keras_internals.parts_of(layer)
     unbuilt = [part for part in parts if not part.built]
     state = _State(parts)
@@ -195,13 +222,21 @@ def _traced(layer, original, args, kwargs, stands_for, batch_size, opaque):
         state.restore_attributes()
 
 
-def _refuse_to_build(original, args, kwargs):
+def _refuse_to_build(
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     if _tracing.get() is not None:
         raise NotTraceable("it builds layers while it runs")
     return original(*args, **kwargs)
 
 
-def _recorded(running, state, original, arguments, stands_for):
+def _recorded(
+    running: "_Trace",
+    state: "_State",
+    original: Callable[..., Any],
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    stands_for: Callable[..., Any],
+) -> Any:
     """The `CallGraph`, layers called often, and weak references to all tensors, with their keys."""
     token = _tracing.set(running)
     try:
@@ -238,7 +273,7 @@ def _recorded(running, state, original, arguments, stands_for):
     return graph, running.called_often(), tensors
 
 
-def _symbolic(leaf, batch_size):
+def _symbolic(leaf: Any, batch_size: int | None) -> Any:
     if not ops.is_tensor(leaf) and not isinstance(leaf, np.ndarray):
         return leaf
     if len(arrays.dense_parts(leaf)[0]) > 1:
@@ -255,15 +290,15 @@ def _symbolic(leaf, batch_size):
     return tensor
 
 
-def _is_symbolic(leaf):
+def _is_symbolic(leaf: Any) -> bool:
     return isinstance(leaf, keras.KerasTensor)
 
 
-def _symbolic_leaves(structure):
+def _symbolic_leaves(structure: Any) -> list[Tensor]:
     return list(filter(_is_symbolic, tree.flatten(structure)))
 
 
-def _sorted(nodes, ends, running, state):
+def _sorted(nodes: list[Any], ends: list[Tensor], running: "_Trace", state: "_State") -> list[Any]:
     """All nodes of a trace, each behind those whose outputs it takes."""
     order, seen = [], set()
     stack = [*reversed(nodes)]
@@ -288,7 +323,7 @@ def _sorted(nodes, ends, running, state):
     return _sorted([*order, *followers], [], running, state) if followers else order
 
 
-def _check_shows_all(operation, node):
+def _check_shows_all(operation: Any, node: Any) -> None:
     """Raises `NotTraceable` if an operation calls functions, which may take tensors unseen."""
     if isinstance(operation, keras.layers.Layer):
         return
@@ -300,10 +335,10 @@ def _check_shows_all(operation, node):
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
-def _takes_values(node):
+def _takes_values(node: Any) -> bool:
     """Whether it takes a variable, or a tensor that may come from one."""
 
-    def is_value(leaf):
+    def is_value(leaf: Any) -> bool:
         if isinstance(leaf, keras.Variable):
             return True
         return not _is_symbolic(leaf) and is_inexact(leaf)
@@ -311,7 +346,7 @@ def _takes_values(node):
     return any(map(is_value, tree.flatten((node.arguments.args, node.arguments.kwargs))))
 
 
-def _take_apart(node):
+def _take_apart(node: Any) -> None:
     """Frees the tensors of a node, which are otherwise left to the garbage collector."""
     for tensor in node.outputs:
         vars(tensor).pop("_keras_history", None)
@@ -327,7 +362,7 @@ _OF_KERAS = frozenset(
 class _State:
     """What layers had before a trace, to be given back to them."""
 
-    def __init__(self, parts):
+    def __init__(self, parts: list[keras.layers.Layer]) -> None:
         operations = [each for part in parts for each in keras_internals.operations_of(part)]
         everything = {id(each): each for each in [*parts, *operations]}.values()
         self._nodes = [(e, len(calls_of(e)), len(calls_after(e))) for e in everything]
@@ -337,22 +372,22 @@ class _State:
             if not keras_internals.is_from_keras(type(part))
         ]
 
-    def new_nodes(self):
+    def new_nodes(self) -> list[Any]:
         """What was called since then."""
         return [node for each, number, _ in self._nodes for node in calls_of(each)[number:]]
 
-    def new_nodes_after(self, node):
+    def new_nodes_after(self, node: Any) -> list[Any]:
         """What takes what comes from the operation of a call."""
         outbound = calls_after(node.operation)
         known = (number for each, _, number in self._nodes if each is node.operation)
         return outbound[next(known, 0) :]
 
-    def forget_nodes(self):
+    def forget_nodes(self) -> None:
         for each, inbound, outbound in self._nodes:
             del calls_of(each)[inbound:]
             del calls_after(each)[outbound:]
 
-    def restore_attributes(self):
+    def restore_attributes(self) -> None:
         for part, before in self._attributes:
             now = vars(part)
             for name in [name for name in now if name not in before and name not in _OF_KERAS]:
@@ -360,11 +395,11 @@ class _State:
             for name, (value, size) in before.items():
                 if name in _OF_KERAS:
                     continue
-                if isinstance(value, list) and len(value) > size:
+                if size is not None and len(value) > size:
                     del value[size:]
                 if now.get(name) is not value:
                     now[name] = value
 
 
-def _size(value):
+def _size(value: Any) -> int | None:
     return len(value) if isinstance(value, list) else None

@@ -1,7 +1,8 @@
 """Goes through any model, and gives a companion to every layer that has weights."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 
@@ -41,13 +42,13 @@ class Walk:
         exchange: Function `(model, walk, path) -> undo` that is called with every model.
     """
 
-    def __init__(self, choice, exchange):
+    def __init__(self, choice: "Choice", exchange: Callable[..., Any]) -> None:
         self._choice, self._exchange = choice, exchange
-        self._left_out = []
-        self._float8 = {}
-        self._undo = []
+        self._left_out: list[str] = []
+        self._float8: dict[str, Float8] = {}
+        self._undo: list[Callable[[], Any]] = []
 
-    def visit(self, layer, path="", is_root=False):
+    def visit(self, layer: keras.layers.Layer, path: str = "", is_root: bool = False) -> None:
         """Scales a layer, or what is inside it."""
         if isinstance(layer, LayerScaling) or wrapper_of(layer) or companion_of(layer):
             return
@@ -56,25 +57,25 @@ class Walk:
         elif (may_be_trained(layer) or not layer.built) and not is_all_config(layer):
             self._scale(layer, path)
 
-    def undo(self):
+    def undo(self) -> None:
         """Undoes all that was done."""
         while self._undo:
             self._undo.pop()()
 
-    def config(self, path):
+    def config(self, path: str) -> dict[str, Any]:
         """What is to be saved with the model at a path: a dict."""
         prefix = f"{path}/" if path else ""
 
-        def below(paths):
+        def below(paths: Iterable[str]) -> list[str]:
             return [each.removeprefix(prefix) for each in paths if each.startswith(prefix)]
 
         float8 = {name: self._float8[prefix + name].get_config() for name in below(self._float8)}
-        config = {"left_out": below(self._left_out), "float8": float8}
+        config: dict[str, Any] = {"left_out": below(self._left_out), "float8": float8}
         if not self._choice.plans:
             config["plan"] = False
         return {name: value for name, value in config.items() if value or name == "plan"}
 
-    def _scale(self, layer, path):
+    def _scale(self, layer: keras.layers.Layer, path: str) -> None:
         if not self._choice.wants(layer, path):
             self._left_out.append(path)
             return
@@ -84,9 +85,9 @@ class Walk:
         companion = attach(layer, float8)
         if not layer.built:
             companion.asks_first(lambda: self._is_now_walked(layer, path))
-        self._undo.append(lambda: companion_of(layer) and detach(layer))
+        self._undo.append(lambda: detach(layer) if companion_of(layer) else None)
 
-    def _is_now_walked(self, layer, path):
+    def _is_now_walked(self, layer: keras.layers.Layer, path: str) -> bool:
         """Walks into a layer that has got layers inside when it was built."""
         if not is_walked(layer):
             return False
@@ -95,7 +96,7 @@ class Walk:
         self._walk_into(layer, path)
         return True
 
-    def _walk_into(self, layer, path):
+    def _walk_into(self, layer: keras.layers.Layer, path: str) -> None:
         prefix = f"{path}/" if path else ""
         if isinstance(layer, keras.Model):
             undo = self._exchange(layer, self, path)
@@ -106,7 +107,7 @@ class Walk:
             planned = PlannedCall(layer)
             self._undo.append(planned.undo)
 
-        def find():
+        def find() -> None:
             for part in layers_inside(layer):
                 self.visit(part, prefix + part.name)
 
@@ -114,14 +115,14 @@ class Walk:
         planned.find_layers()
 
 
-def layers_inside(layer):
+def layers_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layers inside a layer, one level deep."""
     if isinstance(layer, keras.Sequential):
         return layer.layers
     return keras_internals.layers_in(layer)
 
 
-def is_walked(layer):
+def is_walked(layer: keras.layers.Layer) -> bool:
     """Whether a layer is a model, or an author's own in which other layers compute, or none."""
     if isinstance(layer, keras.Model):
         return True

@@ -1,6 +1,7 @@
 """`wrap_model`, `strip_model` and `plain_copy`: a model with a loss scale per layer, and back."""
 
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import keras
 
@@ -136,14 +137,14 @@ def plain_copy(model: Model) -> Model:
     return copy
 
 
-def _forget_functions(model):
+def _forget_functions(model: keras.Model) -> None:
     """What was traced before would run as before."""
     for part in parts_of(model):
         if isinstance(part, keras.Model):
             part.train_function = part.test_function = part.predict_function = None
 
 
-def _is_compiled_for_layers(model):
+def _is_compiled_for_layers(model: keras.Model) -> bool:
     """Whether the optimizer knows all scales, or is yet to be told."""
     optimizer = model.optimizer
     if not isinstance(optimizer, AdaptiveLossScaleOptimizer):
@@ -152,11 +153,11 @@ def _is_compiled_for_layers(model):
     return not optimizer.built or scaled <= set(map(id, optimizer.scaled_layers))
 
 
-def _without_wrappers(model):
+def _without_wrappers(model: keras.Model) -> keras.Model:
     """A model around the same layers, without the `LossScaled` layers in the graph of `model`."""
     _check_has_them_in_graphs_alone(model)
 
-    def plain(operation):
+    def plain(operation: Any) -> Any:
         if isinstance(operation, LossScaled):
             return operation.layer
         if isinstance(operation, keras.Model) and graph_of(operation) is not None:
@@ -180,7 +181,7 @@ def _without_wrappers(model):
     return result
 
 
-def _check_has_them_in_graphs_alone(model):
+def _check_has_them_in_graphs_alone(model: keras.Model) -> None:
     in_graphs = set(_wrappers_in_graphs(model))
     others = [p for p in parts_of(model) if isinstance(p, LossScaled) and id(p) not in in_graphs]
     if others:
@@ -193,7 +194,7 @@ def _check_has_them_in_graphs_alone(model):
         )
 
 
-def _wrappers_in_graphs(model):
+def _wrappers_in_graphs(model: keras.Model) -> Iterator[int]:
     """The `id` of the `LossScaled` layers in the graph of a model and of those nested in it."""
     graph = graph_of(model)
     for node in nodes_of(graph) if graph is not None else ():
@@ -202,7 +203,7 @@ def _wrappers_in_graphs(model):
         yield id(node.operation)
 
 
-def _check_is_model(model, function):
+def _check_is_model(model: Any, function: str) -> None:
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"`{function}` expected a keras.Model. Received: {model!r} (of type "

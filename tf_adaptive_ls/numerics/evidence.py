@@ -6,7 +6,7 @@ and numbers of gradients that were not finite, and only these are looked at by
 `scale_update`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -15,7 +15,8 @@ from tf_adaptive_ls.backend import arrays
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
-from tf_adaptive_ls.numerics.report import SAMPLE_SIZE
+from tf_adaptive_ls.numerics.layer_facts import LayerFacts
+from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, Arrived, Produced, Report, Rounded
 
 
 class Counts(NamedTuple):
@@ -56,11 +57,11 @@ class Evidence(NamedTuple):
     rounded: Counts | None = None
 
     @property
-    def finite(self):
+    def finite(self) -> Tensor:
         """Whether all gradients of weights are finite, a boolean scalar."""
         return ops.equal(self.weights_broken, 0)
 
-    def packed(self):
+    def packed(self) -> Tensor:
         """All of it as one vector: what replicas sum."""
         counts = [each for each in self[1:] if each is not None]
         columns = [x for each in counts for x in (each.beyond[:, None], *each[1:])]
@@ -68,7 +69,7 @@ class Evidence(NamedTuple):
         return ops.concatenate([self.weights_broken[None], ops.ravel(of_layers)])
 
     @classmethod
-    def unpacked(cls, vector, num_layers, num_replicas=1):
+    def unpacked(cls, vector: Tensor, num_layers: int, num_replicas: int = 1) -> "Evidence":
         """The evidence in the sum of vectors that `packed` made on so many replicas.
 
         What is zero on some is not lost: a replica without examples sends zeros.
@@ -85,7 +86,9 @@ class Evidence(NamedTuple):
         return cls(vector[0], arrived, produced._replace(peaks=peaks), *rounded)
 
 
-def evidence_of(reports, gradients, facts, log2_scales, sampled):
+def evidence_of(
+    reports: Report, gradients: list[Tensor], facts: LayerFacts, log2_scales: Tensor, sampled: Any
+) -> "Evidence":
     """Turns what was seen into counts.
 
     Args:
@@ -120,7 +123,7 @@ def evidence_of(reports, gradients, facts, log2_scales, sampled):
     )
     any_produced = ops.logical_or(any_input, np.logical_and(narrow, ownership.is_weight.any(1)))
 
-    overflow = np.float32([each.overflow for each in facts.float_formats])
+    overflow = np.array([each.overflow for each in facts.float_formats], "float32")
     weights_whole = ops.logical_and(made_narrow < overflow, ops.isfinite(made_wide))
     inputs_broken = ops.maximum(reports.produced.broken, reports.arrived.shifted_broken)
     produced_broken = ops.logical_or(inputs_broken > 0, ops.logical_not(weights_whole))
@@ -130,9 +133,9 @@ def evidence_of(reports, gradients, facts, log2_scales, sampled):
     # An output that nothing uses sends zeros back on purpose.
     made = (largest * _NONZERO + smallest) * _flag(any_produced)[:, None]
 
-    def samples():
+    def samples() -> Tensor:
         """Spectra of what arrived at S and of what was produced, `[layers, 2, bins]`."""
-        both = [reports.arrived, reports.produced]
+        both: list[Arrived | Produced] = [reports.arrived, reports.produced]
         sampled = ops.stack([each.sample for each in both], axis=1)
         reported = _of_samples(sampled, ops.stack([each.number for each in both], axis=1))
         drawn = ops.take(_samples(gradients), ownership.places, axis=0) * scales[:, None, None]
@@ -149,10 +152,10 @@ def evidence_of(reports, gradients, facts, log2_scales, sampled):
     )
 
 
-def _counts_of_rounded(reading, sampled):
+def _counts_of_rounded(reading: Rounded, sampled: Any) -> "Counts":
     """`Counts` of a `Rounded` of arrays `[layers]`."""
 
-    def finite(values):
+    def finite(values: Tensor) -> Tensor:
         # What is finite stays so, in a wider format, too.
         limited = ops.minimum(values, np.float32(COUNTING_FORMAT.largest))
         return ops.where(ops.isfinite(values), limited, values)
@@ -166,7 +169,7 @@ def _counts_of_rounded(reading, sampled):
     return Counts(_flag(reading.beyond > 0), drawn, peaks)
 
 
-def _counts(values):
+def _counts(values: Tensor) -> Tensor:
     return spectrum.spectrum(values, COUNTING_FORMAT)
 
 
@@ -175,17 +178,17 @@ _NONZERO = np.ones(spectrum.num_bins(COUNTING_FORMAT), "float32")
 _NONZERO[spectrum.ZERO] = 0.0
 
 
-def _of_samples(samples, numbers):
+def _of_samples(samples: Tensor, numbers: Tensor) -> Tensor:
     """Spectra `[…, bins]` of samples `[…, SAMPLE_SIZE]` that zeros follow after so many `[…]`."""
     padding = (SAMPLE_SIZE - numbers)[..., None] * (1 - _NONZERO)
     return ops.maximum(_counts(samples) - padding, 0.0)
 
 
-def _flag(condition):
+def _flag(condition: Any) -> Tensor:
     return ops.cast(condition, "float32")
 
 
-def _samples(gradients):
+def _samples(gradients: list[Tensor]) -> Tensor:
     """Magnitudes of each gradient, and zeros for none, `[gradients + 1, SAMPLE_SIZE]`.
 
     Tensors without so many elements are gone through repeatedly.

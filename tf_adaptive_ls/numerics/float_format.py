@@ -4,9 +4,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 import ml_dtypes
+
+# It has no types.
+_finfo: Any = ml_dtypes.finfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +30,9 @@ class FloatFormat:
 
     name: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
-            ml_dtypes.finfo(self.name)
+            _finfo(self.name)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 "Expected the name of a floating-point dtype. "
@@ -38,17 +42,17 @@ class FloatFormat:
     @functools.cached_property
     def largest(self) -> float:
         """Largest finite value."""
-        return float(ml_dtypes.finfo(self.name).max)
+        return float(_finfo(self.name).max)
 
     @functools.cached_property
     def smallest_normal(self) -> float:
         """Smallest positive value that has the format's full precision."""
-        return float(ml_dtypes.finfo(self.name).smallest_normal)
+        return float(_finfo(self.name).smallest_normal)
 
     @functools.cached_property
     def smallest_subnormal(self) -> float:
         """Smallest positive value."""
-        return float(ml_dtypes.finfo(self.name).smallest_subnormal)
+        return float(_finfo(self.name).smallest_subnormal)
 
     @property
     def max_exponent(self) -> int:
@@ -104,5 +108,5 @@ def is_narrow_dtype(dtype: str) -> bool:
     return keras.backend.is_float_dtype(dtype) and FloatFormat(dtype).is_narrow
 
 
-def _exponent(value):
+def _exponent(value: float) -> int:
     return math.frexp(value)[1] - 1

@@ -1,12 +1,21 @@
 """The taps: identities whose backward pass shifts, rounds, reports or redirects gradients."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
 from tf_adaptive_ls.backend import arrays, autodiff, devices
+from tf_adaptive_ls.backend.types import Tensor
 
 
-def gradient_tap(tensors, divisors, receivers=(), report=None):
+def gradient_tap(
+    tensors: list[Tensor],
+    divisors: list[Tensor | None],
+    receivers: Sequence[Tensor] = (),
+    report: Callable[..., Tensor] | None = None,
+) -> list[Tensor]:
     """Identity whose backward pass divides gradients and reports what it saw.
 
     Args:
@@ -25,11 +34,13 @@ def gradient_tap(tensors, divisors, receivers=(), report=None):
     # Most gradients of a layer share one divisor.
     distinct = {id(divisor): divisor for divisor in divisors if divisor is not None}
 
-    def identity(constants, *inputs):
+    def identity(
+        constants: list[Tensor], *inputs: Tensor
+    ) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
         values = inputs[: len(tensors)]
         silent = inputs[len(tensors) : -1]
 
-        def backward(*gradients):
+        def backward(*gradients: Tensor) -> tuple[Tensor, ...]:
             constant = dict(zip(distinct, constants, strict=True))
             of_each = [constant.get(id(divisor)) for divisor in divisors]
             shifted = [
@@ -37,7 +48,7 @@ def gradient_tap(tensors, divisors, receivers=(), report=None):
                 for gradient, divisor in zip(gradients, of_each, strict=True)
             ]
             shifted = _refuse_second_order(shifted)
-            if not receivers:
+            if not receivers or report is None:
                 return tuple(shifted)
             reported = devices.varying_as(report(list(gradients), of_each), inputs[-1])
             return (*shifted, *map(ops.zeros_like, silent), reported)
@@ -47,7 +58,12 @@ def gradient_tap(tensors, divisors, receivers=(), report=None):
     return list(autodiff.custom_gradient(identity, list(distinct.values()))(*tensors, *receivers))
 
 
-def rounding_tap(tensor, receiver, round_gradient, report):
+def rounding_tap(
+    tensor: Tensor,
+    receiver: Tensor,
+    round_gradient: Callable[[Tensor], Tensor],
+    report: Callable[[Tensor], Tensor],
+) -> Tensor:
     """Identity whose backward pass rounds a gradient, and reports what it was before.
 
     Args:
@@ -60,8 +76,8 @@ def rounding_tap(tensor, receiver, round_gradient, report):
         A tensor equal to `tensor`, see `gradient_tap`.
     """
 
-    def identity(_, tensor, receiver):
-        def backward(*gradients):
+    def identity(_: Any, tensor: Tensor, receiver: Tensor) -> tuple[Tensor, Callable[..., Any]]:
+        def backward(*gradients: Tensor) -> tuple[Tensor, Tensor]:
             (gradient,) = gradients
             (rounded,) = _refuse_second_order([round_gradient(gradient)])
             return rounded, report(gradient)
@@ -71,11 +87,11 @@ def rounding_tap(tensor, receiver, round_gradient, report):
     return autodiff.custom_gradient(identity)(tensor, receiver)
 
 
-def redirect_gradient(value, tensor):
+def redirect_gradient(value: Tensor, tensor: Tensor) -> Tensor:
     """`value`, whose gradient goes to `tensor` instead."""
 
-    def replace(_, tensor, value):
-        def backward(*gradients):
+    def replace(_: Any, tensor: Tensor, value: Tensor) -> tuple[Tensor, Callable[..., Any]]:
+        def backward(*gradients: Tensor) -> tuple[Tensor, Tensor]:
             (gradient,) = gradients
             return gradient, ops.zeros_like(value)
 
@@ -84,7 +100,7 @@ def redirect_gradient(value, tensor):
     return autodiff.custom_gradient(replace)(tensor, ops.stop_gradient(value))
 
 
-def _divide(x, divisor):
+def _divide(x: Tensor, divisor: Tensor) -> Tensor:
     """`x / divisor` in `x`'s dtype, rounded once."""
     if keras.backend.standardize_dtype(x.dtype).startswith("complex"):
         # Each by itself: times a complex number zeros would become NaN beside infinities.
@@ -96,11 +112,11 @@ def _divide(x, divisor):
     return ops.cast(arrays.divide_by_power_of_two(ops.cast(x, wide), divisor), x.dtype)
 
 
-def _refuse_second_order(gradients):
+def _refuse_second_order(gradients: list[Tensor]) -> list[Tensor]:
     """`gradients`, which cannot be differentiated."""
 
-    def identity(_, *tensors):
-        def backward(*_):
+    def identity(_: Any, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
+        def backward(*_: Tensor) -> Any:
             raise NotImplementedError(
                 "Expected gradients through a LossScaled layer to be taken once. "
                 "Received: a gradient of such a gradient, which its loss scale would "

@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend.arrays import power_of_two
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 
@@ -27,7 +28,9 @@ class Ownership(NamedTuple):
     is_weight: np.ndarray
 
     @classmethod
-    def of(cls, weights_of_layers, inside, num_weights):
+    def of(
+        cls, weights_of_layers: list[list[int]], inside: list[list[int]], num_weights: int
+    ) -> "Ownership":
         """From lists, by layer, of the places of its weights and of the layers inside it."""
         own = [
             sorted(set(weights).difference(*(weights_of_layers[other] for other in others)))
@@ -41,7 +44,7 @@ class Ownership(NamedTuple):
             around[others, layer] = 1.0
         return cls(places, around, places < num_weights)
 
-    def scales(self, log2_scales):
+    def scales(self, log2_scales: Tensor) -> Tensor:
         """2**r of each layer and of those around it together, `[layers]`."""
         if self.around.any():
             outer = ops.sum(self.around * log2_scales, axis=1)
@@ -64,7 +67,7 @@ class Flow(NamedTuple):
     held_to: np.ndarray
 
     @classmethod
-    def of_unrelated(cls, num_layers):
+    def of_unrelated(cls, num_layers: int) -> "Flow":
         """That of layers called one after the other, each of whose gradients are looked at."""
         unrelated = np.zeros((num_layers, num_layers), bool)
         return cls(np.arange(num_layers), unrelated, unrelated)
@@ -91,12 +94,12 @@ class LayerFacts(NamedTuple):
     flow: Flow
 
     @property
-    def any_rounded(self):
+    def any_rounded(self) -> bool:
         """Whether any layer rounds gradients."""
         return any(self.rounded_formats)
 
     @property
-    def narrowest_formats(self):
+    def narrowest_formats(self) -> list[FloatFormat]:
         """The narrowest format that gradients of each layer come in."""
         pairs = zip(self.float_formats, self.rounded_formats, strict=True)
         return [rounded or carrier for carrier, rounded in pairs]

@@ -7,7 +7,8 @@ where they are rounded to a narrower format. Reports of several taps and calls a
 magnitudes is within log2(k) binades of the largest.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -15,7 +16,7 @@ from keras import ops
 from tf_adaptive_ls.backend import arrays, devices
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.tiny_unit import NUM_UNITS, heard, told
 
 # Elements that are looked at of each gradient of a weight, and of the gradients of all
@@ -89,21 +90,21 @@ class Rounded(NamedTuple):
 class _Layout(NamedTuple):
     """Where in a vector a reading is: behind the units its figures, then its sample."""
 
-    kind: type
+    kind: Any
 
     @property
-    def num_figures(self):
+    def num_figures(self) -> int:
         return len(self.kind._fields) - 1
 
     @property
-    def size(self):
+    def size(self) -> int:
         return NUM_UNITS + self.num_figures + SAMPLE_SIZE
 
     @property
-    def is_figure(self):
+    def is_figure(self) -> np.ndarray:
         return np.arange(self.size) < NUM_UNITS + self.num_figures
 
-    def unpacked(self, vectors):
+    def unpacked(self, vectors: Tensor) -> Any:
         """The reading in vectors `[…, size]`."""
         numbers = heard(vectors)
         *figures, number = (numbers[..., i] for i in range(self.num_figures))
@@ -130,14 +131,16 @@ class Report(NamedTuple):
     rounded: Rounded | None = None
 
     @classmethod
-    def unpacked(cls, vectors, of_rounded=None):
+    def unpacked(cls, vectors: Tensor, of_rounded: Tensor | None = None) -> "Report":
         """That in vectors `[…, SIZE]`, and `[…, SIZE_OF_ROUNDED]` of the few layers that round."""
         arrived, produced = vectors[..., : _OF_ARRIVED.size], vectors[..., _OF_ARRIVED.size :]
         rounded = None if of_rounded is None else _OF_ROUNDED.unpacked(of_rounded)
         return cls(_OF_ARRIVED.unpacked(arrived), _OF_PRODUCED.unpacked(produced), rounded)
 
 
-def report_of_rounded(gradient, float_format, place, number):
+def report_of_rounded(
+    gradient: Tensor, float_format: FloatFormat, place: int, number: int
+) -> Tensor:
     """What is to be told of a gradient before it is rounded.
 
     Args:
@@ -151,19 +154,21 @@ def report_of_rounded(gradient, float_format, place, number):
     """
     size = SAMPLE_SIZE // number
 
-    def of_part(gradients):
+    def of_part(gradients: list[Tensor]) -> Tensor:
         sample = spectrum.sample(gradients[0], size)
         before = np.zeros(place * size, "float32")
         after = np.zeros(SAMPLE_SIZE - len(before) - sample.shape[0], "float32")
         peak = spectrum.peaks(gradients)
         beyond = ops.logical_and(peak > np.float32(float_format.largest), ops.isfinite(peak))
-        figures = [peak, ops.cast(beyond, "float32"), np.float32([sample.shape[0]])]
+        figures = [peak, ops.cast(beyond, "float32"), np.array([sample.shape[0]], "float32")]
         return told([*figures, before, sample, after])
 
     return _of_all_parts(of_part, [gradient], _OF_ROUNDED.is_figure)
 
 
-def report_of_arrived(gradients, divisors, *, at_s, narrow):
+def report_of_arrived(
+    gradients: list[Tensor], divisors: list[Tensor | None], *, at_s: list[bool], narrow: list[bool]
+) -> Tensor:
     """What is to be told of the gradients of a layer's outputs.
 
     Args:
@@ -177,7 +182,7 @@ def report_of_arrived(gradients, divisors, *, at_s, narrow):
     """
     divisors = [np.float32(1.0) if divisor is None else divisor for divisor in divisors]
 
-    def of_part(tensors):
+    def of_part(tensors: list[Tensor]) -> Tensor:
         gradients, divisors = tensors[: len(at_s)], tensors[len(at_s) :]
         peaks = spectrum.peaks(gradients)
         divisors = divisors[0] if len(divisors) == 1 else ops.stack(divisors)
@@ -193,7 +198,7 @@ def report_of_arrived(gradients, divisors, *, at_s, narrow):
     return _of_all_parts(of_part, [*map(arrays.real_numbers, gradients), *divisors], _IS_FIGURE)
 
 
-def report_of_produced(gradients, *, narrow):
+def report_of_produced(gradients: list[Tensor], *, narrow: list[bool]) -> Tensor:
     """What is to be told of the gradients of a layer's inputs.
 
     Args:
@@ -204,7 +209,7 @@ def report_of_produced(gradients, *, narrow):
         A float32 vector `[SIZE]` with a `Produced`.
     """
 
-    def of_part(gradients):
+    def of_part(gradients: list[Tensor]) -> Tensor:
         peaks = spectrum.peaks(gradients)
         figures = [_is_broken(peaks), _largest(peaks, narrow), _smallest(peaks, narrow)]
         return told(_parts(figures, _chosen(gradients, narrow)), place=_OF_ARRIVED.size)
@@ -212,14 +217,16 @@ def report_of_produced(gradients, *, narrow):
     return _of_all_parts(of_part, list(map(arrays.real_numbers, gradients)), _IS_FIGURE)
 
 
-def _of_all_parts(of_part, tensors, is_figure):
+def _of_all_parts(
+    of_part: Callable[..., Any], tensors: list[Tensor], is_figure: np.ndarray
+) -> Tensor:
     """The report of all devices, where one computation spans several.
 
     Each tells the peaks of its part, and of its samples every so many elements: the
     largest of all are then those of the whole, and its sample is as large as of one.
     """
 
-    def told_by(tensors, part, num_parts):
+    def told_by(tensors: list[Tensor], part: int, num_parts: int) -> Tensor:
         vector = of_part(tensors)
         if num_parts == 1:
             return vector
@@ -229,33 +236,33 @@ def _of_all_parts(of_part, tensors, is_figure):
     return devices.max_over_shards(told_by, tensors)
 
 
-def _parts(figures, gradients):
+def _parts(figures: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     gradients = gradients[:SAMPLE_SIZE]
     samples = [spectrum.sample(g, SAMPLE_SIZE // len(gradients)) for g in gradients]
     number = sum(sample.shape[0] for sample in samples)
     rest = np.zeros(SAMPLE_SIZE - number, "float32")
-    return [ops.stack(figures), np.float32([number]), *samples, rest]
+    return [ops.stack(figures), np.array([number], "float32"), *samples, rest]
 
 
-def _is_broken(peaks):
+def _is_broken(peaks: Tensor) -> Tensor:
     return ops.cast(ops.logical_not(ops.all(ops.isfinite(peaks))), "float32")
 
 
-def _chosen(items, chosen):
+def _chosen(items: list[Tensor], chosen: list[bool]) -> list[Tensor]:
     return [item for item, is_so in zip(items, chosen, strict=True) if is_so]
 
 
-def _largest(peaks, chosen):
+def _largest(peaks: Tensor, chosen: list[bool]) -> Tensor:
     """The largest of those peaks `[n]` that are `chosen`, 0 if none is."""
     return _reduced(ops.max, peaks, chosen, np.float32(0.0))
 
 
-def _smallest(peaks, chosen):
+def _smallest(peaks: Tensor, chosen: list[bool]) -> Tensor:
     """The smallest of those peaks `[n]` that are `chosen`, 0 if none is."""
     return _reduced(ops.min, peaks, chosen, np.finfo("float32").max)
 
 
-def _reduced(reduce, peaks, chosen, others):
+def _reduced(reduce: Callable[..., Any], peaks: Tensor, chosen: list[bool], others: Any) -> Tensor:
     if not any(chosen):
         return np.float32(0.0)
     if len(chosen) == 1:

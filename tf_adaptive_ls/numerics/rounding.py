@@ -9,6 +9,7 @@ from keras import ops
 
 from tf_adaptive_ls.backend import arrays
 from tf_adaptive_ls.backend.arrays import power_of_two
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # Random bits per number. The mean over all that they can be is exactly a number of
@@ -23,7 +24,14 @@ _MAGNITUDE = np.int32(np.iinfo(np.int32).max)
 _BIAS = _FLOAT32.maxexp - 1
 
 
-def rounded(x, float_format, *, noise=None, factor=None, cast=False):
+def rounded(
+    x: Tensor,
+    float_format: FloatFormat,
+    *,
+    noise: Tensor | None = None,
+    factor: Tensor | None = None,
+    cast: bool = False,
+) -> Tensor:
     """The numbers of a float8 format that are nearest to those of `x`, in the dtype of `x`.
 
     Halfway it is the even one, as IEEE 754 has it. What is larger than the format's largest
@@ -85,7 +93,7 @@ def rounded(x, float_format, *, noise=None, factor=None, cast=False):
     return ops.cast(result, x.dtype)
 
 
-def fitting_factor(peak, float_format, dtype="float32"):
+def fitting_factor(peak: Tensor, float_format: FloatFormat, dtype: str = "float32") -> Tensor:
     """The largest power of two times which a magnitude is not beyond a float8 format.
 
     Args:

@@ -157,7 +157,7 @@ class QuantileRule(ScaleRule):
     # follow a loss that shrinks by 2**20 in 2,000 steps.
     forget: float = 0.01
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_share("underflow", self.underflow)
         _check_headroom(self.headroom)
         _check_forget(self.forget)
@@ -218,7 +218,7 @@ class GaussianRule(ScaleRule):
     underflow: float = 1e-3
     headroom: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_share("underflow", self.underflow)
         _check_headroom(self.headroom)
 
@@ -262,28 +262,28 @@ class FixedRule(ScaleRule):
         return ops.zeros_like(samples[..., 0]), memory
 
 
-def _top(samples, peaks, float_format):
+def _top(samples: Tensor, peaks: Tensor, float_format: FloatFormat) -> Tensor:
     """Binade of the largest gradient of each layer."""
     return ops.maximum(
         spectrum.top_exponent(samples, float_format), spectrum.top_exponent(peaks, float_format)
     )
 
 
-def _is_sampled(samples):
+def _is_sampled(samples: Tensor) -> Tensor:
     return spectrum.nonzero_total(samples) > 0
 
 
-def _any_vanished(peaks):
+def _any_vanished(peaks: Tensor) -> Tensor:
     """Whether a tensor of each layer holds nothing but zeros."""
     return peaks[..., spectrum.ZERO] > 0
 
 
-def _if_seen(top, change, float_format):
+def _if_seen(top: Tensor, change: Tensor, float_format: FloatFormat) -> Tensor:
     """`change`, but 0 where there was no finite, non-zero gradient."""
     return ops.where(top >= float_format.min_exponent, change, 0.0)
 
 
-def _check_share(name, value):
+def _check_share(name: str, value: float) -> None:
     if not is_number(value) or not 0 < value < 1:
         raise ValueError(
             f"Expected `{name}` to be a share of gradients, between 0 and 1. "
@@ -291,7 +291,7 @@ def _check_share(name, value):
         )
 
 
-def _check_forget(value):
+def _check_forget(value: float) -> None:
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(
             "Expected `forget` to be a number of binades per step, at least 0. "
@@ -299,7 +299,7 @@ def _check_forget(value):
         )
 
 
-def _check_headroom(value):
+def _check_headroom(value: int) -> None:
     if not is_whole(value):
         raise ValueError(
             "Expected `headroom` to be a whole number of binades, at least 0. "
@@ -307,7 +307,7 @@ def _check_headroom(value):
         )
 
 
-def _check_headroom_fits(value, float_format):
+def _check_headroom_fits(value: int, float_format: FloatFormat) -> None:
     most = float_format.max_exponent - float_format.min_normal_exponent
     if value >= most:
         raise ValueError(

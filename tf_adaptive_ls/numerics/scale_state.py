@@ -7,7 +7,7 @@ which is zero: that stands for r = 0, and for knowing nothing else. All other st
 in the optimizer.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -74,47 +74,49 @@ class LossState(NamedTuple):
     skipped_in_a_row: Tensor
 
 
-def packed_scale(log2_scale):
+def packed_scale(log2_scale: Tensor) -> Tensor:
     """`[…, 2]`, what a layer's weight holds, of r `[…]`."""
     return ops.stack([log2_scale * UNIT, ops.full_like(log2_scale, UNIT)], axis=-1)
 
 
-def log2_scale_of(packed):
+def log2_scale_of(packed: Tensor) -> Tensor:
     """The r of scales `[…, 2]`, whole numbers `[…]`; 0 for what can be no scale."""
     amount, unit = packed[..., 0], packed[..., 1]
     r = ops.round(amount / ops.where(unit > 0, unit, 1.0))
     return ops.where(ops.abs(r) <= MAX_LOG2_SCALE, r, 0.0)  # NaN is not
 
 
-def factor_of(packed):
+def factor_of(packed: Tensor) -> Tensor:
     """2**r of scales `[…, 2]`, `[…]`."""
     return power_of_two(log2_scale_of(packed))
 
 
-def is_known(packed):
+def is_known(packed: np.ndarray) -> bool:
     """Whether a scale `[2]` was left there by anyone who knows about scales."""
     return bool(packed[1] > 0)
 
 
-def restored(saved):
+def restored(saved: np.ndarray) -> np.ndarray:
     """The scale `[2]` that a file holds, with its unit as it should be; NumPy arrays.
 
     Up to version 0.2 the pair was `(r, 2**r)`.
     """
     r, factor = map(float, saved)
     if r.is_integer() and abs(r) <= MAX_LOG2_SCALE and factor == 2.0**r:
-        saved = np.float32([r, 1.0]) * UNIT
+        saved = np.array([r, 1.0], "float32") * UNIT
     if not is_known(saved):
         return np.zeros(2, "float32")
     return np.array(packed_scale(log2_scale_of(saved)))
 
 
-def initial_scale(shape=(2,), dtype="float32"):
+def initial_scale(shape: Any = (2,), dtype: str = "float32") -> Tensor:
     """A scale of 1: an initializer."""
     return ops.convert_to_tensor(np.array([0, UNIT], dtype))
 
 
-def initial_loss_state(log2_scale, num_formats, num_layers, memory_size):
+def initial_loss_state(
+    log2_scale: int, num_formats: int, num_layers: int, memory_size: int
+) -> "LossState":
     """`LossState` before anything was seen, of NumPy arrays."""
     return LossState(
         np.float32(log2_scale),
@@ -126,7 +128,9 @@ def initial_loss_state(log2_scale, num_formats, num_layers, memory_size):
     )
 
 
-def initial_layer_states(num_layers, memory_size, any_rounded=False):
+def initial_layer_states(
+    num_layers: int, memory_size: int, any_rounded: bool = False
+) -> "LayerStates":
     """`LayerStates` before anything was seen, of NumPy arrays; r is 0."""
     bins = spectrum.num_bins(COUNTING_FORMAT)
     states = LayerStates(

@@ -3,14 +3,18 @@
 `AdaptiveLossScaleOptimizer` has it as pseudocode.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
+from tf_adaptive_ls.numerics.evidence import Evidence
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
+from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts
+from tf_adaptive_ls.numerics.scale_rules import ScaleRule
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, LossState
 
 # By how many binades what is rounded to a narrower format may come nearer to the top of it than
@@ -65,7 +69,16 @@ class Moves(NamedTuple):
     memory_of_loss: Tensor
 
 
-def update(layers, loss, evidence, facts, *, rule, restart, sample_every):
+def update(
+    layers: LayerStates,
+    loss: LossState,
+    evidence: Evidence,
+    facts: LayerFacts,
+    *,
+    rule: ScaleRule,
+    restart: float,
+    sample_every: int,
+) -> tuple[LayerStates, LossState]:
     """The state after a step.
 
     Args:
@@ -81,7 +94,7 @@ def update(layers, loss, evidence, facts, *, rule, restart, sample_every):
         The new `LayerStates` and `LossState`.
     """
     finite = evidence.finite
-    backoff = np.float32([rule.backoff(each) for each in facts.narrowest_formats])
+    backoff = np.array([rule.backoff(each) for each in facts.narrowest_formats], "float32")
     blame = at_fault(evidence, layers, loss, facts.flow)
     seen_by_rule = with_rounded(evidence, facts)
     ruled = moves(seen_by_rule, layers, loss, rule, facts.float_formats, restart)
@@ -117,7 +130,7 @@ def update(layers, loss, evidence, facts, *, rule, restart, sample_every):
     return new_layers._replace(log2_scales=log2_scales), new_loss
 
 
-def _ceiling(loss, finite, blame, backoff):
+def _ceiling(loss: LossState, finite: Tensor, blame: "Blame", backoff: Tensor) -> Tensor:
     """log2 of what S is not to go beyond after a step."""
     # Half-way between what overflowed and what S is lowered to; once for steps skipped in a row,
     # which may be for the data.
@@ -127,7 +140,14 @@ def _ceiling(loss, finite, blame, backoff):
     return _bounded(ops.where(falls, fallen, risen))
 
 
-def _with_what_was_seen(layers, loss, evidence, blame, memory, news):
+def _with_what_was_seen(
+    layers: LayerStates,
+    loss: LossState,
+    evidence: Evidence,
+    blame: "Blame",
+    memory: Tensor,
+    news: Tensor,
+) -> LayerStates:
     """`LayerStates` with their scales as they were.
 
     Args:
@@ -164,12 +184,12 @@ def _with_what_was_seen(layers, loss, evidence, blame, memory, news):
     return new_layers
 
 
-def is_sampled(loss):
+def is_sampled(loss: LossState) -> Tensor:
     """Whether a sample is asked for in the step, a boolean scalar."""
     return ops.equal(loss.steps_to_sample, 0)
 
 
-def at_fault(evidence, layers, loss, flow):
+def at_fault(evidence: Evidence, layers: LayerStates, loss: LossState, flow: Flow) -> "Blame":
     """Whose scales are to blame for gradients that are not finite, a `Blame`.
 
     A layer is at fault if it made such gradients, unless gradients that arrived at a layer called
@@ -194,7 +214,7 @@ def at_fault(evidence, layers, loss, flow):
     return Blame(layers_at_fault, loss_at_fault, unexplained)
 
 
-def with_rounded(evidence, facts):
+def with_rounded(evidence: Evidence, facts: LayerFacts) -> Evidence:
     """`evidence` that counts what is rounded to a narrower format as if it stayed in the carrier.
 
     The carrier is the format that a layer computes in. One scale must suit both formats, so of
@@ -206,9 +226,10 @@ def with_rounded(evidence, facts):
         return evidence
     pairs = list(zip(facts.rounded_formats, facts.float_formats, strict=True))
     sample, peaks = evidence.produced.sample, evidence.produced.peaks
-    for pair in {pair for pair in pairs if pair[0] is not None}:
-        narrower, carrier = pair
-        has_it = np.float32([each == pair for each in pairs])[:, None]
+    for narrower, carrier in set(pairs):
+        if narrower is None:
+            continue
+        has_it = np.array([each == (narrower, carrier) for each in pairs], "float32")[:, None]
         to_top = carrier.max_exponent - narrower.max_exponent - SATURATION_MARGIN
         to_bottom = carrier.min_normal_exponent - narrower.min_normal_exponent
         sample = sample + spectrum.shifted(evidence.rounded.sample, to_bottom) * has_it
@@ -216,22 +237,34 @@ def with_rounded(evidence, facts):
     return evidence._replace(produced=evidence.produced._replace(sample=sample, peaks=peaks))
 
 
-def moves(evidence, layers, loss, rule, float_formats, restart):
+def moves(
+    evidence: Evidence,
+    layers: LayerStates,
+    loss: LossState,
+    rule: ScaleRule,
+    float_formats: list[FloatFormat],
+    restart: float,
+) -> "Moves":
     """What the rule says: of each layer by what it produced, of S by what arrived at it.
 
     The rule is asked once for all layers of a format, and for S as if it were one more of
     them; S moves by the least that it says for any.
     """
-    places_of = {}
+    places_of: dict[FloatFormat, list[int]] = {}
     for place, float_format in enumerate(float_formats):
         places_of.setdefault(float_format, []).append(place)
     results = []
     for number, (float_format, places) in enumerate(places_of.items()):
 
-        def of_format(x, places=places):
+        def of_format(x: Tensor, places: list[int] = places) -> Tensor:
             return x if len(places_of) == 1 else ops.take(x, places, axis=0)
 
-        def counts(of_layers, at_s, of_format=of_format, float_format=float_format):
+        def counts(
+            of_layers: Tensor,
+            at_s: Tensor,
+            of_format: Callable[..., Any] = of_format,
+            float_format: FloatFormat = float_format,
+        ) -> Tensor:
             at_s = ops.sum(of_format(at_s), axis=0, keepdims=True)
             together = ops.concatenate([of_format(of_layers), at_s])
             return spectrum.rebinned(together, COUNTING_FORMAT, float_format)
@@ -261,11 +294,18 @@ def moves(evidence, layers, loss, rule, float_formats, restart):
     )
 
 
-def _in_order(parts, order):
+def _in_order(parts: Sequence[Tensor], order: np.ndarray) -> Tensor:
     return parts[0] if len(parts) == 1 else ops.take(ops.concatenate(parts), order, axis=0)
 
 
-def next_sample(loss, finite, move, move_of_loss, backoff, sample_every):
+def next_sample(
+    loss: LossState,
+    finite: Tensor,
+    move: Tensor,
+    move_of_loss: Tensor,
+    backoff: np.ndarray,
+    sample_every: int,
+) -> Tensor:
     """In how many steps to take the next sample.
 
     At once after a step that was skipped, and when a scale has moved further than a
@@ -282,7 +322,7 @@ def next_sample(loss, finite, move, move_of_loss, backoff, sample_every):
     return ops.where(at_once, 0, wait)
 
 
-def _held(log2_scales, move, held_to):
+def _held(log2_scales: Tensor, move: Tensor, held_to: np.ndarray) -> Tensor:
     """The r of layers, at most those of the layers they are held to, if one of them moved."""
     if not held_to.any():
         return log2_scales
@@ -291,5 +331,5 @@ def _held(log2_scales, move, held_to):
     return ops.where(moved, ops.minimum(log2_scales, limit), log2_scales)
 
 
-def _bounded(log2_scale):
+def _bounded(log2_scale: Tensor) -> Tensor:
     return ops.clip(log2_scale, -float(MAX_LOG2_SCALE), float(MAX_LOG2_SCALE))

@@ -26,12 +26,12 @@ ZERO = 0
 NONFINITE = -1
 
 
-def num_bins(float_format):
+def num_bins(float_format: FloatFormat) -> int:
     """Length of a spectrum of `float_format`."""
     return len(float_format.exponents) + 2
 
 
-def sample(x, size):
+def sample(x: Tensor, size: int) -> Tensor:
     """At most `size` elements spread evenly over `x`, a float32 vector.
 
     They are a stride apart that shares no factor with the size of `x`: any other would
@@ -55,7 +55,7 @@ def sample(x, size):
     return ops.cast(x, "float32")
 
 
-def peaks(tensors):
+def peaks(tensors: list[Tensor]) -> Tensor:
     """Largest magnitude of each of several tensors, float32 `[len(tensors)]`.
 
     Infinite if any element is not finite, zero if there is none. Read as integers, the
@@ -63,7 +63,7 @@ def peaks(tensors):
     and whether all is finite. (One of floats may pass over NaN, and is not vectorised if
     told not to.)
     """
-    places = {}
+    places: dict[str, list[int]] = {}
     for place, tensor in enumerate(tensors):
         places.setdefault(keras.backend.standardize_dtype(tensor.dtype), []).append(place)
     if not places:
@@ -75,7 +75,7 @@ def peaks(tensors):
     return ops.take(ops.concatenate(of_dtypes), order)
 
 
-def _peaks(tensors, dtype):
+def _peaks(tensors: list[Tensor], dtype: str) -> Tensor:
     infinity = np.array(np.inf, dtype)
     bits = f"int{8 * infinity.itemsize}"
     no_sign = np.array(np.iinfo(bits).max, bits)
@@ -90,7 +90,7 @@ def _peaks(tensors, dtype):
     return ops.cast(arrays.bitcast(largest, dtype), "float32")
 
 
-def spectrum(values, float_format):
+def spectrum(values: Tensor, float_format: FloatFormat) -> Tensor:
     """Spectrum `[..., bins]` of the magnitudes `values[..., n]`, float32; NaN is infinite."""
     values = ops.where(ops.isnan(values), np.finfo("float32").max, values)
     edges = np.ldexp(np.float32(1), float_format.exponents)
@@ -106,7 +106,7 @@ def spectrum(values, float_format):
     return reached - beyond
 
 
-def rebinned(counts, source, target):
+def rebinned(counts: Tensor, source: FloatFormat, target: FloatFormat) -> Tensor:
     """Spectra `[…, bins]` of the format `source` as those of the format `target`."""
     if source == target:
         return counts
@@ -114,7 +114,7 @@ def rebinned(counts, source, target):
 
 
 @functools.cache
-def _rebinning(source, target):
+def _rebinning(source: FloatFormat, target: FloatFormat) -> np.ndarray:
     matrix = np.zeros((num_bins(source), num_bins(target)), "float32")
     matrix[ZERO, ZERO] = matrix[NONFINITE, NONFINITE] = 1.0
     for place, exponent in enumerate(source.exponents, 1):
@@ -123,7 +123,7 @@ def _rebinning(source, target):
     return matrix
 
 
-def shifted(counts, binades):
+def shifted(counts: Tensor, binades: int) -> Tensor:
     """Spectra `[…, bins]` of values times `2**binades`, an int.
 
     What becomes too small counts in the lowest binade, what becomes too large as non-finite.
@@ -223,5 +223,5 @@ class Spectrum:
         lost = 0.5 * float(self.counts[1])
         return lost / (self.nonzero + lost) if self.nonzero else float("nan")
 
-    def _share(self, count):
+    def _share(self, count: np.ndarray) -> float:
         return float(count / self.nonzero) if self.nonzero else float("nan")

@@ -10,6 +10,8 @@ they were multiplied since, or that they are not what they were.
 import numpy as np
 from keras import ops
 
+from tf_adaptive_ls.backend.types import Tensor
+
 UNIT = np.float32(2.0**-84)
 
 NUM_UNITS = 2
@@ -21,7 +23,7 @@ BOTTOM, TOP = np.float32(2.0**-40), np.float32(2.0**17)
 _MOST_CALLS = 1024
 
 
-def told(parts, place=0, rest=0):
+def told(parts: list[Tensor], place: int = 0, rest: int = 0) -> Tensor:
     """A float32 vector of the magnitudes of several vectors, to be read by `heard`.
 
     They are zero, or from `BOTTOM` to `TOP`. Those of several calls, told by vectors of one length,
@@ -39,7 +41,7 @@ def told(parts, place=0, rest=0):
     return ops.where(magnitudes < TOP, magnitudes, TOP) * UNIT  # NaN is not below anything
 
 
-def heard(vectors):
+def heard(vectors: Tensor) -> Tensor:
     """The sums of magnitudes `[…, n]` in vectors `[…, 2 + n]`, or in sums of such vectors.
 
     If somebody has multiplied them, as by clipping, by a factor that is none of several calls, it

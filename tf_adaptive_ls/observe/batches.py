@@ -1,6 +1,7 @@
 """Batches of what `fit` takes as data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ from keras import tree
 from tf_adaptive_ls.observe.checks import check_whole
 
 
-def batches_of(data, batch_size=32):
+def batches_of(data: Any, batch_size: int = 32) -> Iterator[Any]:
     """Iterates over the batches of data.
 
     Args:
@@ -34,15 +35,15 @@ def batches_of(data, batch_size=32):
     )
 
 
-def _is_of_arrays(data):
+def _is_of_arrays(data: Any) -> bool:
     """Whether `data` is one tuple of arrays, and no tuple of batches."""
     return isinstance(data, tuple) and 2 <= len(data) <= 3 and not isinstance(data[0], tuple)
 
 
-def _number_of_examples(data):
+def _number_of_examples(data: tuple[Any, ...]) -> int:
     leaves = [leaf for leaf in tree.flatten(data) if leaf is not None]
-    sizes = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in leaves}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {np.shape(leaf)[0] if np.ndim(leaf) else -1 for leaf in leaves}
+    if len(sizes) != 1 or -1 in sizes:
         shapes = [tuple(np.shape(leaf)) for leaf in leaves]
         raise ValueError(
             f"Expected arrays of as many examples each. Received: arrays of shapes {shapes}."
@@ -50,7 +51,7 @@ def _number_of_examples(data):
     return sizes.pop()
 
 
-def _slices(data, size, batch_size):
+def _slices(data: tuple[Any, ...], size: int, batch_size: int) -> Iterator[tuple[Any, ...]]:
     for start in range(0, size, batch_size):
         yield tree.map_structure(
             lambda leaf, start=start: None if leaf is None else leaf[start : start + batch_size],

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.observe.batches import batches_of
@@ -16,7 +18,9 @@ from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
 from tf_adaptive_ls.observe.record.snapshot import Snapshot
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.readings import LayerSnapshot
 
 # Scales have settled once none has moved by more than this many binades for so many
 # batches: by less they follow how batches differ.
@@ -78,7 +82,7 @@ class Calibration:
     batches: int
     narrow_reductions: tuple[NarrowReduction, ...] = ()
 
-    def __str__(self):
+    def __str__(self) -> str:
         columns = {
             "layer": "left",
             "class": "left",
@@ -159,7 +163,7 @@ def calibrate(model: keras.Model, batches: Any, *, batch_size: int = 32) -> Cali
     return dataclasses.replace(found, narrow_reductions=narrow_reductions(model))
 
 
-def _is_settled(snapshots):
+def _is_settled(snapshots: list[Snapshot]) -> bool:
     if len(snapshots) <= _STILL_BATCHES:
         return False
     totals = np.array(
@@ -174,12 +178,14 @@ def _is_settled(snapshots):
 class _Still(keras.optimizers.Optimizer):
     """An optimizer that leaves weights as they are."""
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(
+        self, gradient: Tensor, variable: Tensor, learning_rate: keras.Variable
+    ) -> None:
         pass
 
 
 @contextlib.contextmanager
-def _standing_still(model):
+def _standing_still(model: keras.Model) -> Iterator[AdaptiveLossScaleOptimizer]:
     """Lets `model` be trained without changing its weights, and then undoes the rest.
 
     Yields the `AdaptiveLossScaleOptimizer` that moves the scales meanwhile.
@@ -201,7 +207,13 @@ def _standing_still(model):
             optimizer.show_on_layers()
 
 
-def _calibration(named, snapshots, log2_loss_scale, settled, batches):
+def _calibration(
+    named: list[tuple[str, LayerScaling]],
+    snapshots: list[Snapshot],
+    log2_loss_scale: int,
+    settled: bool,
+    batches: int,
+) -> "Calibration":
     """Figures from what was seen in the last batches."""
     found = []
     for i, (name, layer) in enumerate(named):
@@ -213,11 +225,12 @@ def _calibration(named, snapshots, log2_loss_scale, settled, batches):
     one_scale = min(most, default=None)
     layers = []
     for name, layer, of_layer, binades in found:
-        shares = [r.spectrum.underflow_share for r in of_layer if r.spectrum.nonzero]
-        subnormal = [r.spectrum.subnormal_share for r in of_layer if r.spectrum.nonzero]
+        spectra = [each.spectrum for each in of_layer if each.spectrum.nonzero]
+        shares = [each.underflow_share for each in spectra]
+        subnormal = [each.subnormal_share for each in spectra]
         underflow = float(np.mean(shares)) if shares else 0.0
         lost = 0
-        if binades:
+        if binades and one_scale is not None:
             lowest = binades[0] + one_scale
             below = layer.float_format.min_exponent - lowest
             lost = min(max(below, 0), binades[1] - binades[0] + 1)
@@ -237,15 +250,12 @@ def _calibration(named, snapshots, log2_loss_scale, settled, batches):
     return Calibration(tuple(layers), log2_loss_scale, one_scale, settled, batches)
 
 
-def _binades(of_layer):
+def _binades(of_layer: list[LayerSnapshot]) -> tuple[int, int] | None:
     """Lowest and highest binade of gradients seen at several scales, less their tail."""
     lows, highs = [], []
     for each in of_layer:
-        if each.spectrum.nonzero:
-            counts, float_format = (
-                each.spectrum.counts,
-                each.spectrum.float_format,
-            )
+        if each.spectrum.nonzero and each.peaks is not None:
+            counts, float_format = each.spectrum.counts, each.spectrum.float_format
             tail = spectrum.quantile_exponent(counts[None], _TAIL, float_format)
             tops = spectrum.top_exponent(np.stack([counts, each.peaks.counts]), float_format)
             lows.append(int(tail[0]) - each.log2_sampled_at)
@@ -253,7 +263,7 @@ def _binades(of_layer):
     return (min(lows), max(highs)) if lows else None
 
 
-def _check_ready(model):
+def _check_ready(model: Any) -> None:
     optimizer = getattr(model, "optimizer", None)
     if not isinstance(model, keras.Model):
         problem = "which is not a model."

@@ -1,13 +1,14 @@
 """Checks of arguments: what is no model that trains, no whole number, no path is refused."""
 
 import os
+from typing import Any
 
 import keras
 
 from tf_adaptive_ls.numerics.arguments import is_whole
 
 
-def check_ready(model, expected_by=None):
+def check_ready(model: Any, expected_by: str | None = None) -> None:
     """Raises a `ValueError` for what has no loss yet.
 
     Args:
@@ -29,7 +30,7 @@ def check_ready(model, expected_by=None):
     )
 
 
-def check_whole(name, value, of=""):
+def check_whole(name: str, value: Any, of: str = "") -> None:
     """Raises a `ValueError` if an argument is no int from 1.
 
     Args:
@@ -43,7 +44,7 @@ def check_whole(name, value, of=""):
         )
 
 
-def check_path(name, path):
+def check_path(name: str, path: Any) -> None:
     """Raises a `ValueError` if `path` is none."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ValueError(f"Expected `{name}` to be the path of a file. Received: {name}={path!r}.")

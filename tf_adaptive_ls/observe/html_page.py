@@ -4,9 +4,12 @@ import base64
 import html
 import io
 import string
+from collections.abc import Callable
+from typing import Any
 
 from tf_adaptive_ls.observe import plots
-from tf_adaptive_ls.observe.scale_table import cells_of, columns_of
+from tf_adaptive_ls.observe.record.run import Run
+from tf_adaptive_ls.observe.scale_table import ScaleRow, cells_of, columns_of
 
 _PAGE = string.Template("""<!doctype html>
 <html lang="en">
@@ -55,9 +58,11 @@ _PICTURES_OF_LOSS_CHANGES = {
 }
 
 
-def page_of(run, title):
+def page_of(run: Run, title: str) -> str:
     """The page as a string of HTML. Args: run: A `Run`; title: String."""
-    summary, pictures, layers = [], {}, ""
+    summary: list[str] = []
+    pictures: dict[str, Callable[..., Any]] = {}
+    layers = ""
     if len(run.steps):
         table = run.table()
         columns = columns_of(table)
@@ -84,16 +89,16 @@ def page_of(run, title):
     )
 
 
-def _row(row, columns):
+def _row(row: ScaleRow, columns: dict[str, str]) -> str:
     pairs = zip(cells_of(row), columns.values(), strict=False)
     return "".join(_cell("td", text, side) for text, side in pairs)
 
 
-def _cell(kind, text, side):
+def _cell(kind: str, text: str, side: str) -> str:
     return f'<{kind} class="{side}">{html.escape(text)}</{kind}>'
 
 
-def _picture(name, plot, run):
+def _picture(name: str, plot: Callable[..., Any], run: Run) -> str:
     """In light and dark, whichever the reader prefers."""
     return (
         f"<h2>{html.escape(name)}</h2>\n<picture>"
@@ -102,7 +107,7 @@ def _picture(name, plot, run):
     )
 
 
-def _data(figure):
+def _data(figure: Any) -> str:
     """A figure as a URL that holds it."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)

@@ -4,10 +4,12 @@ import os
 import pathlib
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 
 from tf_adaptive_ls.backend import devices, trainer
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.observe.checks import check_path, check_whole
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
@@ -26,7 +28,7 @@ class StuckTrainingError(RuntimeError):
             be run.
     """
 
-    def __init__(self, message: str, explanation: Explanation | None = None):
+    def __init__(self, message: str, explanation: Explanation | None = None) -> None:
         super().__init__(message)
         self.explanation = explanation
 
@@ -83,7 +85,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         optimizer: AdaptiveLossScaleOptimizer
         | Mapping[str, AdaptiveLossScaleOptimizer]
         | None = None,
-    ):
+    ) -> None:
         super().__init__()
         check_whole("every", every, " of steps")
         if stuck_after is not None:
@@ -110,7 +112,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._watches: dict[str, OptimizerWatch] = {}
         self._sinks: dict[str, Sinks] = {}
 
-    def _named_optimizers(self):
+    def _named_optimizers(self) -> dict[str, AdaptiveLossScaleOptimizer]:
         """By name; a single one has none."""
         named = self.optimizer
         if named is None:
@@ -167,7 +169,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
                 "`tf_adaptive_ls.explain_nonfinite(model, x, y)` with a batch of the data."
             )
 
-    def _begin(self):
+    def _begin(self) -> None:
         """Watches what there is to be seen: which layers one of several scales it knows later."""
         several = len(self._optimizers) > 1
         for name, optimizer in self._optimizers.items():
@@ -189,10 +191,10 @@ class LossScaleMonitor(keras.callbacks.Callback):
     def _stuck(self) -> bool:
         return any(watch.stuck for watch in self._watches.values())
 
-    def _complaint(self):
+    def _complaint(self) -> str:
         return " ".join(watch.complaint() for watch in self._watches.values() if watch.stuck)
 
-    def _look(self, end=False):
+    def _look(self, end: bool = False) -> None:
         """Reads the scales; records them if it is time."""
         trainer.sync_state(self.model)
         self._unseen = 0
@@ -202,11 +204,11 @@ class LossScaleMonitor(keras.callbacks.Callback):
             if snapshot is not None:
                 self._sinks[name].add(snapshot, self._epoch, self._logs)
 
-    def _look_into_next_batch(self):
+    def _look_into_next_batch(self) -> None:
         """Makes `fit` explain the next batch instead of training on it."""
         train_function, complaint = self.model.train_function, self._complaint()
 
-        def look(*args):
+        def look(*args: Any) -> dict[str, Tensor]:
             self.model.train_function = train_function
             batch = trainer.joined_batch(self.model, next(args[-1]))
             batch = keras.utils.unpack_x_y_sample_weight(batch)
@@ -231,11 +233,11 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self.model.train_function = look
 
 
-def _is_adaptive(optimizer):
+def _is_adaptive(optimizer: Any) -> bool:
     return isinstance(optimizer, AdaptiveLossScaleOptimizer)
 
 
-def _path_of(path, name):
+def _path_of(path: str | os.PathLike[str] | None, name: str) -> str | os.PathLike[str] | None:
     """The path of the record of one of several optimizers."""
     if path is None or not name:
         return path

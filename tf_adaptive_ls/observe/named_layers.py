@@ -1,12 +1,16 @@
 """The layers of a model under the names that tables, records and messages use."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import keras
 
 from tf_adaptive_ls.backend.keras_internals import parts_of
 from tf_adaptive_ls.training.companion import Companion, scaling_of
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 
-def named_layers(model):
+def named_layers(model: keras.Model) -> Iterator[tuple[str, keras.layers.Layer]]:
     """Pairs of a name and a layer, in the order of `model`.
 
     Models nested in it are gone through in turn, and prefix the names of their layers.
@@ -19,18 +23,18 @@ def named_layers(model):
     yield from _named(model.layers if isinstance(model, keras.Model) else [model], "")
 
 
-def scaled_layers(model):
+def scaled_layers(model: keras.Model) -> list[tuple[str, LayerScaling]]:
     """Pairs of a name and a `LayerScaling`, of those of `named_layers` that have one."""
     named = ((name, scaling_of(layer)) for name, layer in named_layers(model))
     return [(name, scaling) for name, scaling in named if scaling is not None]
 
 
-def owners_of_variables(model):
+def owners_of_variables(model: keras.Model) -> dict[int, str]:
     """Names of layers, as in `named_layers`, by `id` of their variables: of the innermost."""
     return {id(v): name for name, layer in named_layers(model) for v in layer.variables}
 
 
-def scaled_inside(layer):
+def scaled_inside(layer: keras.layers.Layer) -> list[Any]:
     """The layers with a scale inside one that has none itself."""
     if scaling_of(layer) is not None:
         return []
@@ -41,7 +45,9 @@ def scaled_inside(layer):
     ]
 
 
-def _named(layers, prefix):
+def _named(
+    layers: list[keras.layers.Layer], prefix: str
+) -> Iterator[tuple[str, keras.layers.Layer]]:
     for layer in layers:
         name = prefix + layer.name
         if isinstance(layer, keras.Model):

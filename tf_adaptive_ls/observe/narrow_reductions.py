@@ -1,6 +1,7 @@
 """What Keras computes in float16 under `mixed_float16` that had better be float32."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -43,7 +44,7 @@ def narrow_reductions(model: keras.layers.Layer) -> tuple[NarrowReduction, ...]:
     """
     reasons: dict[str, list[str]] = {}
 
-    def add(name, reason):
+    def add(name: str, reason: str) -> None:
         known = reasons.setdefault(name, [])
         if reason not in known:
             known.append(reason)
@@ -72,7 +73,7 @@ def advice(reductions: tuple[NarrowReduction, ...]) -> str:
     return "\n".join(["", "", heading, *lines]) if lines else ""
 
 
-def _reasons_of(layer):
+def _reasons_of(layer: keras.layers.Layer) -> Iterator[str]:
     if isinstance(layer, keras.layers.Softmax):
         yield "softmax"
     if getattr(layer, "activation", None) in _ACTIVATIONS:

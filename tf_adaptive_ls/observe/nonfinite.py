@@ -8,14 +8,17 @@ to tell about a gradient leaves the backward pass as the "gradient" of a dummy i
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from tf_adaptive_ls.backend import arrays, autodiff, routes
 from tf_adaptive_ls.backend.keras_internals import parts_of
+from tf_adaptive_ls.backend.routes import Route
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.observe.checks import check_ready
@@ -68,10 +71,10 @@ class Explanation:
     first: TensorReading | None
     trail: tuple[TensorReading, ...]
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.first is None:
             return "Every tensor of this training step is finite."
-        text = f"{self._sentence()}\n{self._advice()}"
+        text = f"{_sentence(self.first)}\n{_advice(self.first)}"
         readings = [*self.trail[-_SHOWN:], self.first]
         columns = {"phase": "left", "layer": "left", "tensor": "left", "dtype": "left"}
         columns |= {"largest": "right", "Inf": "right", "NaN": "right"}
@@ -81,51 +84,52 @@ class Explanation:
         )
         return f"{text}\n\n{text_table(columns, rows)}"
 
-    def _sentence(self):
-        first = self.first
-        count = first.infs + first.nans
-        text = f"{count} {'value' if count == 1 else 'values'}"
-        where = {
-            "input": f"the input data: {first.tensor}",
-            "weights": f"the weights: {first.tensor} of layer '{first.layer}'",
-            "forward": f"the forward pass: {first.tensor} of layer '{first.layer}'",
-            "loss": "the loss",
-            "backward": f"the backward pass: {first.tensor} of layer '{first.layer}'",
-        }[first.phase]
-        return f"The first {first.kind} is in {where} ({text})."
 
-    def _advice(self):
-        if self.first.phase == "input":
-            return "Find and mend or drop such examples before they reach the model."
-        if self.first.phase == "weights":
-            return (
-                "Go back to a checkpoint from before that. No skipped step changes a weight: "
-                "look at what else does, such as a constraint, or at a learning rate so "
-                "large that an update overflows."
-            )
-        if self.first.phase == "forward":
-            text = (
-                "Look for a division by zero, the logarithm or root of what can be zero or "
-                "less, or an exponential."
-            )
-            float_format = FloatFormat(self.first.dtype)
-            if float_format.is_narrow:
-                text += (
-                    f" Or its values grew past {float_format.largest:g}, where "
-                    f"{float_format.name} ends: "
-                    'normalise its inputs, or build it with dtype="float32".'
-                )
-            return text
-        if self.first.phase == "loss":
-            return (
-                "All outputs of the model are finite: look for a logarithm of zero (compute "
-                "losses from_logits), a division by zero, or targets out of range."
-            )
+def _sentence(first: TensorReading) -> str:
+    count = first.infs + first.nans
+    text = f"{count} {'value' if count == 1 else 'values'}"
+    where = {
+        "input": f"the input data: {first.tensor}",
+        "weights": f"the weights: {first.tensor} of layer '{first.layer}'",
+        "forward": f"the forward pass: {first.tensor} of layer '{first.layer}'",
+        "loss": "the loss",
+        "backward": f"the backward pass: {first.tensor} of layer '{first.layer}'",
+    }[first.phase]
+    return f"The first {first.kind} is in {where} ({text})."
+
+
+def _advice(first: TensorReading) -> str:
+    if first.phase == "input":
+        return "Find and mend or drop such examples before they reach the model."
+    if first.phase == "weights":
         return (
-            "All before it is finite. Where gradients have just grown, a step is skipped and the "
-            "scale at fault is lowered. If that does not help, the derivative itself is infinite "
-            "there, as that of a root or a norm is at zero."
+            "Go back to a checkpoint from before that. No skipped step changes a weight: "
+            "look at what else does, such as a constraint, or at a learning rate so "
+            "large that an update overflows."
         )
+    if first.phase == "forward":
+        text = (
+            "Look for a division by zero, the logarithm or root of what can be zero or "
+            "less, or an exponential."
+        )
+        float_format = FloatFormat(first.dtype)
+        if float_format.is_narrow:
+            text += (
+                f" Or its values grew past {float_format.largest:g}, where "
+                f"{float_format.name} ends: "
+                'normalise its inputs, or build it with dtype="float32".'
+            )
+        return text
+    if first.phase == "loss":
+        return (
+            "All outputs of the model are finite: look for a logarithm of zero (compute "
+            "losses from_logits), a division by zero, or targets out of range."
+        )
+    return (
+        "All before it is finite. Where gradients have just grown, a step is skipped and the "
+        "scale at fault is lowered. If that does not help, the derivative itself is infinite "
+        "there, as that of a root or a norm is at zero."
+    )
 
 
 def explain_nonfinite(
@@ -173,7 +177,7 @@ def explain_nonfinite(
     return Explanation(None, tuple(readings))
 
 
-def _readings_of_data(**data):
+def _readings_of_data(**data: Any) -> "Iterator[TensorReading]":
     for name, structure in data.items():
         leaves = tree.flatten(structure)
         for i, leaf in enumerate(leaves):
@@ -182,7 +186,7 @@ def _readings_of_data(**data):
                 yield _reading("input", "", tensor, leaf)
 
 
-def _readings_of_weights(model):
+def _readings_of_weights(model: keras.Model) -> "Iterator[TensorReading]":
     owners = owners_of_variables(model)
     for variable in model.variables:
         if keras.backend.is_float_dtype(variable.dtype) and not variable.overwrite_with_gradient:
@@ -190,11 +194,13 @@ def _readings_of_weights(model):
             yield _reading("weights", owner, variable.name, variable.value)
 
 
-def _readings_of_step(model, x, y, sample_weight):
+def _readings_of_step(
+    model: keras.Model, x: Tensor, y: Tensor, sample_weight: Any
+) -> "Iterator[TensorReading]":
     variables = [v for v in model.trainable_variables if is_scaled_weight(v)]
     watched = list(_watched(model))
 
-    def run(watch, values=()):
+    def run(watch: "_Watch", values: Sequence[Tensor] = ()) -> Tensor:
         # The scope also holds back updates of statistics and seeds.
         mapping = list(zip(variables, values, strict=False))
         with keras.StatelessScope(mapping), _intercepted(watched, watch):
@@ -210,7 +216,7 @@ def _readings_of_step(model, x, y, sample_weight):
             yield reading
     yield _reading("loss", "", "loss", loss)
 
-    def scaled_loss(tensors):
+    def scaled_loss(tensors: list[Tensor]) -> Tensor:
         values, probes = tensors[: len(variables)], tensors[len(variables) :]
         return model.optimizer.scale_loss(run(_Watch(probes), values))
 
@@ -221,7 +227,9 @@ def _readings_of_step(model, x, y, sample_weight):
     yield from _readings_of_gradients(model, watch, variables, gradients)
 
 
-def _readings_of_gradients(model, watch, variables, gradients):
+def _readings_of_gradients(
+    model: keras.Model, watch: "_Watch", variables: list[keras.Variable], gradients: list[Tensor]
+) -> "list[TensorReading]":
     owners = owners_of_variables(model)
     # By time of the forward pass, which the backward pass runs through in reverse.
     readings = []
@@ -253,17 +261,23 @@ class _Watch:
             theirs; `None` only to look.
     """
 
-    def __init__(self, probes=None):
-        self.seen = []  # (layer, place, tensor)
-        self.entered = {}  # by layer: how many tensors had been seen when it began
+    def __init__(self, probes: list[Tensor] | None = None) -> None:
+        self.seen: list[Any] = []  # (layer, place, tensor)
+        self.entered: dict[str, int] = {}  # by layer: how many tensors had been seen when it began
         self._probes = probes
 
-    def __call__(self, name, call, args, kwargs):
+    def __call__(
+        self,
+        name: str,
+        call: Callable[..., Any] | Route,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         args, kwargs = self._probed(name, _INPUT, (args, kwargs))
         self.entered.setdefault(name, len(self.seen))
         return self._probed(name, _OUTPUT, call(*args, **kwargs))
 
-    def _probed(self, name, place, structure):
+    def _probed(self, name: str, place: str, structure: Any) -> Any:
         found = CallTensors(structure, are_outputs=place == _OUTPUT)
         tensors = [self._see(name, place, tensor) for tensor in found.tensors]
         logits = dict(found.logits)
@@ -271,7 +285,7 @@ class _Watch:
             logits = {at: self._see(name, _LOGITS, tensor) for at, tensor in logits.items()}
         return found.replaced(tensors, logits=logits)
 
-    def _see(self, name, place, tensor):
+    def _see(self, name: str, place: str, tensor: Tensor) -> Tensor:
         probe = None if self._probes is None else self._probes[len(self.seen)]
         self.seen.append((name, place, tensor))
         if probe is None:
@@ -283,7 +297,7 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _intercepted(operations, watch):
+def _intercepted(operations: list[tuple[str, Any]], watch: "_Watch") -> Iterator[None]:
     """Passes every call of `operations`, pairs of a name and one, to `watch`."""
     with contextlib.ExitStack() as undo:
         for name, operation in operations:
@@ -291,10 +305,10 @@ def _intercepted(operations, watch):
         yield
 
 
-def _watched(model):
+def _watched(model: keras.Model) -> Iterator[tuple[str, keras.layers.Layer]]:
     """Pairs of a name and an operation: layers, and operations between them."""
     # Layers of Keras may run what is inside them in loops, of which nothing gets out.
-    closed = ()
+    closed: str | tuple[str, ...] = ()
     for name, layer in named_layers(model):
         if not name.startswith(closed):
             yield name, layer
@@ -306,13 +320,13 @@ def _watched(model):
                 yield operation.name, operation
 
 
-def _reading(phase, layer, tensor, value):
+def _reading(phase: str, layer: keras.layers.Layer, tensor: str, value: Tensor) -> "TensorReading":
     dtype = keras.backend.standardize_dtype(value.dtype)
     figures = _figures(ops.convert_to_numpy(_summary(value)))
     return TensorReading(phase, layer, tensor, dtype, *figures)
 
 
-def _summary(x):
+def _summary(x: Tensor) -> Tensor:
     """Largest finite magnitude, number of infinities and of NaNs, `[3]`."""
     x = ops.cast(arrays.real_numbers(x), "float32")
     magnitudes = ops.where(ops.isfinite(x), ops.abs(x), 0.0)
@@ -320,5 +334,5 @@ def _summary(x):
     return ops.stack([ops.max(magnitudes, initial=0.0), infs, nans])
 
 
-def _figures(summary):
+def _figures(summary: np.ndarray) -> tuple[float, int, int]:
     return float(summary[0]), int(summary[1]), int(summary[2])

@@ -2,6 +2,9 @@
 
 import collections
 import warnings
+from typing import Any
+
+import keras
 
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.record.snapshot import Snapshot
@@ -30,7 +33,9 @@ class OptimizerWatch:
         stuck: Whether training was found to be stuck.
     """
 
-    def __init__(self, model, optimizer, name, every, stuck_after):
+    def __init__(
+        self, model: keras.Model, optimizer: Any, name: str, every: int, stuck_after: int | None
+    ) -> None:
         self._optimizer, self._prefix = optimizer, f"{name}_" if name else ""
         self._every, self._stuck_after = every, stuck_after
         self.layers = scaled_layers(model)
@@ -38,13 +43,13 @@ class OptimizerWatch:
             own = set(map(id, optimizer.scaled_layers))
             self.layers = [(path, layer) for path, layer in self.layers if id(layer) in own]
         self.stuck = False
-        self._recent = collections.deque(maxlen=_RECENT)
+        self._recent: collections.deque[Any] = collections.deque(maxlen=_RECENT)
         snapshot = self._take_snapshot()
         self.first_step = self._last_recorded = snapshot.step
         self._skips_since, self._skips_told = snapshot, False
         self._overflows = [layer_snapshot.overflows for layer_snapshot in snapshot.layers]
 
-    def _take_snapshot(self):
+    def _take_snapshot(self) -> Snapshot:
         snapshot = Snapshot.of([layer for _, layer in self.layers], self._optimizer)
         figures = {
             "loss_scale": 2.0**snapshot.log2_loss_scale,
@@ -56,7 +61,7 @@ class OptimizerWatch:
         self.figures = {f"{self._prefix}{name}": value for name, value in figures.items()}
         return snapshot
 
-    def look(self, end=False):
+    def look(self, end: bool = False) -> Snapshot | None:
         """Reads the scales, notices if training is stuck; a `Snapshot` if it is to be recorded."""
         snapshot = self._take_snapshot()
         self._recent.append(snapshot)
@@ -69,7 +74,7 @@ class OptimizerWatch:
             return snapshot
         return None
 
-    def _look_at_skips(self, snapshot):
+    def _look_at_skips(self, snapshot: Snapshot) -> None:
         """Warns, once, if many steps are skipped, though never many in a row."""
         steps = snapshot.step - self._skips_since.step
         if steps < _SKIPS_SEEN_OVER or self._skips_told:
@@ -85,7 +90,7 @@ class OptimizerWatch:
                 stacklevel=2,
             )
 
-    def complaint(self):
+    def complaint(self) -> str:
         """That training is stuck, since when, and at what scales."""
         last = self._recent[-1]
         since = last.step - last.skipped_in_a_row
@@ -97,7 +102,7 @@ class OptimizerWatch:
         )
         return text + self._blamed()
 
-    def _blamed(self):
+    def _blamed(self) -> str:
         """A sentence, or nothing."""
         blamed = [
             f"'{name}' ({layer_snapshot.overflows - before})"

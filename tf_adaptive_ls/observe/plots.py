@@ -8,14 +8,14 @@ import collections
 import contextlib
 import numbers
 import os
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.observe.record.run import Run, load_run, snapshot_run
 
 try:
@@ -233,11 +233,11 @@ def _drawing(run: Drawable, dark: bool) -> Iterator[Run]:
         yield run
 
 
-def _most_common(float_formats):
+def _most_common(float_formats: Iterable[FloatFormat]) -> FloatFormat:
     return collections.Counter(float_formats).most_common(1)[0][0]
 
 
-def _bars_of_skipped(axes, run):
+def _bars_of_skipped(axes: Any, run: Run) -> None:
     skipped = _increase(run.skipped_steps)
     edges = edges_of(run.steps)
     shown = skipped > 0
@@ -251,7 +251,7 @@ def _bars_of_skipped(axes, run):
     axes.tick_params(labelbottom=False)
 
 
-def _draw_ridges(axes, counts, binades, shifts):
+def _draw_ridges(axes: Any, counts: np.ndarray, binades: np.ndarray, shifts: np.ndarray) -> None:
     """One ridge per row of `counts`, moved sideways by `shifts`, the later in front."""
     edge = matplotlib.rcParams["axes.edgecolor"]
     height = 1.5
@@ -276,7 +276,7 @@ def _draw_ridges(axes, counts, binades, shifts):
     axes.set_axisbelow(True)
 
 
-def _shade_zones(axes, float_format):
+def _shade_zones(axes: Any, float_format: FloatFormat) -> None:
     lowest, normal = float_format.min_exponent, float_format.min_normal_exponent
     highest = float_format.max_exponent + 1
     far = 400
@@ -303,7 +303,9 @@ def _shade_zones(axes, float_format):
         )
 
 
-def _limits(counts, binades, shifts, float_format):
+def _limits(
+    counts: np.ndarray, binades: np.ndarray, shifts: np.ndarray, float_format: FloatFormat
+) -> tuple[float, float]:
     occupied = (counts > 0).any(axis=1)
     low, high = float_format.min_exponent - 4, float_format.max_exponent + 5
     if occupied.any():
@@ -312,6 +314,6 @@ def _limits(counts, binades, shifts, float_format):
     return low, high
 
 
-def _increase(counts):
+def _increase(counts: np.ndarray) -> np.ndarray:
     """By how much counts have grown since the snapshot before, the first since nothing."""
     return np.diff(counts, axis=0, prepend=np.zeros_like(counts[:1]))

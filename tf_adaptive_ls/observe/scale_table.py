@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import keras
 
 from tf_adaptive_ls.models.planned_call import reasons_for_no_plan
+from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.observe.named_layers import named_layers, scaled_inside
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.companion import scaling_of
 from tf_adaptive_ls.training.float8.products import products_in
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.readings import LayerSnapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +67,12 @@ class ScaleTable(list[ScaleRow]):
         rows: Iterable[ScaleRow] = (),
         narrow_reductions: tuple[NarrowReduction, ...] = (),
         without_plan: Mapping[str, str] = MappingProxyType({}),
-    ):
+    ) -> None:
         super().__init__(rows)
         self.narrow_reductions = narrow_reductions
         self.without_plan = without_plan
 
-    def __str__(self):
+    def __str__(self) -> str:
         columns = columns_of(self)
         cells = (cells_of(row)[: len(columns)] for row in self)
         text = text_table(columns, cells) + advice(self.narrow_reductions)
@@ -95,12 +97,12 @@ COLUMNS = {
 FLOAT8_COLUMNS = {"float8": "left", "flushed": "right", "saturated steps": "right"}
 
 
-def columns_of(rows):
+def columns_of(rows: "ScaleTable") -> dict[str, str]:
     """`COLUMNS`, and `FLOAT8_COLUMNS` if any row has something to show there."""
     return COLUMNS | FLOAT8_COLUMNS if any(row.float8 for row in rows) else COLUMNS
 
 
-def cells_of(row):
+def cells_of(row: "ScaleRow") -> tuple[str, ...]:
     """What a `ScaleRow` shows in each of `COLUMNS` and `FLOAT8_COLUMNS`: strings."""
     return (
         row.name,
@@ -155,7 +157,7 @@ def scale_table(
     return ScaleTable(rows, narrow_reductions(model), reasons_for_no_plan(model))
 
 
-def _with_float8(row, layer, why_wide):
+def _with_float8(row: "ScaleRow", layer: keras.layers.Layer, why_wide: str) -> "ScaleRow":
     scaling = scaling_of(layer)
     if scaling is None or scaling.float8 is None:
         return dataclasses.replace(row, float8=why_wide)
@@ -163,7 +165,9 @@ def _with_float8(row, layer, why_wide):
     return float8_row(row, formats, scaling.snapshot)
 
 
-def float8_row(row, formats, shown):
+def float8_row(
+    row: "ScaleRow", formats: tuple[FloatFormat | None, FloatFormat | None], shown: LayerSnapshot
+) -> "ScaleRow":
     """A `ScaleRow` that tells about float8, too.
 
     Args:
@@ -179,7 +183,7 @@ def float8_row(row, formats, shown):
     return dataclasses.replace(row, flushed=shown.flushed_share, saturations=shown.saturations)
 
 
-def _why_wide(layers):
+def _why_wide(layers: list[keras.layers.Layer]) -> Iterator[str]:
     """Why each of the layers of a model does not compute in float8, if it does not."""
     have_products = [bool(layer.weights and products_in(layer)) for layer in layers]
     places = [place for place, has in enumerate(have_products) if has]
@@ -194,7 +198,7 @@ def _why_wide(layers):
             yield "not chosen"
 
 
-def _row(name, layer, log2_loss_scale):
+def _row(name: str, layer: keras.layers.Layer, log2_loss_scale: int | None) -> "ScaleRow":
     scaling = scaling_of(layer)
     if scaling is not None:
         layer = scaling.layer
@@ -209,7 +213,9 @@ def _row(name, layer, log2_loss_scale):
     return ScaleRow(name, type(layer).__name__, None, None, None, None, note)
 
 
-def scaled_row(name, layer_class, layer_snapshot, log2_loss_scale):
+def scaled_row(
+    name: str, layer_class: str, layer_snapshot: LayerSnapshot, log2_loss_scale: int | None
+) -> "ScaleRow":
     """The `ScaleRow` of a scaled layer, from a `LayerSnapshot` of its state."""
     r, spectrum = layer_snapshot.log2_scale, layer_snapshot.spectrum
     total = None if log2_loss_scale is None else log2_loss_scale + r
@@ -217,7 +223,7 @@ def scaled_row(name, layer_class, layer_snapshot, log2_loss_scale):
     return ScaleRow(name, layer_class, r, total, layer_snapshot.binades, underflow, "")
 
 
-def _why_not(layer):
+def _why_not(layer: keras.layers.Layer) -> str:
     if not layer.weights:
         return "no weights"
     if layer.trainable_weights:

@@ -15,7 +15,9 @@ Logs: TypeAlias = dict[str, Any]
 class Sink(Protocol):
     """What can be written to."""
 
-    path: str | os.PathLike[str]
+    @property
+    def path(self) -> str | os.PathLike[str]:
+        """Where that is."""
 
     def add(self, snapshot: Snapshot, epoch: int, logs: Logs) -> None:
         """Adds a `Snapshot`, with the epoch and what Keras has logged."""

@@ -1,8 +1,18 @@
 """Writes what a run shows for TensorBoard."""
 
 import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
 
+import keras
+import numpy as np
+
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.observe.loss_change.allocation import Allocation
+from tf_adaptive_ls.observe.record.snapshot import Snapshot
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 
 class TensorBoardWriter:
@@ -20,7 +30,9 @@ class TensorBoardWriter:
         OSError: If they cannot be written, now or later.
     """
 
-    def __init__(self, path, layers, step):
+    def __init__(
+        self, path: str | os.PathLike[str], layers: list[tuple[str, LayerScaling]], step: int
+    ) -> None:
         # Here, so that only who asks for it needs TensorFlow on another backend.
         import tensorflow as tf
 
@@ -31,7 +43,7 @@ class TensorBoardWriter:
             self._writer = tf.summary.create_file_writer(str(path))
             self._writer.init()
 
-    def add(self, snapshot, epoch, logs):
+    def add(self, snapshot: Snapshot, epoch: int, logs: dict[str, Any]) -> None:
         """Adds a `Snapshot`; Keras's own callback adds what it has logged."""
         values = [
             self._scalar("log2_loss_scale", snapshot.log2_loss_scale),
@@ -55,7 +67,14 @@ class TensorBoardWriter:
                 ]
         self._write(snapshot.step, values)
 
-    def add_loss_change(self, step, since, epoch, allocation, as_trained):
+    def add_loss_change(
+        self,
+        step: int,
+        since: int,
+        epoch: int,
+        allocation: Allocation,
+        as_trained: Allocation | None,
+    ) -> None:
         """Adds what the weights of every layer were given, see `RunWriter.add_loss_change`."""
         values = [
             self._scalar("loss_change/error", allocation.error),
@@ -69,27 +88,27 @@ class TensorBoardWriter:
                 ]
         self._write(step, values)
 
-    def close(self):
+    def close(self) -> None:
         with self._as_os_errors():
             self._writer.close()
 
-    def _write(self, step, values):
+    def _write(self, step: int, values: list[Any]) -> None:
         summary = self._tf.compat.v1.Summary(value=values).SerializeToString()
         with self._as_os_errors(), self._writer.as_default():
             self._tf.summary.experimental.write_raw_pb(summary, step)
             self._writer.flush()
 
     @contextlib.contextmanager
-    def _as_os_errors(self):
+    def _as_os_errors(self) -> Iterator[None]:
         try:
             yield
         except self._tf.errors.OpError as error:
             raise OSError(error.message) from error
 
-    def _scalar(self, tag, value):
+    def _scalar(self, tag: str, value: float | np.ndarray) -> Any:
         return self._value(tag, "scalars", self._tf.make_tensor_proto(value, "float32"))
 
-    def _histogram(self, tag, layer):
+    def _histogram(self, tag: str, layer: keras.layers.Layer) -> Any:
         counts = layer.spectrum.counts[1 : spectrum.NONFINITE]
         exponents = layer.spectrum.float_format.exponents
         # Left and right edge and count of each bin: what TensorBoard's plugin stores
@@ -104,7 +123,7 @@ class TensorBoardWriter:
         ]
         return self._value(tag, "histograms", self._tf.make_tensor_proto(bins, "float64"))
 
-    def _value(self, tag, plugin, tensor):
+    def _value(self, tag: str, plugin: str, tensor: Tensor) -> Any:
         summary = self._tf.compat.v1.SummaryMetadata
         metadata = summary(plugin_data=summary.PluginData(plugin_name=plugin))
         return self._tf.compat.v1.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)

@@ -1,5 +1,11 @@
 """The border of a `LossScaled` layer: everything that crosses it is shifted and reported."""
 
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.numerics.report import report_of_arrived, report_of_produced
 from tf_adaptive_ls.training import scale_plan
@@ -25,24 +31,29 @@ class Border:
             in the backward pass if nobody else asks for gradients there.
     """
 
-    def __init__(self, scaled, at_own_scale=True, reports=True):
+    def __init__(
+        self, scaled: keras.layers.Layer, at_own_scale: bool = True, reports: bool = True
+    ) -> None:
         self._scaled = scaled
         self._route = scale_plan.route_of(scaled)
-        self._receivers = ()
+        self._receivers: tuple[Tensor, ...] = ()
         if reports:
             self._receivers = scaled.loss_scale.value, scaled.loss_scale_report.value
-        self.passes_from = self._route.passes_from if self._route and at_own_scale else ()
         # At whose scale the layer works.
-        self._own = AT_S
-        if at_own_scale:
-            self._own = self._route.outputs[0] if self.passes_from else ScaleGroup((scaled,))
-        self.passes_with = self._own.layers if self.passes_from else ()
+        self._own = ScaleGroup((scaled,)) if at_own_scale else AT_S
+        self.passes_from: tuple[Any, ...] = ()
+        self.passes_with: tuple[Any, ...] = ()
+        if at_own_scale and self._route and self._route.passes_from:
+            self._own = self._route.outputs[0]
+            self.passes_from, self.passes_with = self._route.passes_from, self._own.layers
         # 2**r and 2**-r; `None` for 1.
         self._up, self._down = (None, None)
         if at_own_scale:
             self._up, self._down = scale_plan.factors(self._own)
 
-    def tap_inputs(self, args, kwargs, weights):
+    def tap_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[keras.Variable]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], list[tuple[keras.Variable, Tensor]]]:
         """Where gradients leave.
 
         Args:
@@ -55,8 +66,8 @@ class Border:
         """
         self._arguments = arguments = Arguments(self._scaled, args, kwargs, self._route)
 
-        def tap(tensors, places, narrow):
-            def report(gradients, _):
+        def tap(tensors: list[Tensor], places: list[int], narrow: list[bool]) -> list[Tensor]:
+            def report(gradients: list[Tensor], _: Any) -> Tensor:
                 # The optimizer sees those of weights for itself.
                 return report_of_produced(gradients, narrow=narrow)
 
@@ -73,19 +84,19 @@ class Border:
         args, kwargs = arguments.replaced(tensors, logits=logits)
         return args, kwargs, list(zip(weights, values, strict=True))
 
-    def tap_outputs(self, outputs):
+    def tap_outputs(self, outputs: Any) -> Any:
         """Where gradients arrive. What a layer passes on is not looked at on arrival."""
         self._arguments.return_masks()
         if self.passes_from:
             return outputs
         crossing = CallTensors(outputs, are_outputs=True)
 
-        def tap(tensors, places):
+        def tap(tensors: list[Tensor], places: list[int]) -> list[Tensor]:
             groups = [self._route.outputs[place] if self._route else AT_S for place in places]
             narrow = [is_narrow(tensor) for tensor in tensors]
             at_s = [n and group == AT_S for group, n in zip(groups, narrow, strict=True)]
 
-            def report(gradients, divisors):
+            def report(gradients: list[Tensor], divisors: list[Tensor]) -> Tensor:
                 return report_of_arrived(gradients, divisors, at_s=at_s, narrow=narrow)
 
             return self._tapped(tensors, [self._divisor_in(group) for group in groups], report)
@@ -94,28 +105,30 @@ class Border:
         logits = {place: tap([tensor], [place])[0] for place, tensor in crossing.logits.items()}
         return crossing.replaced(tensors, logits=logits)
 
-    def _tapped(self, tensors, divisors, report):
+    def _tapped(
+        self, tensors: list[Tensor], divisors: list[Tensor | None], report: Callable[..., Tensor]
+    ) -> list[Tensor]:
         return gradient_tap(tensors, divisors, self._receivers, report) if tensors else []
 
-    def tap_loss(self, loss):
+    def tap_loss(self, loss: Tensor) -> Tensor:
         """Where the gradient of a loss that the layer has added arrives, 1 times S."""
         narrow = [is_narrow(loss)]
 
-        def report(gradients, divisors):
+        def report(gradients: list[Tensor], divisors: list[Tensor]) -> Tensor:
             return report_of_arrived(gradients, divisors, at_s=[False], narrow=narrow)
 
         (tapped,) = gradient_tap([loss], [self._down], self._receivers, report)
         return tapped
 
-    def _divisor_out(self, group):
+    def _divisor_out(self, group: ScaleGroup) -> Tensor | None:
         """2**r over the factor that the gradients of a group travel at, `None` for one."""
         return self._quotient(self._up, group, 1)
 
-    def _divisor_in(self, group):
+    def _divisor_in(self, group: ScaleGroup) -> Tensor | None:
         """The inverse of that."""
         return self._quotient(self._down, group, 0)
 
-    def _quotient(self, own, group, which):
+    def _quotient(self, own: Tensor | None, group: ScaleGroup, which: int) -> Tensor | None:
         if group == self._own:
             return None
         if group == AT_S:

@@ -1,13 +1,15 @@
 """The tensors in the arguments or outputs of a call that may have gradients."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import tree
 
 from tf_adaptive_ls.backend import arrays, keras_internals
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
-from tf_adaptive_ls.training.scale_plan import AT_S
+from tf_adaptive_ls.training.scale_plan import AT_S, Route, ScaleGroup
 
 
 class CallTensors:
@@ -29,12 +31,16 @@ class CallTensors:
         logits: Dict of the logits that Keras has left on leaves, by place.
     """
 
-    def __init__(self, structure, are_outputs=False):
+    def __init__(self, structure: Any, are_outputs: bool = False) -> None:
         self._structure = structure
         self._originals = tree.flatten(structure)
         self._leaves = []  # of each: which of its parts are inexact, and what makes it of all
         self._replaced: list[Any] = []
-        self.tensors, self.places, self.others, self.masks, self.logits = [], [], [], [], {}
+        self.tensors: list[Tensor] = []
+        self.places: list[int] = []
+        self.others: list[Any] = []
+        self.masks: list[Any] = []
+        self.logits: dict[int, Tensor] = {}
         for place, leaf in enumerate(self._originals):
             logits = keras_internals.logits_of(leaf)
             behind = arrays.behind_activation(leaf) if are_outputs and logits is None else None
@@ -50,7 +56,14 @@ class CallTensors:
             if logits is not None:
                 self.logits[place] = logits
 
-    def replaced(self, tensors, *, others=None, masks=None, logits=None):
+    def replaced(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        others: Any = None,
+        masks: Any = None,
+        logits: dict[int, Any] | None = None,
+    ) -> Any:
         """The structure with other things in place of these.
 
         Args:
@@ -59,12 +72,12 @@ class CallTensors:
             masks: List as the attribute, which it defaults to.
             logits: Dict as the attribute, which it defaults to.
         """
-        tensors, others = iter(tensors), iter(self.others if others is None else others)
+        left, others_left = iter(tensors), iter(self.others if others is None else others)
         masks = self.masks if masks is None else masks
         logits = self.logits if logits is None else logits
         leaves = []
         for place, (inexact, rebuild) in enumerate(self._leaves):
-            leaf = rebuild([next(tensors if yes else others) for yes in inexact])
+            leaf = rebuild([next(left if yes else others_left) for yes in inexact])
             if any(inexact) and masks[place] is not None:
                 keras_internals.set_mask(leaf, masks[place])
             if place in logits:
@@ -73,7 +86,7 @@ class CallTensors:
         self._replaced = leaves
         return tree.pack_sequence_as(self._structure, leaves)
 
-    def return_masks(self):
+    def return_masks(self) -> None:
         """Gives the tensors the masks that those in their place have now.
 
         Keras's attention takes away the masks of tensors that it is called on, for good.
@@ -86,7 +99,7 @@ class CallTensors:
                 keras_internals.set_mask(original, mask)
 
 
-def _only(parts):
+def _only(parts: list[Any]) -> Any:
     (part,) = parts
     return part
 
@@ -109,10 +122,16 @@ class Arguments(CallTensors):
         groups: The `ScaleGroup` that the gradient of each leaf leaves for, or `AT_S`.
     """
 
-    def __init__(self, scaled, args, kwargs, route):
+    def __init__(
+        self,
+        scaled: keras.layers.Layer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        route: Route | None,
+    ) -> None:
         self._names = list(kwargs)
         super().__init__((args, *kwargs.values()))
-        self.groups = []
+        self.groups: list[ScaleGroup] = []
         for name, value in [(None, args), *kwargs.items()]:
             planned = route and (route.args if name is None else route.kwargs.get(name))
             self.groups += planned or [AT_S] * len(tree.flatten(value))
@@ -125,17 +144,24 @@ class Arguments(CallTensors):
                 for tensor, narrow in zip(self.tensors, self.narrow, strict=True)
             ]
 
-    def replaced(self, tensors, **others):
+    def replaced(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        others: Any = None,
+        masks: Any = None,
+        logits: dict[int, Any] | None = None,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`(args, kwargs)` with other tensors in place of these, see `CallTensors`."""
-        args, *values = super().replaced(tensors, **others)
+        args, *values = super().replaced(tensors, others=others, masks=masks, logits=logits)
         return args, dict(zip(self._names, values, strict=True))
 
 
-def is_narrow(tensor):
+def is_narrow(tensor: Tensor) -> bool:
     """Whether the gradient of `tensor` is written in a format that a scale matters to."""
     return is_narrow_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 
-def is_inexact(x):
+def is_inexact(x: Tensor) -> bool:
     """Whether `x` is a tensor of floating-point or complex numbers."""
     return keras.ops.is_tensor(x) and arrays.is_inexact_dtype(x.dtype)

@@ -35,7 +35,7 @@ class Companion(LayerScaling):
         float8: A `Float8`, or `None`.
     """
 
-    def __init__(self, layer: keras.layers.Layer, float8: Float8 | None = None):
+    def __init__(self, layer: keras.layers.Layer, float8: Float8 | None = None) -> None:
         # As it is: Keras would find the layer inside its companion, inside the layer, …
         object.__setattr__(self, "_scaled", _Box(layer))
         super().__init__(name=layer.name, dtype="float32", autocast=False)
@@ -100,9 +100,9 @@ class Companion(LayerScaling):
         """Is no part of the layer any more, but still runs it."""
         keras_internals.take_out(self.layer, ATTRIBUTE, self)
 
-    def lead_layer(self):
+    def lead_layer(self) -> None:
         """From now on the layer is called through this."""
-        led = {
+        led: dict[str, Callable[..., Any]] = {
             "call": self.run,
             "quantized_call": self.run,
             "symbolic_call": functools.partial(note_call, self),
@@ -111,17 +111,21 @@ class Companion(LayerScaling):
         }
         self._routes = [routes.Route(self.layer, name, run) for name, run in led.items()]
 
-    def let_go(self):
+    def let_go(self) -> None:
         """Undoes `lead_layer`."""
         for route in self._routes:
             route.end()
 
-    def quantize_layer(self, original, args, kwargs):
+    def quantize_layer(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """What is called for `original`, `quantize` of the layer."""
         self.check_may_be_quantized()
         return original(*args, **kwargs)
 
-    def run(self, original, args, kwargs):
+    def run(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """What is called for `original`, the call of the layer."""
         plain_call = self._plain_call(original)
         if not self.has_started:
@@ -136,7 +140,7 @@ class Companion(LayerScaling):
         with keras_internals.AutocastScope(None):  # or weights would be shifted in float16
             return self._scaled_call(plain_call, args, kwargs)
 
-    def _plain_call(self, original):
+    def _plain_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The call without a border, which casts inside it as `__call__` would have done before."""
         layer = self.layer
         scope = keras_internals.autocast_scope_of_call(layer, self.casts_inputs)
@@ -144,7 +148,7 @@ class Companion(LayerScaling):
             scope is None and layer.compute_dtype != layer.variable_dtype
         )  # else `call` was called by hand
 
-        def plain_call(*args, **kwargs):
+        def plain_call(*args: Any, **kwargs: Any) -> Any:
             call = keras_internals.rematerialised_unless_held(
                 layer, way_of_computing(layer, original), args, kwargs
             )
@@ -163,16 +167,16 @@ class Companion(LayerScaling):
 class _Box:
     """Keeps something from Keras."""
 
-    def __init__(self, content):
+    def __init__(self, content: keras.layers.Layer) -> None:
         self.content = content
 
 
-def companion_of(layer):
+def companion_of(layer: keras.layers.Layer) -> "Companion | None":
     """The `Companion` of a layer, or `None`."""
     return vars(layer).get(_COMPANION)
 
 
-def scaling_of(layer):
+def scaling_of(layer: keras.layers.Layer) -> LayerScaling | None:
     """What scales a layer: itself, if it is a `LossScaled` one, or its companion; else `None`."""
     if isinstance(layer, LayerScaling):
         return layer
@@ -184,7 +188,7 @@ def scaling_of(layer):
 _COMPANION = "_companion_of_layer"
 
 
-def attach(layer, float8=None):
+def attach(layer: keras.layers.Layer, float8: Float8 | None = None) -> "Companion":
     """Gives a layer a `Companion`, which starts now if the layer is built, else when it is called.
 
     Raises:
@@ -204,16 +208,17 @@ def attach(layer, float8=None):
     return companion
 
 
-def detach(layer):
+def detach(layer: keras.layers.Layer) -> None:
     """Undoes `attach`."""
     companion = companion_of(layer)
+    assert companion is not None
     companion.let_go()
     layer.autocast = companion.casts_inputs
     companion.leave()
     del vars(layer)[_COMPANION]
 
 
-def _check(layer):
+def _check(layer: keras.layers.Layer) -> None:
     if hasattr(layer, ATTRIBUTE):
         raise ValueError(
             f"Expected layers without an attribute `{ATTRIBUTE}`, where the scaling of a layer is "

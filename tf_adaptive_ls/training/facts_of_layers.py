@@ -1,12 +1,17 @@
 """The `LayerFacts` of layers that are scaled."""
 
+from collections.abc import Callable
+from typing import Any
+
+import keras
 import numpy as np
 
 from tf_adaptive_ls.backend.keras_internals import parts_of
 from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts, Ownership
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 
-def facts_of(layers, weights):
+def facts_of(layers: list[Any], weights: list[keras.Variable]) -> LayerFacts:
     """The `LayerFacts` of a list of `LayerScaling`, and of one of all variables with gradients."""
     return LayerFacts(
         float_formats=[layer.float_format for layer in layers],
@@ -18,15 +23,17 @@ def facts_of(layers, weights):
     )
 
 
-def _ownership_of(layers, weights):
+def _ownership_of(layers: list[Any], weights: list[keras.Variable]) -> Ownership:
     """The `Ownership` of a list of `LayerScaling` and one of variables."""
     place_of_layer = {id(layer): place for place, layer in enumerate(layers)}
     place_of_weight = {id(weight): place for place, weight in enumerate(weights)}
 
-    def places(items, place_of):
+    def places(
+        items: list[keras.Variable | keras.layers.Layer], place_of: dict[int, int]
+    ) -> list[int]:
         return [place_of[id(item)] for item in items if id(item) in place_of]
 
-    def others_inside(layer):
+    def others_inside(layer: LayerScaling) -> list[keras.layers.Layer]:
         return [part for part in parts_of(layer.layer) if part is not layer]
 
     return Ownership.of(
@@ -36,11 +43,11 @@ def _ownership_of(layers, weights):
     )
 
 
-def _flow_of(layers):
+def _flow_of(layers: list[Any]) -> Flow:
     """The `Flow` of gradients between `LayerScaling` when they were last called."""
     place_of = {id(layer): place for place, layer in enumerate(layers)}
 
-    def relation(others_of):
+    def relation(others_of: Callable[..., Any]) -> np.ndarray:
         related = np.zeros((len(layers), len(layers)), bool)
         for place, layer in enumerate(layers):
             related[place, [place_of[id(o)] for o in others_of(layer) if id(o) in place_of]] = True

@@ -2,12 +2,14 @@
 
 import contextlib
 import contextvars
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from tf_adaptive_ls.backend import autodiff, keras_internals
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.held_variables import HeldVariables, ReadElsewhere, values_of
@@ -15,12 +17,20 @@ from tf_adaptive_ls.training.held_variables import HeldVariables, ReadElsewhere,
 _runs_again = contextvars.ContextVar("runs_again", default=False)
 
 
-def runs_again():
+def runs_again() -> bool:
     """Whether this is the second run of a call, in the backward pass."""
     return _runs_again.get()
 
 
-def call_held(layer, run, weights, args, kwargs, within=contextlib.nullcontext, receivers=()):
+def call_held(
+    layer: keras.layers.Layer,
+    run: Callable[..., Any],
+    weights: list[tuple[keras.Variable, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    within: Callable[..., Any] = contextlib.nullcontext,
+    receivers: tuple[Tensor, ...] = (),
+) -> tuple[Any, list[Any]]:
     """Calls a layer, and makes the updates of variables that its call asks for.
 
     Args:
@@ -45,7 +55,15 @@ def call_held(layer, run, weights, args, kwargs, within=contextlib.nullcontext, 
     return outputs, losses
 
 
-def _call(layer, run, values, args, kwargs, within, receivers):
+def _call(
+    layer: keras.layers.Layer,
+    run: Callable[..., Any],
+    values: list[tuple[keras.Variable, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    within: Callable[..., Any],
+    receivers: tuple[Tensor, ...],
+) -> Any:
     with scale_plan.running(None), HeldVariables(layer, values, receivers) as held, within():
         outputs = run(*args, **kwargs)
         losses = held.take_losses(layer)
@@ -53,7 +71,13 @@ def _call(layer, run, values, args, kwargs, within, receivers):
     return outputs, losses, held.updates, held.found
 
 
-def check_gradients(layer, run, weights, args, kwargs):
+def check_gradients(
+    layer: keras.layers.Layer,
+    run: Callable[..., Any],
+    weights: list[tuple[keras.Variable, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
     """Raises `ReadElsewhere` if gradients do not come to all given values that they should come to.
 
     So it is with a `tf.custom_gradient` that expects variables: it does not see values. Calls the
@@ -68,19 +92,19 @@ def check_gradients(layer, run, weights, args, kwargs):
     """
     values = values_of(layer, weights)
 
-    def held_call():
+    def held_call() -> list[Tensor]:
         with scale_plan.running(None), HeldVariables(layer, values) as held:
             outputs = run(*args, **kwargs)
             read[:] = map(held.was_read, variables)
             return CallTensors((outputs, list(held.losses))).tensors
 
-    def plain_call():
+    def plain_call() -> list[Tensor]:
         with scale_plan.running(None), keras.StatelessScope(collect_losses=True) as scope:
             outputs = run(*args, **kwargs)
             return CallTensors((outputs, list(scope.losses))).tensors
 
     variables, tensors = zip(*weights, strict=True)
-    read = []
+    read: list[bool] = []
     inputs = CallTensors((args, kwargs)).tensors
     with keras_internals.not_rematerialised(layer):
         missing = autodiff.independent(held_call, tensors, inputs)
@@ -109,7 +133,15 @@ class _FirstRun(NamedTuple):
     updated: list[keras.Variable]
 
 
-def _call_twice(layer, run_layer, values, args, kwargs, within, receivers):
+def _call_twice(
+    layer: keras.layers.Layer,
+    run_layer: Callable[..., Any],
+    values: list[tuple[keras.Variable, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    within: Callable[..., Any],
+    receivers: tuple[Tensor, ...],
+) -> Any:
     """`_call` that keeps nothing for the backward pass, but runs the layer there once more.
 
     So would Keras, but TensorFlow then finds no gradients by what are not variables, and
@@ -119,12 +151,12 @@ def _call_twice(layer, run_layer, values, args, kwargs, within, receivers):
     # As they are now: statistics and seeds are updated before the second run.
     given = CallTensors((args, kwargs, [ops.copy(value) for _, value in values]))
     context = keras_internals.call_context()  # it is gone by the second run
-    first = None
+    first: _FirstRun | None = None
 
-    def run(*tensors):
+    def run(*tensors: Tensor) -> tuple[list[Tensor], Any]:
         nonlocal first
         new_args, new_kwargs, held = given.replaced(tensors)
-        found_before = [] if first is None else first.found
+        found_before: list[Any] = [] if first is None else first.found
         new_values = [*zip(variables, held, strict=True), *found_before]
         token = _runs_again.set(first is not None or runs_again())
         try:
@@ -143,6 +175,7 @@ def _call_twice(layer, run_layer, values, args, kwargs, within, receivers):
         return results.tensors, (results.others, results.masks, [value for _, value in updates])
 
     tensors, (others, masks, updates) = autodiff.rematerialised(run)(*given.tensors)
+    assert first is not None
     # As in Keras, logits are not kept.
     outputs, losses = first.results.replaced(tensors, others=others, masks=masks, logits={})
     return outputs, losses, list(zip(first.updated, updates, strict=True)), first.found

@@ -1,6 +1,11 @@
 """A scope in which a layer works on given values of its variables, and changes none of them."""
 
+from typing import Any
+
+import keras
+
 from tf_adaptive_ls.backend import arrays, autodiff
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.backend.variable_scope import VariableScope
 from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
 
@@ -14,7 +19,7 @@ class ReadElsewhere(BaseException):
         how: How it does, for a person.
     """
 
-    def __init__(self, how):
+    def __init__(self, how: str) -> None:
         super().__init__(how)
         self.how = how
 
@@ -28,38 +33,43 @@ class HeldVariables(VariableScope):
         others: Values of variables that may be read besides.
     """
 
-    def __init__(self, layer, values, others=()):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        values: list[tuple[keras.Variable, Tensor]],
+        others: tuple[Tensor, ...] = (),
+    ) -> None:
         super().__init__(values)
         self._layer_name = layer.name
         self._reads = autodiff.ReadsOfVariables(known=[*(value for _, value in values), *others])
-        self._read = set()
+        self._read: set[int] = set()
         self._is_recorded = autodiff.is_recorded()
-        self._found = {}
+        self._found: dict[int, tuple[keras.Variable, Tensor]] = {}
         self._weights = {id(v): value for v, value in values if is_scaled_weight(v)}
-        self._updates = {}
+        self._updates: dict[int, tuple[keras.Variable, Tensor]] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "HeldVariables":
         self._reads.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._reads.__exit__(*exception)
 
-    def check_reads(self):
+    def check_reads(self) -> None:
         """Raises `ReadElsewhere` if variables were read in another way than through the scope."""
         if self._reads.names:
             raise ReadElsewhere(f"reads {', '.join(self._reads.names)} as a tf.Variable")
 
-    def was_read(self, variable):
+    def was_read(self, variable: keras.Variable) -> bool:
         return id(variable) in self._read
 
     @property
-    def updates(self):
+    def updates(self) -> list[tuple[keras.Variable, Tensor]]:
         """Pairs of a variable and the value that it was assigned."""
         return list(self._updates.values())
 
-    def assigned(self, variable, value):
+    def assigned(self, variable: keras.Variable, value: Tensor) -> Tensor:
         self._check_is_here()
         self._updates[id(variable)] = variable, value
         if id(variable) in self._weights and autodiff.gradients_end_at_assignments():
@@ -69,11 +79,11 @@ class HeldVariables(VariableScope):
         return value
 
     @property
-    def found(self):
+    def found(self) -> list[tuple[keras.Variable, Tensor]]:
         """Pairs of a variable that was not among the values and the value it was found to have."""
         return list(self._found.values())
 
-    def read(self, variable, value):
+    def read(self, variable: keras.Variable, value: Tensor | None) -> Tensor | None:
         self._check_is_here()
         self._read.add(id(variable))
         if id(variable) in self._weights:
@@ -85,11 +95,11 @@ class HeldVariables(VariableScope):
                 self._found.setdefault(id(variable), (variable, value))
         return value
 
-    def _check_is_here(self):
+    def _check_is_here(self) -> None:
         if self._reads.is_outside():
             raise ReadElsewhere("uses variables in a tf.function of its own")
 
-    def _check_has_no_gradient(self, variable):
+    def _check_has_no_gradient(self, variable: keras.Variable) -> None:
         if is_scaled_weight(variable):
             raise ValueError(
                 "Expected a LossScaled layer to use only trainable weights that it "
@@ -99,7 +109,7 @@ class HeldVariables(VariableScope):
                 f"'{self._layer_name}'."
             )
 
-    def _check_is_recorded(self, variable):
+    def _check_is_recorded(self, variable: keras.Variable) -> None:
         # Outside of such a scope TensorFlow finds it even there, since it is a variable.
         if self._is_recorded and not autodiff.is_recorded():
             raise ReadElsewhere(
@@ -108,7 +118,9 @@ class HeldVariables(VariableScope):
             )
 
 
-def values_of(layer, weights):
+def values_of(
+    layer: keras.layers.Layer, weights: list[tuple[keras.Variable, Tensor]]
+) -> list[tuple[keras.Variable, Tensor]]:
     """`weights`, pairs of a variable and its value, and those of all others of a layer."""
     known = {id(variable) for variable, _ in weights}
     # Statistics, seeds, metrics.
@@ -116,12 +128,12 @@ def values_of(layer, weights):
     return [*weights, *((v, v.value) for key, v in others.items() if key not in known)]
 
 
-def scaled_weights_of(layer):
+def scaled_weights_of(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The variables of a layer that have gradients which bear a scale."""
     return [v for v in layer.trainable_variables if is_scaled_weight(v)]
 
 
-def is_scaled_weight(variable):
+def is_scaled_weight(variable: keras.Variable) -> bool:
     """Whether `variable` has a gradient that bears a scale."""
     return (
         variable.trainable

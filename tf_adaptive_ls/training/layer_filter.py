@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 
@@ -11,19 +11,21 @@ LayerFilter: TypeAlias = (
 )
 
 
-def with_path(layer_filter):
+def with_path(
+    layer_filter: Callable[..., bool] | None,
+) -> Callable[[keras.layers.Layer, str], bool]:
     """A layer filter as a function of a layer and its path; `None` chooses all."""
     if layer_filter is None:
         return lambda layer, path: True
     try:
-        parameters = inspect.signature(layer_filter).parameters.values()
+        parameters = [*inspect.signature(layer_filter).parameters.values()]
     except ValueError:  # of some callables written in C
-        parameters = ()
+        parameters = []
     required = [each for each in parameters if each.default is each.empty]
     return layer_filter if len(required) == 2 else lambda layer, path: layer_filter(layer)
 
 
-def check_layer_filter(layer_filter, what):
+def check_layer_filter(layer_filter: Any, what: str) -> None:
     """Raises a `ValueError` unless it is `None` or a function."""
     if layer_filter is not None and not callable(layer_filter):
         raise ValueError(

@@ -7,6 +7,7 @@ import itertools
 import numbers
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -18,6 +19,7 @@ from tf_adaptive_ls.backend.keras_internals import (
     may_be_trained,
     parts_of,
 )
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import report, scale_state
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat, narrowest
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
@@ -48,8 +50,8 @@ class Call:
     """
 
     at: int = -1
-    passes_from: tuple = ()
-    passes_with: tuple = ()
+    passes_from: tuple[Any, ...] = ()
+    passes_with: tuple[Any, ...] = ()
 
 
 class LayerScaling(keras.layers.Layer):
@@ -75,7 +77,7 @@ class LayerScaling(keras.layers.Layer):
     # Why its file was refused.
     _refused: ValueError | None = None
 
-    def _start_scaling(self, float8):
+    def _start_scaling(self, float8: Float8 | None) -> None:
         """Makes the weights of the scaling, and all else that there is of it."""
         self.loss_scale = self._add_weight_of_scaling("loss_scale", (2,), scale_state.initial_scale)
         self.loss_scale_report = self._add_weight_of_scaling(
@@ -98,7 +100,9 @@ class LayerScaling(keras.layers.Layer):
         self._optimizer: weakref.ref[Any] | None = None
         self.last_call = Call()
 
-    def _add_weight_of_scaling(self, name, shape, initializer):
+    def _add_weight_of_scaling(
+        self, name: str, shape: Any, initializer: Callable[..., Any] | str
+    ) -> keras.Variable:
         # Trainable, since nothing else reaches a stateless optimizer on JAX.
         weight = self.add_weight(
             shape=shape,
@@ -113,7 +117,7 @@ class LayerScaling(keras.layers.Layer):
         weight.trainable = self._trainable
         return weight
 
-    def _add_seed(self):
+    def _add_seed(self) -> keras.Variable:
         # Keras does not save a `SeedGenerator`, and a resumed run would go on otherwise.
         first = keras.ops.convert_to_numpy(keras.random.SeedGenerator().state)
         return self.add_weight(
@@ -158,7 +162,7 @@ class LayerScaling(keras.layers.Layer):
         """
         return self._computes_in() if self.is_narrow else COUNTING_FORMAT
 
-    def _computes_in(self):
+    def _computes_in(self) -> FloatFormat:
         return narrowest(part.compute_dtype for part in keras_internals.parts_of(self.layer))
 
     @property
@@ -191,7 +195,9 @@ class LayerScaling(keras.layers.Layer):
         """From now on `snapshot` is what `optimizer` knows of the layer."""
         self._optimizer = weakref.ref(optimizer)
 
-    def _scaled_call(self, run, args, kwargs):
+    def _scaled_call(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """What `run(*args, **kwargs)`, a call of the layer, returns, at the layer's scale."""
         if are_scales_neutral():
             self.called_at_s = True
@@ -215,7 +221,9 @@ class LayerScaling(keras.layers.Layer):
             outputs = run(*args, **kwargs)
         return border.tap_outputs(outputs)
 
-    def _call_at_own_scale(self, run, args, kwargs):
+    def _call_at_own_scale(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         reports = self._is_to_report(args, kwargs)
         border = Border(self, reports=reports)
         float8_call = self._next_float8_call(reports)
@@ -237,7 +245,7 @@ class LayerScaling(keras.layers.Layer):
             self.add_loss(border.tap_loss(loss))
         return border.tap_outputs(outputs)
 
-    def _is_to_report(self, args, kwargs):
+    def _is_to_report(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether its gradients matter. If it is frozen, they may to what comes before it."""
         if not self.loss_scale.trainable:
             return False
@@ -248,7 +256,13 @@ class LayerScaling(keras.layers.Layer):
         receivers = self.loss_scale.value, self.loss_scale_report.value
         return autodiff.is_differentiated(CallTensors((args, kwargs)).tensors, receivers)
 
-    def _check_gradients(self, run, weights, args, kwargs):
+    def _check_gradients(
+        self,
+        run: Callable[..., Any],
+        weights: list[tuple[keras.Variable, Tensor]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         """Once, and where gradients are wanted."""
         values = [value for _, value in weights]
         if (
@@ -260,7 +274,7 @@ class LayerScaling(keras.layers.Layer):
             self._gradients_checked = True
             check_gradients(self.layer, run, weights, args, kwargs)
 
-    def _next_float8_call(self, reports):
+    def _next_float8_call(self, reports: bool) -> Float8Call | None:
         """`Float8Call` of a call, `None` without float8."""
         if self.float8 is None:
             return None
@@ -273,7 +287,7 @@ class LayerScaling(keras.layers.Layer):
         seed = next_seed(self.float8_seed)
         return Float8Call(self.float8, len(own_products(self.layer)), receiver, seed)
 
-    def _computing(self, float8_call):
+    def _computing(self, float8_call: Float8Call | None) -> Callable[..., Any]:
         """Function that makes the context in which the layer runs."""
         if float8_call is None:
             return contextlib.nullcontext
@@ -310,24 +324,24 @@ class LayerScaling(keras.layers.Layer):
             raise self._refused
         self.loss_scale.assign(scale_state.restored(scale))
 
-    def _without_reports(self, store):
+    def _without_reports(self, store: Any) -> dict[str, np.ndarray]:
         """`store`, with reports as they are: nobody reads the last one, whatever its length."""
         reports = {"1": self.loss_scale_report, "2": self.float8_report}
         own = {key: v.numpy() for key, v in reports.items() if v is not None and key in store}
         return {key: store[key] for key in list(store.keys())} | own
 
 
-def layer_of(variable):
+def layer_of(variable: keras.Variable) -> "LayerScaling | None":
     """The `LossScaled` layer that keeps its scale or its report in `variable`, or `None`."""
     return getattr(variable, "loss_scaled", None)
 
 
-def is_of_scaling(variable):
+def is_of_scaling(variable: keras.Variable) -> bool:
     """Whether `variable` is not a weight of a model, but of what scales it."""
     return layer_of(variable) is not None
 
 
-def own_products(layer):
+def own_products(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The products in a layer, less those in `LossScaled` layers inside it."""
     inside = {
         id(part)
@@ -338,7 +352,7 @@ def own_products(layer):
     return [part for part in products_in(layer) if id(part) not in inside]
 
 
-def check_float8(float8, layer):
+def check_float8(float8: Any, layer: keras.layers.Layer) -> None:
     check_is_float8(float8)
     if layer.built and not own_products(layer):
         raise ValueError(
@@ -350,7 +364,7 @@ def check_float8(float8, layer):
     _check_not_quantized(own_products(layer))
 
 
-def _check_not_quantized(parts):
+def _check_not_quantized(parts: list[keras.layers.Layer]) -> None:
     quantized = [part.name for part in parts if part.quantization_mode is not None]
     if quantized:
         raise ValueError(

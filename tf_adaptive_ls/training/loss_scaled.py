@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from tf_adaptive_ls.backend import keras_internals
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, check_float8
 from tf_adaptive_ls.training.noted_calls import note_call
@@ -53,7 +54,7 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
         name: str | None = None,
         trainable: bool = True,
         float8: Float8 | None = None,
-    ):
+    ) -> None:
         _check_can_be_wrapped(layer)
         if float8 is not None:
             check_float8(float8, layer)
@@ -61,7 +62,7 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
         # Keras learns from the signature of `call` which arguments are tensors,
         # masks or flags: it has to be the layer's.
         @functools.wraps(layer.call)
-        def call(*args, **kwargs):
+        def call(*args: Tensor, **kwargs: Any) -> Any:
             return self._scaled_call(self.layer, args, kwargs)
 
         object.__setattr__(self, "call", call)
@@ -165,13 +166,13 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
         return cls(**config)
 
 
-def wrapper_of(layer):
+def wrapper_of(layer: keras.layers.Layer) -> Any:
     """The `LossScaled` layer around `layer`, or `None`."""
     owner = layer.__dict__.get("_loss_scaled")
     return owner and owner.wrapper
 
 
-def release(layer):
+def release(layer: keras.layers.Layer) -> None:
     """Makes `layer` forget its wrapper, so that another may wrap it."""
     layer.__dict__.pop("_loss_scaled")
 
@@ -179,11 +180,11 @@ def release(layer):
 class _Owner:
     """Leads from a layer to its wrapper, without Keras taking that for a sublayer."""
 
-    def __init__(self, wrapper):
+    def __init__(self, wrapper: LayerScaling) -> None:
         self.wrapper = wrapper
 
 
-def _check_can_be_wrapped(layer):
+def _check_can_be_wrapped(layer: keras.layers.Layer) -> None:
     if not isinstance(layer, keras.layers.Layer):
         raise ValueError(
             f"Expected a keras.layers.Layer to wrap. Received: {layer!r} (of type "

@@ -32,6 +32,6 @@ def neutral_scales() -> Iterator[None]:
         _neutral.reset(token)
 
 
-def are_scales_neutral():
+def are_scales_neutral() -> bool:
     """Whether `neutral_scales` holds."""
     return _neutral.get()

@@ -2,12 +2,19 @@
 
 import contextlib
 import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
 
-_noted: contextvars.ContextVar[list | None] = contextvars.ContextVar("noted_calls", default=None)
+from tf_adaptive_ls.backend.types import Tensor
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
+
+_noted: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "noted_calls", default=None
+)
 
 
 @contextlib.contextmanager
-def noting(called):
+def noting(called: list[LayerScaling]) -> Iterator[None]:
     """Scaled layers that are called in this context are appended to a list."""
     token = _noted.set(called)
     try:
@@ -16,7 +23,12 @@ def noting(called):
         _noted.reset(token)
 
 
-def note_call(scaling, original, args, kwargs):
+def note_call(
+    scaling: LayerScaling,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
     """Runs `original(*args, **kwargs)`, and notes that something with a scale is called."""
     outputs = original(*args, **kwargs)
     called = _noted.get()

@@ -3,7 +3,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -94,7 +94,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         rule: ScaleRule | None = None,
         sample_every: int = 10,
         name: str | None = None,
-    ):
+    ) -> None:
         inner_optimizer = _checked_inner_optimizer(inner_optimizer)
         _check_initial_scale(initial_scale)
         rule = QuantileRule() if rule is None else rule
@@ -183,7 +183,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(var_list)
 
-    def _add_state(self, name, value):
+    def _add_state(self, name: str, value: Tensor) -> keras.Variable:
         return self.add_variable(
             shape=value.shape,
             dtype=value.dtype.name,
@@ -201,7 +201,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """A `LayerSnapshot` of each of several layers; of any it does not know, an empty one."""
         known = self._keeper.known_of_layers() if self.built else {}
 
-        def snapshot(layer):
+        def snapshot(layer: LayerScaling) -> LayerSnapshot:
             if id(layer) not in known or not is_known(layer.loss_scale.numpy()):
                 return LayerSnapshot.of_unknown(layer.log2_scale, layer.float_format)
             state = LayerStates(layer.log2_scale, **known[id(layer)])
@@ -234,7 +234,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             )
         return ops.multiply(loss, scale)
 
-    def _scale_before_built(self):
+    def _scale_before_built(self) -> float | keras.Variable:
         if self._first_scale is None and functions.is_traced_alone():
             with functions.outside_of_traces(), keras.name_scope(self.name, caller=self):
                 # Set as it is: its place among the variables is that of `dynamic_scale`.
@@ -296,7 +296,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             [scope.get_current_value(v) for v in self.variables],
         )
 
-    def _step(self, grads, variables, without_effects):
+    def _step(
+        self, grads: Sequence[Tensor], variables: list[keras.Variable], without_effects: bool
+    ) -> None:
         """Args: without_effects: that a conditional may have none, and returns new values."""
         self._warn_if_nothing_scaled()
         signals = Signals.of(grads, variables)
@@ -320,7 +322,9 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._count_step(finite)
         self._keeper.keep(*new_states)
 
-    def _step_without_layers(self, gradients, variables, without_effects):
+    def _step_without_layers(
+        self, gradients: list[Tensor], variables: list[keras.Variable], without_effects: bool
+    ) -> None:
         """As `LossScaleOptimizer` does it."""
         finite = self.check_finite(gradients)
         if without_effects:
@@ -336,7 +340,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         in_a_row = self._keeper.skipped_in_a_row
         in_a_row.assign(ops.where(finite, 0 * in_a_row.value, in_a_row.value + 1))
 
-    def _check_known(self, layers):
+    def _check_known(self, layers: list[Any]) -> None:
         known = set(map(id, self._keeper.layers))
         unknown = {layer.name for layer in layers if id(layer) not in known}
         if unknown:
@@ -346,7 +350,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "Compile the model, or make the optimizer, anew."
             )
 
-    def _warn_if_nothing_scaled(self):
+    def _warn_if_nothing_scaled(self) -> None:
         if not self._any_loss_scaled:
             self._any_loss_scaled = True  # once
             warnings.warn(
@@ -356,7 +360,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 stacklevel=4,
             )
 
-    def _apply_inner(self, gradients, variables):
+    def _apply_inner(self, gradients: list[Tensor], variables: list[keras.Variable]) -> None:
         scale = self.dynamic_scale
         unscaled = [
             gradient
@@ -367,7 +371,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.inner_optimizer.apply(unscaled, variables)
         autodiff.leave_gradients_to_graph()
 
-    def _count_step(self, finite):
+    def _count_step(self, finite: Tensor) -> None:
         skipped = ops.logical_not(finite)
         self._steps.assign_add(1)
         self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
@@ -389,7 +393,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 + ". The file is damaged: take another copy of it."
             )
 
-    def _with_added(self, store):
+    def _with_added(self, store: Any) -> Any:
         """`store`, with variables that optimizers saved by version 0.2 did not have yet."""
         if not self.built:
             return store
@@ -428,23 +432,23 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return cls(**config)
 
 
-def _values(variables):
+def _values(variables: Any) -> Any:
     return [variable.value for variable in variables]
 
 
-def _assign(variables, values):
+def _assign(variables: Any, values: Any) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
 
-def _values_after(function, variables):
+def _values_after(function: Callable[..., Any], variables: Any) -> Any:
     """The values that variables, all that `function` touches, would have after it."""
     with keras.StatelessScope([(variable, variable.value) for variable in variables]) as scope:
         function()
     return [scope.get_current_value(variable) for variable in variables]
 
 
-def _checked_inner_optimizer(inner_optimizer):
+def _checked_inner_optimizer(inner_optimizer: Any) -> Any:
     inner_optimizer = keras.optimizers.get(inner_optimizer)
     if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
@@ -461,7 +465,7 @@ def _checked_inner_optimizer(inner_optimizer):
     return inner_optimizer
 
 
-def _check_initial_scale(scale):
+def _check_initial_scale(scale: Any) -> None:
     if not (is_number(scale) or isinstance(scale, np.number)) or not _is_usable_scale(scale):
         raise ValueError(
             f"Expected `initial_scale` to be a power of two from 2**-{MAX_LOG2_SCALE} to "
@@ -469,14 +473,14 @@ def _check_initial_scale(scale):
         )
 
 
-def _is_usable_scale(scale):
+def _is_usable_scale(scale: Any) -> bool:
     if not math.isfinite(scale) or scale <= 0:
         return False
     mantissa, exponent = math.frexp(scale)
     return mantissa == 0.5 and abs(exponent - 1) <= MAX_LOG2_SCALE
 
 
-def _check_strategy():
+def _check_strategy() -> None:
     unsupported = devices.unsupported_strategy()
     if unsupported is not None:
         raise ValueError(
@@ -486,7 +490,7 @@ def _check_strategy():
         )
 
 
-def _warn_if_useless(layers):
+def _warn_if_useless(layers: list[Any]) -> None:
     if not layers:
         warnings.warn(
             "AdaptiveLossScaleOptimizer was given a model without trainable LossScaled "

@@ -1,5 +1,8 @@
 """What stands in a saved config besides the arguments of its object, and what is checked in it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 # 1 is what tf_adaptive_ls 0.1.0 wrote, which did not say so, 2 what 0.2.0 wrote, with other scales.
 # Up to 3 `LossScaled` layers stood in the graphs of wrapped models.
 VERSION = 4
@@ -8,17 +11,19 @@ _KNOWN = (2, 3, VERSION)
 _KEY = "tf_adaptive_ls"
 
 
-def stamped(config, version=VERSION):
+def stamped(config: dict[str, Any], version: int = VERSION) -> dict[str, Any]:
     """`config`, and the version of what it is about: its names and the variables saved with it."""
     return {_KEY: version, **config}
 
 
-def is_with_wrappers(config):
+def is_with_wrappers(config: Any) -> bool:
     """Whether the config of a wrapped model is from when `LossScaled` layers stood in its graph."""
     return isinstance(config, dict) and config.get(_KEY, 1) in (2, WITH_WRAPPERS)
 
 
-def opened(config, kind, required, optional=()):
+def opened(
+    config: Any, kind: str, required: Sequence[str], optional: Sequence[str] | None = ()
+) -> dict[str, Any]:
     """What was `stamped`, once it is known to be of a version that is read here, and whole.
 
     Args:

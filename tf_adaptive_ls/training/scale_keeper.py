@@ -1,15 +1,20 @@
 """`ScaleKeeper`: keeps the state of all scales in variables, and says where a step moves them."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend import devices
 from tf_adaptive_ls.backend.arrays import power_of_two
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import report, spectrum
 from tf_adaptive_ls.numerics.evidence import Evidence, evidence_of
+from tf_adaptive_ls.numerics.layer_facts import LayerFacts
+from tf_adaptive_ls.numerics.scale_rules import ScaleRule
 from tf_adaptive_ls.numerics.scale_state import (
     LayerStates,
     LossState,
@@ -20,7 +25,7 @@ from tf_adaptive_ls.numerics.scale_state import (
 )
 from tf_adaptive_ls.numerics.scale_update import is_sampled, update
 from tf_adaptive_ls.training.facts_of_layers import facts_of
-from tf_adaptive_ls.training.layer_scaling import is_of_scaling
+from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 
 
 class Signals(NamedTuple):
@@ -34,15 +39,18 @@ class Signals(NamedTuple):
         reporters: The layers that have reported.
     """
 
-    weights: list
-    overwrites: list
-    reports: dict
-    reporters: list
+    weights: list[tuple[Tensor | None, keras.Variable]]
+    overwrites: list[tuple[Tensor | None, keras.Variable]]
+    reports: dict[tuple[int, bool], Tensor]
+    reporters: list[LayerScaling]
 
     @classmethod
-    def of(cls, grads, variables):
+    def of(cls, grads: Sequence[Tensor], variables: list[keras.Variable]) -> "Signals":
         """Sorts gradients, one for each of as many variables."""
-        weights, overwrites, reports, reporters = [], [], {}, {}
+        weights: list[tuple[Tensor | None, keras.Variable]] = []
+        overwrites: list[tuple[Tensor | None, keras.Variable]] = []
+        reports: dict[tuple[int, bool], Tensor] = {}
+        reporters: dict[int, LayerScaling] = {}
         for gradient, variable in zip(grads, variables, strict=True):
             if not is_of_scaling(variable):
                 pairs = overwrites if is_overwritten(variable) else weights
@@ -53,7 +61,7 @@ class Signals(NamedTuple):
                 reports[id(layer), variable is layer.loss_scale_report] = gradient
         return cls(weights, overwrites, reports, list(reporters.values()))
 
-    def stacked(self, layers, of_all, size):
+    def stacked(self, layers: list[Any], of_all: bool, size: int) -> Tensor:
         """Reports of layers, `[layers, size]`: those that all make, or those of what they round."""
         silent = np.zeros(size, "float32")  # of a layer that did not run
         return ops.stack([self.reports.get((id(layer), of_all), silent) for layer in layers])
@@ -71,7 +79,15 @@ class ScaleKeeper:
         add_variable: Function `(name, value)` that makes a variable of the optimizer.
     """
 
-    def __init__(self, layers, loss_scale, rule, initial_scale, sample_every, add_variable):
+    def __init__(
+        self,
+        layers: list[Any],
+        loss_scale: keras.Variable,
+        rule: ScaleRule,
+        initial_scale: float,
+        sample_every: int,
+        add_variable: Callable[..., Any],
+    ) -> None:
         self.layers = layers
         self._rule, self._sample_every = rule, sample_every
         self._restart = math.log2(initial_scale)
@@ -97,21 +113,21 @@ class ScaleKeeper:
         }
 
     @property
-    def skipped_in_a_row(self):
+    def skipped_in_a_row(self) -> keras.Variable:
         """The variable that counts steps skipped in a row."""
         return self._of_loss["skipped_in_a_row"]
 
     @property
-    def new_in_version_0_3(self):
+    def new_in_version_0_3(self) -> list[keras.Variable]:
         """Variables that files of earlier versions do not have."""
         return [self._of_loss["ceiling"], self._of_loss["blamed"]]
 
-    def damaged(self):
+    def damaged(self) -> list[keras.Variable]:
         """The variables that hold what is not finite."""
         variables = [*self._of_layers.values(), *self._of_loss.values()]
         return [v for v in variables if not np.all(np.isfinite(v.numpy()))]
 
-    def known_of_layers(self):
+    def known_of_layers(self) -> dict[int, dict[str, np.ndarray]]:
         """`LayerStates` by layer as dicts of NumPy arrays, but for the scale: dict by `id`."""
         known = {name: np.array(v.numpy()) for name, v in self._of_layers.items()}
         return {
@@ -119,7 +135,7 @@ class ScaleKeeper:
             for place, layer in enumerate(self.layers)
         }
 
-    def after(self, signals):
+    def after(self, signals: "Signals") -> tuple[Tensor, tuple[LayerStates, LossState]]:
         """What a step tells, and the state after it.
 
         Args:
@@ -144,7 +160,7 @@ class ScaleKeeper:
         )
         return evidence.finite, states
 
-    def _states(self):
+    def _states(self) -> tuple[LayerStates, LossState]:
         scales = ops.stack([layer.loss_scale.value for layer in self.layers])
         return (
             LayerStates(log2_scale_of(scales), **_values(self._of_layers)),
@@ -154,7 +170,14 @@ class ScaleKeeper:
             ),
         )
 
-    def _evidence(self, signals, weights, facts, layer_states, loss_state):
+    def _evidence(
+        self,
+        signals: "Signals",
+        weights: list[tuple[Tensor, keras.Variable]],
+        facts: LayerFacts,
+        layer_states: LayerStates,
+        loss_state: LossState,
+    ) -> Evidence:
         """The `Evidence` of a step, of all replicas together."""
         reports = signals.stacked(self.layers, True, report.SIZE)
         of_rounded = None
@@ -175,7 +198,7 @@ class ScaleKeeper:
         total, num_replicas = devices.sum_over_replicas(evidence.packed())
         return Evidence.unpacked(total, len(self.layers), num_replicas)
 
-    def keep(self, layer_states, loss_state):
+    def keep(self, layer_states: LayerStates, loss_state: LossState) -> None:
         """Writes `LayerStates` and `LossState` to variables."""
         scales = ops.unstack(packed_scale(layer_states.log2_scales), len(self.layers))
         for layer, scale in zip(self.layers, scales, strict=True):
@@ -186,15 +209,15 @@ class ScaleKeeper:
                 variable.assign(ops.cast(getattr(state, name), variable.dtype))
 
 
-def _values(variables):
+def _values(variables: dict[str, keras.Variable]) -> dict[str, Tensor]:
     return {name: variable.value for name, variable in variables.items()}
 
 
-def is_scale(variable):
+def is_scale(variable: keras.Variable) -> bool:
     """Whether a layer keeps its scale in a variable."""
     return is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
 
 
-def is_overwritten(variable):
+def is_overwritten(variable: keras.Variable) -> bool:
     """Whether a variable takes its "gradient" as its new value."""
     return getattr(variable, "overwrite_with_gradient", False)  # a `tf.Variable` does not have it

@@ -26,13 +26,19 @@ model runs it: see `running`.
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
+import keras
 from keras import ops
 
 from tf_adaptive_ls.backend.keras_internals import graph_of
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.scale_state import factor_of
 
-_running = contextvars.ContextVar("running_scale_plan", default=None)
+_running: contextvars.ContextVar["_Run | None"] = contextvars.ContextVar(
+    "running_scale_plan", default=None
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +50,7 @@ class ScaleGroup:
             any it is S, the scale of the surroundings.
     """
 
-    layers: tuple = ()
+    layers: tuple[Any, ...] = ()
 
 
 AT_S = ScaleGroup()
@@ -60,10 +66,10 @@ class Route:
             scale they come at; empty if it does not.
     """
 
-    args: tuple = ()
-    kwargs: dict = dataclasses.field(default_factory=dict)
-    outputs: tuple = ()
-    passes_from: tuple = ()
+    args: tuple["ScaleGroup", ...] = ()
+    kwargs: dict[str, tuple["ScaleGroup", ...]] = dataclasses.field(default_factory=dict)
+    outputs: tuple["ScaleGroup", ...] = ()
+    passes_from: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,17 +88,17 @@ class ScalePlan:
             checked.
     """
 
-    layers: tuple
-    routes: dict
-    models: tuple
-    calls: tuple = ()
-    inputs: tuple = ()
-    order: tuple | None = None
+    layers: tuple[Any, ...]
+    routes: dict[int, Route]
+    models: tuple[Any, ...]
+    calls: tuple[Any, ...] = ()
+    inputs: tuple[Any, ...] = ()
+    order: tuple[Any, ...] | None = None
 
-    def covers(self, model):
+    def covers(self, model: keras.layers.Layer) -> bool:
         return any(model is planned for planned, _ in self.models)
 
-    def is_current(self):
+    def is_current(self) -> bool:
         """Whether the models still have the graphs that were planned."""
         return all(graph_of(model) is graph for model, graph in self.models)
 
@@ -100,15 +106,15 @@ class ScalePlan:
 class _Run:
     """One run of a planned graph; computes the factors of all layers at once."""
 
-    def __init__(self, plan, from_inputs):
+    def __init__(self, plan: "ScalePlan", from_inputs: bool) -> None:
         self.plan = plan
         self._from_inputs = from_inputs
-        self._reached = None
-        self._of_layers = None
-        self._of_groups = {}
-        self.called = []
+        self._reached: set[int] | None = None
+        self._of_layers: dict[int, tuple[Tensor, Tensor]] | None = None
+        self._of_groups: dict[ScaleGroup, tuple[Tensor, Tensor]] = {}
+        self.called: list[Any] = []
 
-    def factors(self, group):
+    def factors(self, group: "ScaleGroup") -> tuple[Tensor, Tensor]:
         if group not in self._of_groups:
             ups, downs = zip(*map(self._factors_of_one, group.layers), strict=True)
             alone = len(ups) == 1
@@ -118,20 +124,20 @@ class _Run:
             )
         return self._of_groups[group]
 
-    def reaches(self, layer):
+    def reaches(self, layer: keras.layers.Layer) -> bool:
         """Whether what is trained, or an input, comes to a layer through the graph."""
         if self._reached is None:
-            self._reached = set()
-            tensors = set(self.plan.inputs) if self._from_inputs else set()
+            reached = self._reached = set()
+            tensors: set[Any] = set(self.plan.inputs) if self._from_inputs else set()
             for operation, taken, returned in self.plan.calls:
                 comes = not tensors.isdisjoint(taken)
                 if comes:
-                    self._reached.add(id(operation))
+                    reached.add(id(operation))
                 if comes or _is_trained(operation):
                     tensors.update(returned)
         return id(layer) in self._reached
 
-    def _factors_of_one(self, layer):
+    def _factors_of_one(self, layer: keras.layers.Layer) -> tuple[Tensor, Tensor]:
         if self._of_layers is None:
             layers = self.plan.layers
             factors = factor_of(ops.stack([each.loss_scale.value for each in layers]))
@@ -140,34 +146,34 @@ class _Run:
         return self._of_layers[id(layer)]
 
 
-def _is_trained(operation):
+def _is_trained(operation: Any) -> bool:
     layer = getattr(operation, "layer", operation)  # inside a `LossScaled` one
     return bool(getattr(layer, "trainable_variables", ()))
 
 
 @contextlib.contextmanager
-def running(plan, from_inputs=True):
+def running(plan: "ScalePlan | None", from_inputs: bool = True) -> Iterator[None]:
     """Makes a plan hold for the `LossScaled` layers called inside.
 
     Args:
         plan: The `ScalePlan`, `None` for none.
         from_inputs: Whether anybody may want gradients by the inputs of the model.
     """
-    token = _running.set(plan and _Run(plan, from_inputs))
+    token = _running.set(None if plan is None else _Run(plan, from_inputs))
     try:
         yield
     finally:
         _running.reset(token)
 
 
-def note_call(layer):
+def note_call(layer: keras.layers.Layer) -> None:
     """Notes that a layer is called in the run of a plan that has a route for it."""
     run = _running.get()
     if run is not None and run.plan.order is not None and id(layer) in run.plan.routes:
         run.called.append(layer)
 
 
-def was_kept():
+def was_kept() -> bool:
     """Whether layers have been called in the order that the running plan expects."""
     run = _running.get()
     return (
@@ -180,31 +186,32 @@ def was_kept():
     )
 
 
-def is_covered(model):
+def is_covered(model: keras.layers.Layer) -> bool:
     """Whether the plan that holds includes the graph of `model`."""
     run = _running.get()
     return run is not None and run.plan.covers(model)
 
 
-def route_of(layer):
+def route_of(layer: keras.layers.Layer) -> "Route | None":
     """The `Route` of `layer` under the plan that holds, `None` if there is none."""
     run = _running.get()
-    return run and run.plan.routes.get(id(layer))
+    return None if run is None else run.plan.routes.get(id(layer))
 
 
-def may_be_passed(layer):
+def may_be_passed(layer: keras.layers.Layer) -> bool:
     """Whether gradients that pass a layer may be of use to anybody before it."""
     run = _running.get()
     return run is None or route_of(layer) is None or run.reaches(layer)
 
 
-def factors(group):
+def factors(group: "ScaleGroup") -> tuple[Tensor, Tensor]:
     """2**r and 2**-r of a `ScaleGroup`, float32 scalars in the running computation.
 
     Args:
         group: One with layers. Only a single one need not be in the plan that holds.
     """
-    if route_of(group.layers[0]):
-        return _running.get().factors(group)
+    run = _running.get()
+    if run is not None and route_of(group.layers[0]):
+        return run.factors(group)
     factor = factor_of(group.layers[0].loss_scale.value)
     return factor, 1 / factor

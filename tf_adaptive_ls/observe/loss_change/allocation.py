@@ -14,7 +14,7 @@ whatever is missing was lost to underflow.
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import keras
@@ -22,6 +22,7 @@ import numpy as np
 from keras import ops, tree
 
 from tf_adaptive_ls.backend import autodiff, functions, keras_internals
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.arguments import is_number, is_whole
 from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.checks import check_ready
@@ -92,7 +93,7 @@ class Allocation:
             units[owner] = units.get(owner, 0.0) + by_unit
         return units
 
-    def __str__(self):
+    def __str__(self) -> str:
         change = self.loss_after - self.loss_before
         columns = {"layer": "left", "allocated": "right", "standard error": "right"}
         rows = [
@@ -172,7 +173,9 @@ class LossPath:
     Args: as those of `loss_change`.
     """
 
-    def __init__(self, model, tolerance, max_intervals, rule="simpson"):
+    def __init__(
+        self, model: keras.Model, tolerance: float, max_intervals: int, rule: str = "simpson"
+    ) -> None:
         self._model, self._rule = model, RULES[rule]
         self._tolerance, self._max_intervals = tolerance, max_intervals
         self._weights = model.weights
@@ -193,12 +196,20 @@ class LossPath:
             if name in owner_of.values()
         }
 
-    def allocate(self, before, after, batches, as_trained=False):
+    def allocate(
+        self,
+        before: Any,
+        after: Any,
+        batches: Any,
+        as_trained: bool = False,
+    ) -> "list[Allocation]":
         """A list of `Allocation`s: in float32 and, if asked for, as trained."""
         before, after = self._coordinates("before", before), self._coordinates("after", after)
         moves = _flat(after) - _flat(before)
         ends = [[ops.convert_to_tensor(w) for w in weights] for weights in (before, after)]
-        total, examples, losses, by_layer, most_intervals = 0.0, [], [], [], 0
+        total: Any = 0.0
+        examples: list[int] = []
+        losses, by_layer, most_intervals = [], [], 0
         for number, batch in enumerate(batches):
             batch, size = _as_tensors(batch)
             both, allocated, intervals = self._integral(ends, moves, batch, number, as_trained)
@@ -230,14 +241,14 @@ class LossPath:
             found.append(allocation)
         return found
 
-    def _by_layer(self, allocated):
+    def _by_layer(self, allocated: np.ndarray) -> list[np.ndarray]:
         sums = [values.sum() for values in self._divided(allocated)]
         return [sum(sums[i] for i in tensors) for tensors in self._layers.values()]
 
-    def _named(self, values):
+    def _named(self, values: np.ndarray) -> dict[str, float]:
         return dict(zip(self._layers, values.tolist(), strict=True))
 
-    def _coordinates(self, name, weights):
+    def _coordinates(self, name: str, weights: Any) -> list[np.ndarray]:
         """The values in a list of all weights that lie on the path."""
         expected = [tuple(v.shape) for v in self._weights]
         received = [np.shape(w) for w in weights] if isinstance(weights, Sequence) else None
@@ -249,7 +260,7 @@ class LossPath:
             )
         return [np.asarray(weights[i], "float32") for i in self._places]
 
-    def _difference(self, weights, shapes):
+    def _difference(self, weights: Any, shapes: list[tuple[int, ...]] | None) -> str:
         if shapes is None:
             return f"{weights!r:.100} (of type {type(weights).__name__})."
         if len(shapes) != len(self._weights):
@@ -260,29 +271,31 @@ class LossPath:
             if shape != tuple(variable.shape)
         )
 
-    def _paths(self):
+    def _paths(self) -> Iterator[str]:
         """The path of every tensor, with a number where two have the same."""
-        seen = collections.Counter()
+        seen: collections.Counter[str] = collections.Counter()
         for variable in self._variables:
             seen[variable.path] += 1
             count = seen[variable.path]
             yield variable.path if count == 1 else f"{variable.path}_{count}"
 
-    def _divided(self, flat):
+    def _divided(self, flat: np.ndarray) -> list[np.ndarray]:
         """Arrays of the shapes of all tensors of a flat one."""
         shapes = [tuple(v.shape) for v in self._variables]
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         parts = np.split(flat, ends[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _integral(self, ends, moves, batch, number, as_trained):
+    def _integral(
+        self, ends: list[list[Tensor]], moves: np.ndarray, batch: Any, number: int, as_trained: bool
+    ) -> tuple[tuple[float, float], np.ndarray, int]:
         """Losses at both ends, what each weight is given, and the number of intervals.
 
         What is given is an array of one row, in float32, or of a second, as trained.
         """
         losses = {}
 
-        def gradients(place):
+        def gradients(place: float) -> np.ndarray:
             losses[place], found = self._at(place, ends, batch, as_trained)
             if math.isfinite(losses[place]) and np.isfinite(found).all():
                 return found
@@ -302,7 +315,9 @@ class LossPath:
                 break
         return (losses[0.0], losses[1.0]), allocated, intervals
 
-    def _at(self, place, ends, batch, as_trained):
+    def _at(
+        self, place: float, ends: list[list[Tensor]], batch: Any, as_trained: bool
+    ) -> tuple[float, np.ndarray]:
         """The loss, and rows of its gradient by all that is on the path, at a place of it."""
         place = ops.convert_to_tensor(place, "float32")
         others = [ops.convert_to_tensor(v.value) for v in self._others]
@@ -317,14 +332,18 @@ class LossPath:
                 rows[1][i] = gradient
         return float(loss), np.stack([_flat(map(ops.convert_to_numpy, row)) for row in rows])
 
-    def _loss_and_gradients_in_float32(self, place, before, after, others, batch):
+    def _loss_and_gradients_in_float32(
+        self, place: Any, before: Any, after: Any, others: Any, batch: Any
+    ) -> Any:
         values = _between(before, after, place)
         return autodiff.value_and_gradients(lambda v: self._loss(v, others, batch), values)
 
-    def _gradients_as_trained(self, place, before, after, others, batch, scale):
+    def _gradients_as_trained(
+        self, place: Any, before: Any, after: Any, others: Any, batch: Any, scale: Any
+    ) -> Any:
         values = _between(before, after, place)
 
-        def scaled_loss(trained):
+        def scaled_loss(trained: Any) -> Any:
             current = dict(enumerate(values)) | dict(zip(self._trainable, trained, strict=True))
             loss = self._loss([current[i] for i in range(len(values))], others, batch)
             return loss * ops.cast(scale, loss.dtype)
@@ -334,7 +353,7 @@ class LossPath:
         )
         return [gradient / scale for gradient in gradients]
 
-    def _loss(self, values, others, batch):
+    def _loss(self, values: Any, others: Any, batch: Any) -> Any:
         x, y, sample_weight = batch
         variables = [*self._variables, *self._others]
         # The scope holds back updates of metrics.
@@ -345,21 +364,21 @@ class LossPath:
             )
 
 
-def _is_coordinate(variable):
+def _is_coordinate(variable: keras.Variable) -> bool:
     """Whether a loss depends on where `variable` is: not so for what scales losses."""
     return keras.backend.is_float_dtype(variable.dtype) and not variable.overwrite_with_gradient
 
 
-def _between(before, after, place):
+def _between(before: Any, after: Any, place: Any) -> Any:
     """Exactly `before` at 0, and `after` at 1."""
     return [(1 - place) * b + place * a for b, a in zip(before, after, strict=True)]
 
 
-def _flat(arrays):
+def _flat(arrays: Any) -> np.ndarray:
     return np.concatenate([array.astype("float64").ravel() for array in arrays])
 
 
-def _as_tensors(batch):
+def _as_tensors(batch: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], int]:
     """A batch as `(x, y, sample_weight)`, and its number of examples."""
     parts = keras.utils.unpack_x_y_sample_weight(batch)
     parts = tree.map_structure(lambda x: None if x is None else ops.convert_to_tensor(x), parts)
@@ -372,14 +391,14 @@ def _as_tensors(batch):
     return parts, int(shapes[0][0])
 
 
-def _share_of_negative(arrays):
+def _share_of_negative(arrays: list[np.ndarray]) -> float:
     """Of what is not zero; NaN if all is."""
     negative = sum(int(np.sum(array < 0)) for array in arrays)
     given = sum(np.count_nonzero(array) for array in arrays)
     return negative / given if given else math.nan
 
 
-def _standard_errors(values, shares):
+def _standard_errors(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Those of means over batches, `values @ shares`, of values `[batches, …]`."""
     if len(shares) == 1:
         return np.full(values.shape[1:], math.nan)
@@ -387,7 +406,7 @@ def _standard_errors(values, shares):
     return np.sqrt(np.sum(deviations**2, axis=0) * len(shares) / (len(shares) - 1))
 
 
-def check_settings(tolerance, max_intervals):
+def check_settings(tolerance: float, max_intervals: int) -> None:
     """Raises a `ValueError` for settings that cannot be."""
     if not is_number(tolerance) or not tolerance > 0:
         raise ValueError(

@@ -69,7 +69,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
         tolerance: float = 1e-3,
         max_intervals: int = 4,
         batch_size: int = 32,
-    ):
+    ) -> None:
         super().__init__()
         batches_of(data, batch_size)
         if isinstance(data, Iterator):
@@ -128,7 +128,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
         if self._begun:
             self._sinks.close()
 
-    def _begin(self):
+    def _begin(self) -> None:
         self._path = LossPath(self.model, self.tolerance, self.max_intervals)
         layers, step = scaled_layers(self.model), self._step()
         self._sinks = Sinks("LossChangeMonitor")
@@ -138,17 +138,17 @@ class LossChangeMonitor(keras.callbacks.Callback):
         self._set_out()
         self._begun = True
 
-    def _step(self):
+    def _step(self) -> int:
         optimizer = self.model.optimizer
         adaptive = isinstance(optimizer, AdaptiveLossScaleOptimizer)
         return optimizer.steps if adaptive else int(optimizer.iterations)
 
-    def _set_out(self):
+    def _set_out(self) -> None:
         """Begins a path where the weights are."""
         trainer.sync_state(self.model)
         self._weights, self._since, self._batches = self.model.get_weights(), self._step(), 0
 
-    def _look(self):
+    def _look(self) -> None:
         """Records the path up to here; chords go on from here."""
         before, since = self._weights, self._since
         self._set_out()

@@ -3,13 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.observe.drawing import (
     BLUE,
     ORANGE,
@@ -174,12 +175,12 @@ def _drawing(run: Changing, dark: bool) -> Iterator[LossChanges]:
         yield run.loss_changes
 
 
-def _with_gaps(x, y):
+def _with_gaps(x: Tensor, y: np.ndarray) -> Iterator[Any]:
     """Lines `[N, 2]` as one, broken where the next does not begin where the last has ended."""
     apart = np.full((len(x), 1), np.nan)
     return (np.concatenate([values, apart], axis=1).ravel() for values in (x, y))
 
 
-def _diverging(dark):
+def _diverging(dark: bool) -> str:
     """From blue by the background to red."""
     return "berlin" if dark and "berlin" in matplotlib.colormaps else "RdBu_r"

@@ -27,7 +27,7 @@ class ExclusiveFile:
             process writes it.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # What is open holds the lock. Lines are added by way of the path, so that it is
@@ -45,15 +45,15 @@ class ExclusiveFile:
             raise BlockingIOError("another process is writing it") from None
         _writers[identity] = self
 
-    def read(self):
+    def read(self) -> bytes:
         """All of it, in bytes."""
         return self.path.read_bytes()
 
-    def drop_unfinished(self):
+    def drop_unfinished(self) -> None:
         """Drops what a killed process left of its last line."""
         os.truncate(self.path, self.read().rfind(b"\n") + 1)
 
-    def add(self, line):
+    def add(self, line: str) -> None:
         """Adds a line, a string without its end."""
         if not self._close.alive:
             raise OSError("another run in this process has gone on with it")
@@ -61,12 +61,12 @@ class ExclusiveFile:
             file.seek(0, os.SEEK_END)
             file.write(f"{line}\n".encode())
 
-    def close(self):
+    def close(self) -> None:
         """Lets others write the file."""
         self._close()
 
 
-def _lock(descriptor):
+def _lock(descriptor: int) -> None:
     if fcntl is None:
         return
     try:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins
+from tf_adaptive_ls.training.readings import LayerSnapshot
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +33,7 @@ class Float8Record:
     spectra: np.ndarray
 
 
-def last_of_layer(record, place):
+def last_of_layer(record: "Float8Record | None", place: int) -> dict[str, Any]:
     """What a `Float8Record` knows of one layer, as its last `LayerSnapshot` has it, a dict."""
     if record is None or record.backward[place] is None:
         return {}
@@ -42,13 +44,13 @@ def last_of_layer(record, place):
     }
 
 
-def formats_of(layers):
+def formats_of(layers: list[Any]) -> dict[str, list[list[str] | None]]:
     """What the first line of a record tells of `LossScaled` layers, a dict; of most, nothing."""
     formats = [layer.float8 and [layer.float8.forward, layer.float8.backward] for layer in layers]
     return {"float8": formats} if any(formats) else {}
 
 
-def line_of(layer_snapshots):
+def line_of(layer_snapshots: list[LayerSnapshot]) -> dict[str, list[Any]]:
     """What a line of it tells of `LayerSnapshot`s, a dict likewise."""
     rounding = [each if each.operands else None for each in layer_snapshots]
     if not any(rounding):
@@ -57,12 +59,12 @@ def line_of(layer_snapshots):
         "saturations": [each and each.saturations for each in rounding],
         "flushed": [each and _number(each.flushed_share) for each in rounding],
         "operand_spectra": [
-            each and each.operands.counts.astype(int).tolist() for each in rounding
+            each.operands and each.operands.counts.astype(int).tolist() for each in layer_snapshots
         ],
     }
 
 
-def float8_of(start, lines):
+def float8_of(start: dict[str, Any], lines: list[dict[str, Any]]) -> "Float8Record | None":
     """`Float8Record` of what `formats_of` and `line_of` made; `None` without any float8."""
     if "float8" not in start:
         return None
@@ -84,5 +86,5 @@ def float8_of(start, lines):
     return Float8Record(forward, backward, saturations, flushed, spectra)
 
 
-def _number(value):
+def _number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None

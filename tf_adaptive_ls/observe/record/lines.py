@@ -13,16 +13,20 @@ left out.
 import datetime
 import json
 import math
+import os
 import re
 import warnings
 import zlib
+from typing import Any
 
 import numpy as np
 
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
-from tf_adaptive_ls.numerics.spectrum import rebinned
+from tf_adaptive_ls.numerics.spectrum import Spectrum, rebinned
 from tf_adaptive_ls.observe.record.float8 import formats_of
 from tf_adaptive_ls.observe.record.float8 import line_of as float8_line_of
+from tf_adaptive_ls.observe.record.snapshot import Snapshot
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 VERSION = 3
 _START = b'{"tf_adaptive_ls":'
@@ -31,12 +35,14 @@ _LOSS_CHANGE = re.compile(rb'\{"loss_change":(\d+),.*\}')
 _CRC = b',"crc32":'
 
 
-def begins_like_one(content):
+def begins_like_one(content: bytes) -> bool:
     """Whether the bytes of a file, perhaps of an unfinished one, may be those of a record."""
     return content[: len(_START)] == _START[: len(content)]
 
 
-def entries_in(content, path):
+def entries_in(
+    content: bytes, path: str | os.PathLike[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a record holds.
 
     Args:
@@ -84,14 +90,14 @@ def entries_in(content, path):
     return start, [json.loads(text) for _, text in entries]
 
 
-def last_layers(content):
+def last_layers(content: bytes) -> list[str] | None:
     """The names of layers in the last whole start of a record, `None` if there is none."""
     starts = [line for line in content.split(b"\n") if line.startswith(_START)]
     whole = [line for line in starts if _is_whole(line)]
     return json.loads(whole[-1])["layers"] if whole else None
 
 
-def _check_version(line, path):
+def _check_version(line: bytes, path: str | os.PathLike[str]) -> None:
     version = re.match(rb"\d+", line[len(_START) :])
     if version is not None and int(version[0]) != VERSION:
         raise ValueError(
@@ -100,19 +106,19 @@ def _check_version(line, path):
         )
 
 
-def line_of(values):
+def line_of(values: dict[str, Any]) -> str:
     """The line that says a dict, with its checksum."""
     text = json.dumps(values, separators=(",", ":"), allow_nan=False)
     crc = zlib.crc32(text.encode())
     return f"{text[:-1]}{_CRC.decode()}{crc}}}"
 
 
-def _is_whole(line):
+def _is_whole(line: bytes) -> bool:
     text, _, crc = line.rpartition(_CRC)
     return crc == b"%d}" % zlib.crc32(text + b"}")
 
 
-def start_of(layers, step):
+def start_of(layers: list[tuple[str, LayerScaling]], step: int) -> dict[str, Any]:
     """What the first line of a process says, a dict. `layers` are pairs of a name and a layer."""
     return {
         "tf_adaptive_ls": VERSION,
@@ -125,7 +131,7 @@ def start_of(layers, step):
     }
 
 
-def entry_of_snapshot(snapshot, epoch, logs):
+def entry_of_snapshot(snapshot: Snapshot, epoch: int, logs: dict[str, Any]) -> dict[str, Any]:
     """What a line says of a `Snapshot`, a dict."""
     layer_snapshots = snapshot.layers
     return {
@@ -144,11 +150,11 @@ def entry_of_snapshot(snapshot, epoch, logs):
     }
 
 
-def _counts(spectrum):
+def _counts(spectrum: Spectrum) -> np.ndarray:
     return rebinned(spectrum.counts, spectrum.float_format, COUNTING_FORMAT)
 
 
-def _number(value):
+def _number(value: float) -> float | None:
     """A number as JSON knows them: `null` for what is not finite."""
     value = float(value)
     return float(f"{value:.6g}") if math.isfinite(value) else None

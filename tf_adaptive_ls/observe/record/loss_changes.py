@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
+
+from tf_adaptive_ls.observe.loss_change.allocation import Allocation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +43,9 @@ class LossChanges:
     as_trained: np.ndarray
 
 
-def entry_of_loss_change(step, since, epoch, allocation, as_trained):
+def entry_of_loss_change(
+    step: int, since: int, epoch: int, allocation: Allocation, as_trained: Allocation | None
+) -> dict[str, Any]:
     """A dict of what JSON knows. Args: as those of `RunWriter.add_loss_change`."""
     layers = {
         name: [
@@ -64,7 +69,7 @@ def entry_of_loss_change(step, since, epoch, allocation, as_trained):
     }
 
 
-def loss_changes_of(lines):
+def loss_changes_of(lines: list[dict[str, Any]]) -> "LossChanges | None":
     """`LossChanges` of a list of what `line_of` made, `None` of an empty one."""
     if not lines:
         return None
@@ -87,6 +92,6 @@ def loss_changes_of(lines):
     )
 
 
-def _number(value):
+def _number(value: float | np.ndarray) -> float | None:
     """Nine digits, of which a sum of many still has six; `null` for what is not finite."""
     return float(f"{value:.9g}") if math.isfinite(value) else None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import keras
 import numpy as np
@@ -140,11 +141,13 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
     return _run(start, snapshots, [record for record in records if "loss_change" in record])
 
 
-def _run(start, snapshots, loss_changes):
-    def array(name):
+def _run(
+    start: dict[str, Any], snapshots: list[dict[str, Any]], loss_changes: list[dict[str, Any]]
+) -> "Run":
+    def array(name: str) -> np.ndarray:
         return np.array([snapshot[name] for snapshot in snapshots], "float64")
 
-    def per_layer(name, *shape):
+    def per_layer(name: str, *shape: int) -> np.ndarray:
         values = np.array([snapshot[name] for snapshot in snapshots], "float32")
         return values.reshape(len(snapshots), len(start["layers"]), *shape)
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
+
+from tf_adaptive_ls.training.readings import LayerSnapshot
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,10 +23,10 @@ class Snapshot:
     skipped_steps: int
     skipped_in_a_row: int
     log2_loss_scale: int
-    layers: list
+    layers: list[LayerSnapshot]
 
     @classmethod
-    def of(cls, layers, optimizer):
+    def of(cls, layers: list[Any], optimizer: Any) -> "Snapshot":
         """Reads all `LossScaled` layers and the optimizer."""
         return cls(
             optimizer.steps,
@@ -34,17 +37,17 @@ class Snapshot:
         )
 
     @property
-    def worst_underflow(self):
+    def worst_underflow(self) -> float:
         """The largest share of gradients that any layer loses to underflow."""
         spectra = [layer.spectrum for layer in self.layers]
         shares = [spectrum.underflow_share for spectrum in spectra if spectrum.nonzero]
         return max(shares, default=0.0)
 
     @property
-    def worst_flushed(self):
+    def worst_flushed(self) -> float | None:
         """The same of gradients that are rounded to float8; `None` if none are."""
-        rounding = [layer for layer in self.layers if layer.operands is not None]
-        if not rounding:
+        if all(layer.operands is None for layer in self.layers):
             return None
-        shares = (layer.flushed_share for layer in rounding if layer.operands.nonzero)
-        return max(shares, default=0.0)
+        # Of a layer without any it is no number.
+        shares = (layer.flushed_share for layer in self.layers)
+        return max((share for share in shares if not math.isnan(share)), default=0.0)

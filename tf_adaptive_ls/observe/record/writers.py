@@ -2,7 +2,9 @@
 
 import os
 import weakref
+from typing import Any
 
+from tf_adaptive_ls.observe.loss_change.allocation import Allocation
 from tf_adaptive_ls.observe.record.exclusive_file import ExclusiveFile
 from tf_adaptive_ls.observe.record.lines import (
     begins_like_one,
@@ -12,6 +14,8 @@ from tf_adaptive_ls.observe.record.lines import (
     start_of,
 )
 from tf_adaptive_ls.observe.record.loss_changes import entry_of_loss_change
+from tf_adaptive_ls.observe.record.snapshot import Snapshot
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 
 class RunWriter:
@@ -30,7 +34,9 @@ class RunWriter:
         ValueError: If it exists and is something else.
     """
 
-    def __init__(self, path, layers, step):
+    def __init__(
+        self, path: str | os.PathLike[str], layers: list[tuple[str, LayerScaling]], step: int
+    ) -> None:
         self.path = path
         self._file = ExclusiveFile(path)
         content = self._file.read()
@@ -54,7 +60,9 @@ class RunWriter:
         self._file.add(line_of(start_of(layers, step)))
 
     @classmethod
-    def shared(cls, path, layers, step):
+    def shared(
+        cls, path: str | os.PathLike[str], layers: list[tuple[str, LayerScaling]], step: int
+    ) -> "RunWriter":
         """The writer that can be joined, or a new one."""
         key = os.path.realpath(path)
         writer = _writers.get(key)
@@ -62,7 +70,7 @@ class RunWriter:
             _writers[key] = writer = cls(path, layers, step)
         return writer
 
-    def join(self, layers, step):
+    def join(self, layers: list[tuple[str, LayerScaling]], step: int) -> bool:
         """Whether it was begun with the same arguments and is not closed: then one more uses it."""
         joined = bool(self._num_users) and self._begun_with == (
             [name for name, _ in layers],
@@ -71,16 +79,23 @@ class RunWriter:
         self._num_users += joined
         return joined
 
-    def add(self, snapshot, epoch, logs):
+    def add(self, snapshot: Snapshot, epoch: int, logs: dict[str, Any]) -> None:
         """Adds a `Snapshot`, with the epoch and what Keras has logged."""
         self._file.add(line_of(entry_of_snapshot(snapshot, epoch, logs)))
 
-    def add_loss_change(self, step, since, epoch, allocation, as_trained):
+    def add_loss_change(
+        self,
+        step: int,
+        since: int,
+        epoch: int,
+        allocation: Allocation,
+        as_trained: Allocation | None,
+    ) -> None:
         """Adds the `Allocation` of a path from one step to another, and that as trained."""
         entry = entry_of_loss_change(step, since, epoch, allocation, as_trained)
         self._file.add(line_of(entry))
 
-    def close(self):
+    def close(self) -> None:
         """Lets others write the file, once all who share it have said so."""
         self._num_users -= 1
         if not self._num_users:

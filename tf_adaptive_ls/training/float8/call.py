@@ -46,10 +46,10 @@ class Float8Call:
         """
         operand = self.float8.backward_operand
 
-        def round_gradient(gradient):
+        def round_gradient(gradient: Tensor) -> Tensor:
             return operand.rounded(gradient, self.noise(ops.shape(gradient), place), cast)
 
-        def report(gradient):
+        def report(gradient: Tensor) -> Tensor:
             return report_of_rounded(gradient, operand.float_format, place, self.num_products)
 
         return rounding_tap(tensor, self.receiver, round_gradient, report)

@@ -5,14 +5,17 @@ import contextvars
 import functools
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import keras
 from keras import layers, ops
 
 from tf_adaptive_ls.backend import autodiff, devices, keras_internals, routes
+from tf_adaptive_ls.backend.types import Tensor
+from tf_adaptive_ls.training.float8.call import Float8Call
 from tf_adaptive_ls.training.float8.operand import Axes, tensor_of
-from tf_adaptive_ls.training.float8.settings import E4M3
+from tf_adaptive_ls.training.float8.settings import E4M3, Float8
 
 Labels = tuple[str, str, str]
 
@@ -31,7 +34,7 @@ class Product(NamedTuple):
         is_matrix: Whether that is a product of matrices, for which devices may have 8 bits.
     """
 
-    layer_class: type
+    layer_class: Any
     multiply: Callable[[Any, Any, Any], Any]
     labels: Callable[[Any, int], Labels]
     kernel: str = "kernel"
@@ -39,15 +42,15 @@ class Product(NamedTuple):
     is_matrix: bool = False
 
 
-def _matmul(layer, operand, kernel):
+def _matmul(layer: keras.layers.Layer, operand: Tensor, kernel: Tensor) -> Tensor:
     return ops.matmul(operand, kernel)
 
 
-def _einsum(layer, operand, kernel):
+def _einsum(layer: keras.layers.Layer, operand: Tensor, kernel: Tensor) -> Tensor:
     return ops.einsum(layer.equation, operand, kernel)
 
 
-def _convolve(layer, operand, kernel):
+def _convolve(layer: keras.layers.Layer, operand: Tensor, kernel: Tensor) -> Tensor:
     return ops.conv(
         operand,
         kernel,
@@ -58,7 +61,7 @@ def _convolve(layer, operand, kernel):
     )
 
 
-def _padded(layer, inputs):
+def _padded(layer: keras.layers.Layer, inputs: Tensor) -> Tensor:
     """What a convolution that looks at the past alone puts before it."""
     if layer.padding != "causal":
         return inputs
@@ -67,7 +70,7 @@ def _padded(layer, inputs):
     return ops.pad(inputs, [[0, 0], before, [0, 0]] if last else [[0, 0], [0, 0], before])
 
 
-def _convolve_transposed(layer, operand, kernel):
+def _convolve_transposed(layer: keras.layers.Layer, operand: Tensor, kernel: Tensor) -> Tensor:
     return ops.conv_transpose(
         operand,
         kernel,
@@ -79,7 +82,7 @@ def _convolve_transposed(layer, operand, kernel):
     )
 
 
-def _depthwise(layer, inputs):
+def _depthwise(layer: keras.layers.Layer, inputs: Tensor) -> Tensor:
     return ops.depthwise_conv(
         inputs,
         layer.depthwise_kernel,
@@ -90,25 +93,25 @@ def _depthwise(layer, inputs):
     )
 
 
-def _pointwise(layer, operand, kernel):
+def _pointwise(layer: keras.layers.Layer, operand: Tensor, kernel: Tensor) -> Tensor:
     return ops.conv(operand, kernel, strides=1, padding="valid", data_format=layer.data_format)
 
 
 _DIGITS = "0123456789"
 
 
-def _of_matrix(layer, rank):
+def _of_matrix(layer: keras.layers.Layer, rank: int) -> Labels:
     places = _DIGITS[: rank - 1]
     return places + "k", "kn", places + "n"
 
 
-def _of_equation(layer, rank):
+def _of_equation(layer: keras.layers.Layer, rank: int) -> Labels:
     operand, kernel, result = re.split(",|->", layer.equation.replace(" ", ""))
     places = _DIGITS[: rank - len(operand.replace("...", ""))]
     return operand.replace("...", places), kernel, result.replace("...", places)
 
 
-def _of_convolution(layer, rank, kernel="{window}c*n"):
+def _of_convolution(layer: keras.layers.Layer, rank: int, kernel: str = "{window}c*n") -> Labels:
     places = _DIGITS[: layer.rank]
     layout = "b{places}*{c}" if layer.data_format == "channels_last" else "b*{c}{places}"
     window = "xyz"[: layer.rank]
@@ -132,20 +135,20 @@ PRODUCTS = (
 )
 
 
-def product_of(layer):
+def product_of(layer: keras.layers.Layer) -> Product | None:
     """The `Product` that a layer is, or `None`.
 
     One with a `call` of its own, of its class or itself, is none: who knows what that does.
     """
     for product in PRODUCTS:
         if isinstance(layer, product.layer_class):
-            is_own = type(layer).call is not product.layer_class.call
+            is_own = layer.__class__.call is not product.layer_class.call
             is_own |= "call" in vars(layer) and routes.route_of(layer, "call") is None
             return None if is_own else product
     return None
 
 
-def products_in(layer):
+def products_in(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """A layer and those inside it, at any depth, that are products."""
     return [part for part in keras_internals.parts_of(layer) if product_of(part)]
 
@@ -156,13 +159,13 @@ _computing: contextvars.ContextVar[Mapping[int, Callable[..., Any]]] = contextva
 )
 
 
-def way_of_computing(layer, call):
+def way_of_computing(layer: keras.layers.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
     """`call`, or what stands for it in the running context."""
     return _computing.get().get(id(layer), call)
 
 
 @contextlib.contextmanager
-def in_float8(parts, call):
+def in_float8(parts: list[keras.layers.Layer], call: Float8Call) -> Iterator[None]:
     """Makes layers that are products compute in float8.
 
     Args:
@@ -171,7 +174,9 @@ def in_float8(parts, call):
     """
     calls = dict(_computing.get())
     for place, part in enumerate(parts):
-        calls[id(part)] = functools.partial(_call_in_float8, part, call, place)
+        product = product_of(part)
+        assert product is not None
+        calls[id(part)] = functools.partial(_call_in_float8, product, part, call, place)
         if routes.route_of(part, "call") is None:
             # It is left there, since taking it away would take it from a call that runs meanwhile.
             routes.Route(part, "call", functools.partial(_run, part))
@@ -182,20 +187,33 @@ def in_float8(parts, call):
         _computing.reset(token)
 
 
-def _run(layer, original, args, kwargs):
+def _run(
+    layer: keras.layers.Layer,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     return way_of_computing(layer, original)(*args, **kwargs)
 
 
-def casts(layer, float8):
+def casts(layer: keras.layers.Layer, float8: Float8) -> bool:
     """Whether operands are cast, for the device to multiply 8 bits."""
     # No device multiplies e5m2 with e5m2, and by blocks only from Blackwell on.
     mixed = E4M3 in (float8.forward, float8.backward) and float8.block_size is None
-    return product_of(layer).is_matrix and mixed and devices.has_products_of_8_bits()
-
-
-def _call_in_float8(layer, call, place, inputs, training=None):
-    """What `layer.call(inputs)` computes, from operands that are rounded."""
     product = product_of(layer)
+    is_matrix = product is not None and product.is_matrix
+    return is_matrix and mixed and devices.has_products_of_8_bits()
+
+
+def _call_in_float8(
+    product: Product,
+    layer: keras.layers.Layer,
+    call: Float8Call,
+    place: int,
+    inputs: Tensor,
+    training: bool | None = None,
+) -> Tensor:
+    """What `layer.call(inputs)` computes, from operands that are rounded."""
     multiply = _multiply if call.float8.block_size is None else _multiply_by_blocks
     operand, kernel = product.operand(layer, inputs), getattr(layer, product.kernel)
     outputs = multiply(product, layer, operand, kernel, call, place)
@@ -204,7 +222,14 @@ def _call_in_float8(layer, call, place, inputs, training=None):
     return outputs if layer.activation is None else layer.activation(outputs)
 
 
-def _multiply(product, layer, operand, kernel, call, place):
+def _multiply(
+    product: Product,
+    layer: keras.layers.Layer,
+    operand: Tensor,
+    kernel: keras.Variable,
+    call: Float8Call,
+    place: int,
+) -> Tensor:
     """The product of operands that are rounded by one power of two each."""
     forward, cast = call.float8.forward_operand, casts(layer, call.float8)
     operand, kernel = (forward.straight_through(each, cast) for each in (operand, kernel))
@@ -214,7 +239,14 @@ def _multiply(product, layer, operand, kernel, call, place):
     return call.tap(outputs, place, cast)
 
 
-def _multiply_by_blocks(product, layer, operand, kernel, call, place):
+def _multiply_by_blocks(
+    product: Product,
+    layer: keras.layers.Layer,
+    operand: Tensor,
+    kernel: keras.Variable,
+    call: Float8Call,
+    place: int,
+) -> Tensor:
     """The product of operands that are rounded by blocks along what it sums over.
 
     So are those of the products that its gradients are.
@@ -223,11 +255,11 @@ def _multiply_by_blocks(product, layer, operand, kernel, call, place):
     of_operand, of_kernel, of_result = product.labels(layer, len(operand.shape))
     forward, backward = call.float8.forward_operand, call.float8.backward_operand
 
-    def along(x, own, others, kept):
+    def along(x: Tensor, own: str, others: str, kept: str) -> Axes:
         return _axes(ops.shape(x), own, set(others) - set(kept), getattr(layer, "groups", 1))
 
-    def differentiable(_, x, w):
-        def gradients(*of_outputs):
+    def differentiable(_: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Callable[..., Any]]:
+        def gradients(*of_outputs: Tensor) -> tuple[Tensor, Tensor]:
             (g,) = of_outputs
             noise = [call.noise(ops.shape(g), place, use) for use in (0, 1)]
             by_x = autodiff.pulled_back(
@@ -255,7 +287,7 @@ def _multiply_by_blocks(product, layer, operand, kernel, call, place):
     return autodiff.custom_gradient(differentiable)(tensor_of(operand), tensor_of(kernel))
 
 
-def _axes(shape, labels, chosen, groups):
+def _axes(shape: Sequence[Any], labels: str, chosen: set[str], groups: int) -> Axes:
     """`Axes` of a tensor that have one of the chosen labels; `*` stands for the groups."""
     shape = list(shape)
     if "*" in labels:
@@ -264,7 +296,7 @@ def _axes(shape, labels, chosen, groups):
     return Axes(tuple(shape), tuple(i for i, each in enumerate(labels) if each in chosen))
 
 
-def _shaped(layer, bias):
+def _shaped(layer: keras.layers.Layer, bias: keras.Variable) -> keras.Variable:
     if getattr(layer, "data_format", "channels_last") == "channels_last":
         return bias
     return ops.reshape(bias, (1, -1) + (1,) * layer.rank)

@@ -70,7 +70,7 @@ class Float8:
     layer_filter: LayerFilter | None = dataclasses.field(default=None, compare=False)
     block_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {"forward": FORMATS, "backward": FORMATS, "rounding": ROUNDINGS}
         for name, known in choices.items():
             value = getattr(self, name)
