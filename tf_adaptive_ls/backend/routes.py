@@ -46,14 +46,14 @@ def _straight_on(
     return original(*args, **kwargs)
 
 
-def behind(method: "Route") -> Callable[..., Any]:
+def behind(method: Route) -> Callable[..., Any]:
     """What a method leads to in the end."""
     while isinstance(method, Route):
         method = method.original
     return method
 
 
-def route_of(thing: keras.layers.Layer, name: str) -> "Route | None":
+def route_of(thing: keras.layers.Layer, name: str) -> Route | None:
     """The `Route` in the place of a method, or `None`."""
     own = vars(thing).get(name)
     return own if isinstance(own, Route) else None

@@ -51,7 +51,7 @@ class CallGraph:
 
 def graph_call(
     node: Any, operation: Any, key_of: Callable[..., Any], takes_values: bool = False
-) -> "GraphCall":
+) -> GraphCall:
     """The `GraphCall` of a node of Keras.
 
     Args:

@@ -231,7 +231,7 @@ def _refuse_to_build(
 
 
 def _recorded(
-    running: "_Trace",
+    running: _Trace,
     state: "_State",
     original: Callable[..., Any],
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
@@ -298,7 +298,7 @@ def _symbolic_leaves(structure: Any) -> list[Tensor]:
     return list(filter(_is_symbolic, tree.flatten(structure)))
 
 
-def _sorted(nodes: list[Any], ends: list[Tensor], running: "_Trace", state: "_State") -> list[Any]:
+def _sorted(nodes: list[Any], ends: list[Tensor], running: _Trace, state: "_State") -> list[Any]:
     """All nodes of a trace, each behind those whose outputs it takes."""
     order, seen = [], set()
     stack = [*reversed(nodes)]

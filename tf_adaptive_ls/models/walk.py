@@ -42,7 +42,7 @@ class Walk:
         exchange: Function `(model, walk, path) -> undo` that is called with every model.
     """
 
-    def __init__(self, choice: "Choice", exchange: Callable[..., Any]) -> None:
+    def __init__(self, choice: Choice, exchange: Callable[..., Any]) -> None:
         self._choice, self._exchange = choice, exchange
         self._left_out: list[str] = []
         self._float8: dict[str, Float8] = {}

@@ -88,7 +88,7 @@ class Evidence(NamedTuple):
 
 def evidence_of(
     reports: Report, gradients: list[Tensor], facts: LayerFacts, log2_scales: Tensor, sampled: Any
-) -> "Evidence":
+) -> Evidence:
     """Turns what was seen into counts.
 
     Args:
@@ -152,7 +152,7 @@ def evidence_of(
     )
 
 
-def _counts_of_rounded(reading: Rounded, sampled: Any) -> "Counts":
+def _counts_of_rounded(reading: Rounded, sampled: Any) -> Counts:
     """`Counts` of a `Rounded` of arrays `[layers]`."""
 
     def finite(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from keras import ops
 
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.arguments import is_number, is_whole
+from tf_adaptive_ls.numerics.arguments import is_number, is_whole, only_settings
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # An exponent below any that a gradient has.
@@ -100,13 +100,8 @@ class ScaleRule(abc.ABC):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ScaleRule":
-        unknown = sorted(config.keys() - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"Expected the config of a {cls.__name__} to hold its settings alone. Received: "
-                f"{config}. It was saved by another version of that rule, or is damaged."
-            )
-        return cls(**config)
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**only_settings(config, cls.__name__, names))
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")

@@ -116,7 +116,7 @@ def initial_scale(shape: Any = (2,), dtype: str = "float32") -> Tensor:
 
 def initial_loss_state(
     log2_scale: int, num_formats: int, num_layers: int, memory_size: int
-) -> "LossState":
+) -> LossState:
     """`LossState` before anything was seen, of NumPy arrays."""
     return LossState(
         np.float32(log2_scale),
@@ -130,7 +130,7 @@ def initial_loss_state(
 
 def initial_layer_states(
     num_layers: int, memory_size: int, any_rounded: bool = False
-) -> "LayerStates":
+) -> LayerStates:
     """`LayerStates` before anything was seen, of NumPy arrays; r is 0."""
     bins = spectrum.num_bins(COUNTING_FORMAT)
     states = LayerStates(

@@ -130,7 +130,7 @@ def update(
     return new_layers._replace(log2_scales=log2_scales), new_loss
 
 
-def _ceiling(loss: LossState, finite: Tensor, blame: "Blame", backoff: Tensor) -> Tensor:
+def _ceiling(loss: LossState, finite: Tensor, blame: Blame, backoff: Tensor) -> Tensor:
     """log2 of what S is not to go beyond after a step."""
     # Half-way between what overflowed and what S is lowered to; once for steps skipped in a row,
     # which may be for the data.
@@ -144,7 +144,7 @@ def _with_what_was_seen(
     layers: LayerStates,
     loss: LossState,
     evidence: Evidence,
-    blame: "Blame",
+    blame: Blame,
     memory: Tensor,
     news: Tensor,
 ) -> LayerStates:
@@ -189,7 +189,7 @@ def is_sampled(loss: LossState) -> Tensor:
     return ops.equal(loss.steps_to_sample, 0)
 
 
-def at_fault(evidence: Evidence, layers: LayerStates, loss: LossState, flow: Flow) -> "Blame":
+def at_fault(evidence: Evidence, layers: LayerStates, loss: LossState, flow: Flow) -> Blame:
     """Whose scales are to blame for gradients that are not finite, a `Blame`.
 
     A layer is at fault if it made such gradients, unless gradients that arrived at a layer called
@@ -244,7 +244,7 @@ def moves(
     rule: ScaleRule,
     float_formats: list[FloatFormat],
     restart: float,
-) -> "Moves":
+) -> Moves:
     """What the rule says: of each layer by what it produced, of S by what arrived at it.
 
     The rule is asked once for all layers of a format, and for S as if it were one more of

@@ -213,7 +213,7 @@ def _calibration(
     log2_loss_scale: int,
     settled: bool,
     batches: int,
-) -> "Calibration":
+) -> Calibration:
     """Figures from what was seen in the last batches."""
     found = []
     for i, (name, layer) in enumerate(named):

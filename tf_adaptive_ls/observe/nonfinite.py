@@ -177,7 +177,7 @@ def explain_nonfinite(
     return Explanation(None, tuple(readings))
 
 
-def _readings_of_data(**data: Any) -> "Iterator[TensorReading]":
+def _readings_of_data(**data: Any) -> Iterator[TensorReading]:
     for name, structure in data.items():
         leaves = tree.flatten(structure)
         for i, leaf in enumerate(leaves):
@@ -186,7 +186,7 @@ def _readings_of_data(**data: Any) -> "Iterator[TensorReading]":
                 yield _reading("input", "", tensor, leaf)
 
 
-def _readings_of_weights(model: keras.Model) -> "Iterator[TensorReading]":
+def _readings_of_weights(model: keras.Model) -> Iterator[TensorReading]:
     owners = owners_of_variables(model)
     for variable in model.variables:
         if keras.backend.is_float_dtype(variable.dtype) and not variable.overwrite_with_gradient:
@@ -196,7 +196,7 @@ def _readings_of_weights(model: keras.Model) -> "Iterator[TensorReading]":
 
 def _readings_of_step(
     model: keras.Model, x: Tensor, y: Tensor, sample_weight: Any
-) -> "Iterator[TensorReading]":
+) -> Iterator[TensorReading]:
     variables = [v for v in model.trainable_variables if is_scaled_weight(v)]
     watched = list(_watched(model))
 
@@ -229,7 +229,7 @@ def _readings_of_step(
 
 def _readings_of_gradients(
     model: keras.Model, watch: "_Watch", variables: list[keras.Variable], gradients: list[Tensor]
-) -> "list[TensorReading]":
+) -> list[TensorReading]:
     owners = owners_of_variables(model)
     # By time of the forward pass, which the backward pass runs through in reverse.
     readings = []
@@ -297,7 +297,7 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _intercepted(operations: list[tuple[str, Any]], watch: "_Watch") -> Iterator[None]:
+def _intercepted(operations: list[tuple[str, Any]], watch: _Watch) -> Iterator[None]:
     """Passes every call of `operations`, pairs of a name and one, to `watch`."""
     with contextlib.ExitStack() as undo:
         for name, operation in operations:
@@ -320,7 +320,7 @@ def _watched(model: keras.Model) -> Iterator[tuple[str, keras.layers.Layer]]:
                 yield operation.name, operation
 
 
-def _reading(phase: str, layer: keras.layers.Layer, tensor: str, value: Tensor) -> "TensorReading":
+def _reading(phase: str, layer: keras.layers.Layer, tensor: str, value: Tensor) -> TensorReading:
     dtype = keras.backend.standardize_dtype(value.dtype)
     figures = _figures(ops.convert_to_numpy(_summary(value)))
     return TensorReading(phase, layer, tensor, dtype, *figures)

@@ -61,6 +61,12 @@ MAX_SNAPSHOTS = 500
 
 _LOST, _SUBNORMAL, _SKIPPED = RED, ORANGE, RED
 _COLOURS_OF_SCALES = "viridis"
+# A single step out of thousands has to be seen, too: the least share of the width of a bar.
+_LEAST_SHARE_OF_WIDTH = 1 / 300
+# Binades beyond all that any format has.
+_FAR = 400
+# Ridges are drawn on top of each other: more have thinner outlines.
+_MANY_LAYERS = 60
 
 # What can be drawn: a run, the path of its record, or a model that is being trained.
 Drawable: TypeAlias = Run | str | os.PathLike[str] | keras.Model
@@ -241,8 +247,7 @@ def _bars_of_skipped(axes: Any, run: Run) -> None:
     skipped = _increase(run.skipped_steps)
     edges = edges_of(run.steps)
     shown = skipped > 0
-    # A single step out of thousands has to be seen, too.
-    width = np.maximum(np.diff(edges), (edges[-1] - edges[0]) / 300)
+    width = np.maximum(np.diff(edges), (edges[-1] - edges[0]) * _LEAST_SHARE_OF_WIDTH)
     axes.bar(run.steps[shown], skipped[shown], width[shown], color=_SKIPPED)
     axes.set_ylim(0, max(skipped.max(initial=0), 1) * 1.15)
     axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
@@ -268,7 +273,7 @@ def _draw_ridges(axes: Any, counts: np.ndarray, binades: np.ndarray, shifts: np.
     shades = matplotlib.colormaps[_COLOURS_OF_SCALES](
         0.15 + 0.7 * np.array(outlines) / max(len(counts) - 1, 1)
     )
-    width = 0.8 if len(counts) <= 60 else 0.4
+    width = 0.8 if len(counts) <= _MANY_LAYERS else 0.4
     axes.add_collection(
         PolyCollection(polygons, facecolors=shades, edgecolors=edge, linewidths=width, alpha=0.8)
     )
@@ -279,13 +284,12 @@ def _draw_ridges(axes: Any, counts: np.ndarray, binades: np.ndarray, shifts: np.
 def _shade_zones(axes: Any, float_format: FloatFormat) -> None:
     lowest, normal = float_format.min_exponent, float_format.min_normal_exponent
     highest = float_format.max_exponent + 1
-    far = 400
     middle = (lowest + normal) / 2
     zones = (
         # Beside the next name, which may be wider than its zone.
-        (-far, lowest, _LOST, "///", "lost", min(lowest, middle - 6), "right"),
+        (-_FAR, lowest, _LOST, "///", "lost", min(lowest, middle - 6), "right"),
         (lowest, normal, _SUBNORMAL, "", "subnormal", middle, "center"),
-        (highest, far, _LOST, "///", "overflow", highest, "left"),
+        (highest, _FAR, _LOST, "///", "overflow", highest, "left"),
     )
     for start, end, colour, hatch, name, place, align in zones:
         axes.axvspan(

@@ -14,6 +14,7 @@ from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, na
 from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.companion import scaling_of
 from tf_adaptive_ls.training.float8.products import products_in
+from tf_adaptive_ls.training.layer_scaling import snapshots_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.readings import LayerSnapshot
 
@@ -97,12 +98,12 @@ COLUMNS = {
 FLOAT8_COLUMNS = {"float8": "left", "flushed": "right", "saturated steps": "right"}
 
 
-def columns_of(rows: "ScaleTable") -> dict[str, str]:
+def columns_of(rows: ScaleTable) -> dict[str, str]:
     """`COLUMNS`, and `FLOAT8_COLUMNS` if any row has something to show there."""
     return COLUMNS | FLOAT8_COLUMNS if any(row.float8 for row in rows) else COLUMNS
 
 
-def cells_of(row: "ScaleRow") -> tuple[str, ...]:
+def cells_of(row: ScaleRow) -> tuple[str, ...]:
     """What a `ScaleRow` shows in each of `COLUMNS` and `FLOAT8_COLUMNS`: strings."""
     return (
         row.name,
@@ -150,24 +151,31 @@ def scale_table(
         )
     log2_loss_scale = None if optimizer is None else round(math.log2(optimizer.loss_scale))
     named = list(named_layers(model))
-    rows = [_row(name, layer, log2_loss_scale) for name, layer in named]
     layers = [layer for _, layer in named]
-    if any(scaling.float8 for scaling in map(scaling_of, layers) if scaling is not None):
-        rows = list(map(_with_float8, rows, layers, _why_wide(layers)))
+    scalings = [scaling for scaling in map(scaling_of, layers) if scaling is not None]
+    shown = dict(zip(map(id, scalings), snapshots_of(scalings), strict=True))
+    rows = [_row(name, layer, shown, log2_loss_scale) for name, layer in named]
+    if any(scaling.float8 for scaling in scalings):
+        rows = [
+            _with_float8(row, layer, shown, why_wide)
+            for row, layer, why_wide in zip(rows, layers, _why_wide(layers), strict=True)
+        ]
     return ScaleTable(rows, narrow_reductions(model), reasons_for_no_plan(model))
 
 
-def _with_float8(row: "ScaleRow", layer: keras.layers.Layer, why_wide: str) -> "ScaleRow":
+def _with_float8(
+    row: ScaleRow, layer: keras.layers.Layer, shown: dict[int, LayerSnapshot], why_wide: str
+) -> ScaleRow:
     scaling = scaling_of(layer)
     if scaling is None or scaling.float8 is None:
         return dataclasses.replace(row, float8=why_wide)
     formats = (scaling.float8.forward_format, scaling.float8.backward_format)
-    return float8_row(row, formats, scaling.snapshot)
+    return float8_row(row, formats, shown[id(scaling)])
 
 
 def float8_row(
-    row: "ScaleRow", formats: tuple[FloatFormat | None, FloatFormat | None], shown: LayerSnapshot
-) -> "ScaleRow":
+    row: ScaleRow, formats: tuple[FloatFormat | None, FloatFormat | None], shown: LayerSnapshot
+) -> ScaleRow:
     """A `ScaleRow` that tells about float8, too.
 
     Args:
@@ -198,11 +206,16 @@ def _why_wide(layers: list[keras.layers.Layer]) -> Iterator[str]:
             yield "not chosen"
 
 
-def _row(name: str, layer: keras.layers.Layer, log2_loss_scale: int | None) -> "ScaleRow":
+def _row(
+    name: str,
+    layer: keras.layers.Layer,
+    shown: dict[int, LayerSnapshot],
+    log2_loss_scale: int | None,
+) -> ScaleRow:
     scaling = scaling_of(layer)
     if scaling is not None:
         layer = scaling.layer
-        row = scaled_row(name, type(layer).__name__, scaling.snapshot, log2_loss_scale)
+        row = scaled_row(name, type(layer).__name__, shown[id(scaling)], log2_loss_scale)
         if layer.trainable or row.log2_scale or row.binades:
             return row
         # It is frozen, and gradients did not pass it, either.
@@ -215,7 +228,7 @@ def _row(name: str, layer: keras.layers.Layer, log2_loss_scale: int | None) -> "
 
 def scaled_row(
     name: str, layer_class: str, layer_snapshot: LayerSnapshot, log2_loss_scale: int | None
-) -> "ScaleRow":
+) -> ScaleRow:
     """The `ScaleRow` of a scaled layer, from a `LayerSnapshot` of its state."""
     r, spectrum = layer_snapshot.log2_scale, layer_snapshot.spectrum
     total = None if log2_loss_scale is None else log2_loss_scale + r

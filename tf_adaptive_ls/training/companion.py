@@ -171,7 +171,7 @@ class _Box:
         self.content = content
 
 
-def companion_of(layer: keras.layers.Layer) -> "Companion | None":
+def companion_of(layer: keras.layers.Layer) -> Companion | None:
     """The `Companion` of a layer, or `None`."""
     return vars(layer).get(_COMPANION)
 
@@ -188,7 +188,7 @@ def scaling_of(layer: keras.layers.Layer) -> LayerScaling | None:
 _COMPANION = "_companion_of_layer"
 
 
-def attach(layer: keras.layers.Layer, float8: Float8 | None = None) -> "Companion":
+def attach(layer: keras.layers.Layer, float8: Float8 | None = None) -> Companion:
     """Gives a layer a `Companion`, which starts now if the layer is built, else when it is called.
 
     Raises:

@@ -7,7 +7,7 @@ import itertools
 import numbers
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -186,10 +186,13 @@ class LayerScaling(keras.layers.Layer):
     @property
     def snapshot(self) -> LayerSnapshot:
         """All that is known of its gradients, a `LayerSnapshot`, between steps."""
-        optimizer = self._optimizer() if self._optimizer else None
-        if optimizer is None:
-            return LayerSnapshot.of_unknown(self.log2_scale, self.float_format)
-        return optimizer.layer_snapshots([self])[0]
+        (snapshot,) = snapshots_of([self])
+        return snapshot
+
+    def shown_by(self) -> Any:
+        """The optimizer that knows about it, `None` if there is none any more."""
+        # No property: Keras would save what it finds there.
+        return None if self._optimizer is None else self._optimizer()
 
     def shows(self, optimizer: Any) -> None:
         """From now on `snapshot` is what `optimizer` knows of the layer."""
@@ -331,7 +334,25 @@ class LayerScaling(keras.layers.Layer):
         return {key: store[key] for key in list(store.keys())} | own
 
 
-def layer_of(variable: keras.Variable) -> "LayerScaling | None":
+def snapshots_of(layers: Sequence[LayerScaling]) -> list[LayerSnapshot]:
+    """What is known of several layers, in their order; of each optimizer it is read once."""
+    of_optimizers: dict[int, list[LayerScaling]] = {}
+    for layer in layers:
+        of_optimizers.setdefault(id(layer.shown_by()), []).append(layer)
+    found: dict[int, LayerSnapshot] = {}
+    for group in of_optimizers.values():
+        optimizer = group[0].shown_by()
+        if optimizer is None:
+            snapshots = [
+                LayerSnapshot.of_unknown(each.log2_scale, each.float_format) for each in group
+            ]
+        else:
+            snapshots = optimizer.layer_snapshots(group)
+        found |= zip(map(id, group), snapshots, strict=True)
+    return [found[id(layer)] for layer in layers]
+
+
+def layer_of(variable: keras.Variable) -> LayerScaling | None:
     """The `LossScaled` layer that keeps its scale or its report in `variable`, or `None`."""
     return getattr(variable, "loss_scaled", None)
 

@@ -135,7 +135,7 @@ class ScaleKeeper:
             for place, layer in enumerate(self.layers)
         }
 
-    def after(self, signals: "Signals") -> tuple[Tensor, tuple[LayerStates, LossState]]:
+    def after(self, signals: Signals) -> tuple[Tensor, tuple[LayerStates, LossState]]:
         """What a step tells, and the state after it.
 
         Args:
@@ -172,7 +172,7 @@ class ScaleKeeper:
 
     def _evidence(
         self,
-        signals: "Signals",
+        signals: Signals,
         weights: list[tuple[Tensor, keras.Variable]],
         facts: LayerFacts,
         layer_states: LayerStates,

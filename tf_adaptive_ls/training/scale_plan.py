@@ -106,7 +106,7 @@ class ScalePlan:
 class _Run:
     """One run of a planned graph; computes the factors of all layers at once."""
 
-    def __init__(self, plan: "ScalePlan", from_inputs: bool) -> None:
+    def __init__(self, plan: ScalePlan, from_inputs: bool) -> None:
         self.plan = plan
         self._from_inputs = from_inputs
         self._reached: set[int] | None = None
@@ -114,7 +114,7 @@ class _Run:
         self._of_groups: dict[ScaleGroup, tuple[Tensor, Tensor]] = {}
         self.called: list[Any] = []
 
-    def factors(self, group: "ScaleGroup") -> tuple[Tensor, Tensor]:
+    def factors(self, group: ScaleGroup) -> tuple[Tensor, Tensor]:
         if group not in self._of_groups:
             ups, downs = zip(*map(self._factors_of_one, group.layers), strict=True)
             alone = len(ups) == 1
@@ -152,7 +152,7 @@ def _is_trained(operation: Any) -> bool:
 
 
 @contextlib.contextmanager
-def running(plan: "ScalePlan | None", from_inputs: bool = True) -> Iterator[None]:
+def running(plan: ScalePlan | None, from_inputs: bool = True) -> Iterator[None]:
     """Makes a plan hold for the `LossScaled` layers called inside.
 
     Args:
@@ -192,7 +192,7 @@ def is_covered(model: keras.layers.Layer) -> bool:
     return run is not None and run.plan.covers(model)
 
 
-def route_of(layer: keras.layers.Layer) -> "Route | None":
+def route_of(layer: keras.layers.Layer) -> Route | None:
     """The `Route` of `layer` under the plan that holds, `None` if there is none."""
     run = _running.get()
     return None if run is None else run.plan.routes.get(id(layer))
@@ -204,7 +204,7 @@ def may_be_passed(layer: keras.layers.Layer) -> bool:
     return run is None or route_of(layer) is None or run.reaches(layer)
 
 
-def factors(group: "ScaleGroup") -> tuple[Tensor, Tensor]:
+def factors(group: ScaleGroup) -> tuple[Tensor, Tensor]:
     """2**r and 2**-r of a `ScaleGroup`, float32 scalars in the running computation.
 
     Args:

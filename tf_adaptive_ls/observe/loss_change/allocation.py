@@ -202,7 +202,7 @@ class LossPath:
         after: Any,
         batches: Any,
         as_trained: bool = False,
-    ) -> "list[Allocation]":
+    ) -> list[Allocation]:
         """A list of `Allocation`s: in float32 and, if asked for, as trained."""
         before, after = self._coordinates("before", before), self._coordinates("after", after)
         moves = _flat(after) - _flat(before)

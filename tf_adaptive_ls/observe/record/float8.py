@@ -33,7 +33,7 @@ class Float8Record:
     spectra: np.ndarray
 
 
-def last_of_layer(record: "Float8Record | None", place: int) -> dict[str, Any]:
+def last_of_layer(record: Float8Record | None, place: int) -> dict[str, Any]:
     """What a `Float8Record` knows of one layer, as its last `LayerSnapshot` has it, a dict."""
     if record is None or record.backward[place] is None:
         return {}
@@ -64,7 +64,7 @@ def line_of(layer_snapshots: list[LayerSnapshot]) -> dict[str, list[Any]]:
     }
 
 
-def float8_of(start: dict[str, Any], lines: list[dict[str, Any]]) -> "Float8Record | None":
+def float8_of(start: dict[str, Any], lines: list[dict[str, Any]]) -> Float8Record | None:
     """`Float8Record` of what `formats_of` and `line_of` made; `None` without any float8."""
     if "float8" not in start:
         return None

@@ -69,7 +69,7 @@ def entry_of_loss_change(
     }
 
 
-def loss_changes_of(lines: list[dict[str, Any]]) -> "LossChanges | None":
+def loss_changes_of(lines: list[dict[str, Any]]) -> LossChanges | None:
     """`LossChanges` of a list of what `line_of` made, `None` of an empty one."""
     if not lines:
         return None

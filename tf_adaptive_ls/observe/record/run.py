@@ -143,7 +143,7 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
 
 def _run(
     start: dict[str, Any], snapshots: list[dict[str, Any]], loss_changes: list[dict[str, Any]]
-) -> "Run":
+) -> Run:
     def array(name: str) -> np.ndarray:
         return np.array([snapshot[name] for snapshot in snapshots], "float64")
 

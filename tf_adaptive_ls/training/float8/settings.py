@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from tf_adaptive_ls.numerics.arguments import only_settings
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.training.float8.operand import Operand
 from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter
@@ -144,12 +145,7 @@ class Float8:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Float8":
-        if not config.keys() <= set(_SAVED):
-            raise ValueError(
-                f"Expected the config of a Float8 to hold {', '.join(_SAVED)}. "
-                f"Received: {config}. It was saved by another version, or is damaged."
-            )
-        return cls(**config)
+        return cls(**only_settings(config, "Float8", _SAVED))
 
 
 def check_is_float8(value: Any) -> None:
