@@ -1,0 +1,287 @@
+"""What does scaling add to a step on a GPU? Steps compiled for one, on a machine without.
+
+XLA compiles for a GPU that it is told about, and its optimized module says what would be launched.
+Nothing runs: times are not known, and what is tuned on the device, such as the algorithms of
+products, may come out otherwise there. Of each model, in mixed float16, on JAX, under SGD with
+momentum:
+
+    no scaling   plain float16
+    Keras        `LossScaleOptimizer`
+    ours         `wrap_model` and `AdaptiveLossScaleOptimizer`
+    in float8    ours with `Float8()`
+
+    kernels      launched by a step; of a conditional, those of its longer branch
+    copies       those among them
+    cond.        conditionals: at each the host waits for the device
+    MiB          read and written by all kernels
+    temp.        MiB of temporary memory at a time
+    launches     of the host: graphs of many kernels each, and kernels outside of them
+    s            to trace and compile on this machine
+
+and kernels that compute nothing but scaling, by the function that they come from.
+"""
+
+import argparse
+import collections
+import dataclasses
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+
+# What XLA dumps of the sequence in which the host launches.
+DUMPED = tempfile.TemporaryDirectory(prefix="kernels")
+os.environ["KERAS_BACKEND"] = "jax"
+# Of the plugin for GPUs only its compiler is used, which need not time kernels on a device.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
+    f"--xla_dump_to={DUMPED.name} --xla_dump_hlo_module_re=jit_train_step"
+)
+
+import jax  # noqa: E402
+import keras  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from keras import layers  # noqa: E402
+
+import tf_adaptive_ls as als  # noqa: E402
+from benchmarks import hlo, overhead, report, zoo  # noqa: E402
+from tf_adaptive_ls.backend import devices  # noqa: E402
+
+PLAIN, KERAS, OURS, FLOAT8 = WAYS = ("no scaling", "Keras", "ours", "in float8")
+
+# What XLA has to know of a GPU, by NVIDIA's data sheets.
+GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared_memory_per_core}
+  threads_per_core_limit: 2048
+  core_count: {core_count}
+  fpus_per_core: {fpus_per_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {memory_bandwidth}
+  l2_cache_size: {l2_cache_size}
+  clock_rate_ghz: {clock_rate_ghz}
+  device_memory_size: {device_memory_size}
+  shared_memory_per_block_optin: {shared_memory_per_block}
+  cuda_compute_capability {{ major: {major} minor: 0 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "NVIDIA {name}"
+"""
+GPUS = {
+    "H200": {
+        "major": 9,
+        "core_count": 132,
+        "fpus_per_core": 128,
+        "shared_memory_per_core": 233472,
+        "shared_memory_per_block": 232448,
+        "memory_bandwidth": 4_800_000_000_000,
+        "l2_cache_size": 52428800,
+        "clock_rate_ghz": 1.98,
+        "device_memory_size": 151397597184,
+    },
+    "A100": {
+        "major": 8,
+        "core_count": 108,
+        "fpus_per_core": 64,
+        "shared_memory_per_core": 167936,
+        "shared_memory_per_block": 166912,
+        "memory_bandwidth": 2_039_000_000_000,
+        "l2_cache_size": 41943040,
+        "clock_rate_ghz": 1.41,
+        "device_memory_size": 85899345920,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and one batch of data.
+
+    Args:
+        build: `() -> keras.Model`.
+        batch: `batch_size -> (x, y)`.
+        batch_size: How many examples.
+    """
+
+    build: Callable
+    batch: Callable
+    batch_size: int
+
+
+def mlp(depth=20, width=1024):
+    x = inputs = keras.Input((width,))
+    for _ in range(depth):
+        x = layers.Dense(width, "relu")(x)
+    return keras.Model(inputs, layers.Dense(10, dtype="float32")(x))
+
+
+CASES = {
+    "ResNet-20": Case(zoo.resnet, overhead.floats(32, 32, 3), 512),
+    "transformer": Case(lambda: overhead.bert(2, 128, 4, 64, 1000), overhead.tokens(64, 1000), 128),
+    "MLP 20 x 1024": Case(mlp, overhead.floats(1024), 512),
+    "BERT-small": Case(overhead.bert, overhead.tokens(128), 32),
+}
+
+
+def gpu(name):
+    """A device of JAX that there need not be."""
+    config = GPU.format(name=name, **GPUS[name])
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    return topology.devices[0]
+
+
+def model_of(case, way):
+    """A model to be trained in one of `WAYS`."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("mixed_float16")
+    model, optimizer = case.build(), keras.optimizers.SGD(1e-4, momentum=0.9)
+    if way in (OURS, FLOAT8):
+        model = als.wrap_model(model, float8=als.Float8() if way == FLOAT8 else None)
+        optimizer = als.AdaptiveLossScaleOptimizer(optimizer)
+    elif way == KERAS:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, jit_compile=True, auto_scale_loss=False)
+    return model
+
+
+def compiled(case, way, device):
+    """The step of a model, compiled for a device, and the seconds that took."""
+    # Functions that ask for the device that runs a step, which is another one here.
+    devices.on_gpu = lambda: True
+    capability = device.compute_capability
+    devices.has_products_of_8_bits = lambda: float(capability) >= 8.9
+    model, batch = model_of(case, way), case.batch(case.batch_size)
+    model._symbolic_build(data_batch=batch)
+    model.optimizer.build(model.trainable_variables)
+    state = model._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+    )
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    state, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (state, batch)
+    )
+    start = time.perf_counter()
+    step = jax.jit(model.train_step, donate_argnums=0).trace(state, batch).lower().compile()
+    return step, time.perf_counter() - start
+
+
+def figures_of(case, way, device):
+    """What a step of a model launches."""
+    step, seconds = compiled(case, way, device)
+    (module,) = step.runtime_executable().hlo_modules()
+    program = hlo.Program(module.as_serialized_hlo_module_proto())
+    of_scaling = collections.Counter()
+    for kernel in filter(lambda each: each.is_of_scaling, program.kernels):
+        ((_, function), _), *_ = kernel.owners.most_common(1)
+        of_scaling[function] += 1
+    return {
+        "kernels": len(program.kernels),
+        "copies": sum(kernel.is_copy for kernel in program.kernels),
+        "conditionals": len(program.conditionals),
+        "bytes": sum(kernel.bytes for kernel in program.kernels),
+        "temporary": step.memory_analysis().temp_size_in_bytes,
+        "launches": _launches(),
+        "seconds": round(seconds, 1),
+        "of_scaling": dict(of_scaling.most_common()),
+    }
+
+
+def _launches():
+    """How many there are in the step compiled last, by kind."""
+    (path,) = pathlib.Path(DUMPED.name).glob("*thunk_sequence_after_thunk_passes.txt")
+    found = hlo.launches(path.read_text())
+    path.unlink()
+    return found
+
+
+def rows(result):
+    """Rows of the table of one model."""
+    base = result["ways"].get(KERAS)
+    for way, figures in result["ways"].items():
+
+        def with_ratio(name, unit=1, figures=figures, way=way):
+            text = f"{figures[name] / unit:,.0f}"
+            if base is None or way == KERAS:
+                return text
+            return f"{text} ({figures[name] / base[name]:.2f})"
+
+        yield (
+            way,
+            with_ratio("kernels"),
+            figures["copies"],
+            figures["conditionals"],
+            with_ratio("bytes", 2**20),
+            with_ratio("temporary", 2**20),
+            sum(figures["launches"].values()),
+            f"{figures['seconds']:.0f}",
+        )
+
+
+HEADER = ["", "kernels", "copies", "cond.", "MiB", "temp.", "launches", "s"]
+INTRODUCTION = """# What scaling adds to a step on a GPU
+
+Steps compiled for a GPU on a machine without one; nothing ran. `kernels`: launched by a step, of a
+conditional those of its longer branch; `copies` among them; `cond.`: conditionals, at each of which
+the host waits; `MiB`: read and written; `temp.`: MiB of temporary memory; `launches`: of the host,
+graphs and kernels outside of them; `s`: to trace and compile. In brackets: relative to Keras's.
+"""
+
+
+def write_report(directory):
+    names = [f"{name}, {gpu_name}" for name in CASES for gpu_name in GPUS]
+    results = report.load_results(directory, names)
+    parts = [INTRODUCTION]
+    for result in results:
+        parts.append(f"## {result['name']}\n\nBatches of {result['batch_size']}.\n")
+        parts.append(report.markdown(HEADER, rows(result)) + "\n")
+        of_scaling = result["ways"].get(OURS, {}).get("of_scaling")
+        if of_scaling:
+            told = ", ".join(f"{number} `{name}`" for name, number in of_scaling.items())
+            parts.append(f"Ours, kernels of scaling alone: {told}.\n")
+    parts.append(report.provenance_text(results) + "\n")
+    report.save_text(directory, "\n".join(parts))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    report.add_arguments(parser, "kernels")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="MODEL")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
+    parser.add_argument("--gpu", choices=GPUS, default="H200", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    # Whole stacks, for whose code a kernel is of.
+    jax.config.update("jax_traceback_in_locations_limit", -1)
+    device = gpu(args.gpu)
+    names = args.only or (["MLP 20 x 1024"] if args.quick else list(CASES))
+    with report.progress() as progress:
+        task = progress.add_task("", total=len(names) * len(args.ways))
+        for name in names:
+            case, ways = CASES[name], {}
+            for way in args.ways:
+                progress.update(task, description=f"{name}, {way}")
+                ways[way] = figures_of(case, way, device)
+                progress.advance(task)
+            result = {"name": f"{name}, {args.gpu}", "batch_size": case.batch_size, "ways": ways}
+            report.save_result(args.output, result)
+    write_report(args.output)
+
+
+if __name__ == "__main__":
+    main()
