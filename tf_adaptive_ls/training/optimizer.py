@@ -310,17 +310,30 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             return
         finite, new_states = self._keeper.after(signals)
         if without_effects:
-            touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
-            new_values = ops.cond(
-                finite,
-                lambda: _values_after(lambda: self._apply_inner(gradients, variables), touched),
-                lambda: _values(touched),
-            )
-            _assign(touched, new_values)
+            self._take_step(finite, gradients, variables)
         else:
             devices.run_if(finite, self._apply_inner, gradients, variables)
-        self._count_step(finite)
+            self._count_skipped(finite)
+        self._steps.assign_add(1)
         self._keeper.keep(*new_states)
+
+    def _take_step(
+        self, finite: Tensor, gradients: list[Tensor], variables: list[keras.Variable]
+    ) -> None:
+        """Applies gradients if they are finite, and else counts that they are not."""
+        touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
+        skipped = self._skipped_steps
+        # Something is computed in either branch: of a conditional with an empty one XLA does not
+        # make selects on a GPU, where the host would wait for it, and every weight be copied.
+        new_values = ops.cond(
+            finite,
+            lambda: [
+                *_values_after(lambda: self._apply_inner(gradients, variables), touched),
+                skipped.value,
+            ],
+            lambda: [*_values(touched), skipped.value + 1],
+        )
+        _assign([*touched, skipped], new_values)
 
     def _step_without_layers(
         self, gradients: list[Tensor], variables: list[keras.Variable], without_effects: bool
@@ -336,7 +349,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             super().apply(gradients, variables)
         limits = 2.0**-MAX_LOG2_SCALE, 2.0**MAX_LOG2_SCALE
         self.dynamic_scale.assign(ops.clip(self.dynamic_scale.value, *limits))
-        self._count_step(finite)
+        self._count_skipped(finite)
+        self._steps.assign_add(1)
         in_a_row = self._keeper.skipped_in_a_row
         in_a_row.assign(ops.where(finite, 0 * in_a_row.value, in_a_row.value + 1))
 
@@ -371,10 +385,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.inner_optimizer.apply(unscaled, variables)
         autodiff.leave_gradients_to_graph()
 
-    def _count_step(self, finite: Tensor) -> None:
-        skipped = ops.logical_not(finite)
-        self._steps.assign_add(1)
-        self._skipped_steps.assign_add(ops.cast(skipped, "int32"))
+    def _count_skipped(self, finite: Tensor) -> None:
+        self._skipped_steps.assign_add(ops.cast(ops.logical_not(finite), "int32"))
 
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         super().finalize_variable_values([v for v in var_list if not is_of_scaling(v)])
