@@ -1,7 +1,8 @@
 """Arrays: what Keras has no neutral name for in reading, casting and taking them apart."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -137,6 +138,40 @@ def random_bits(seed: Tensor, shape: Any, number: int) -> Tensor:
     return tf.random.stateless_uniform(
         shape, tf.bitcast(tf.cast(seed, "uint32"), "int32"), 0, 2**number, "int32"
     )
+
+
+# As many as one block of a GPU reduces at once.
+_MOST_PARTS = 1024
+
+
+def largest_of_each(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest of each of several tensors of numbers from 0, `[len(tensors)]`; 0 of none.
+
+    A GPU finds that of a large tensor in two kernels, one that leaves a part to every block, and
+    one for the parts. Of several tensors the latter is one for all.
+    """
+    sizes = [math.prod(x.shape) if None not in x.shape else None for x in tensors]
+    if len(tensors) == 1 or None in sizes or not devices.on_gpu():
+        empty = keras.ops.zeros((), tensors[0].dtype)
+        return keras.ops.stack(
+            [
+                empty if size == 0 else keras.ops.max(x)
+                for x, size in zip(tensors, sizes, strict=True)
+            ]
+        )
+    numbers = [_number_of_parts(size) for size in sizes]
+    parts = [
+        keras.ops.max(keras.ops.reshape(x, (number, -1)), axis=1, initial=0)
+        for x, number in zip(tensors, numbers, strict=True)
+    ]
+    missing = [max(numbers) - number for number in numbers]
+    filled = [keras.ops.pad(part, [[0, m]]) for part, m in zip(parts, missing, strict=True)]
+    return keras.ops.max(keras.ops.stack(filled), axis=1)
+
+
+def _number_of_parts(size: int) -> int:
+    """The largest number of parts of equal size that something can be cut into."""
+    return max(number for number in range(1, _MOST_PARTS + 1) if size % number == 0)
 
 
 def divide_by_power_of_two(x: Tensor, divisor: Tensor) -> Tensor:

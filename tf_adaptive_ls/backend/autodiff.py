@@ -132,14 +132,25 @@ def is_differentiated(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) 
 
         known = [tensor for tensor in tensors if isinstance(tensor, tf.Tensor)]
         return len(known) < len(tensors) or record.should_record_backprop(known)
+    return any(may_be_differentiated(tensors, others))
+
+
+def may_be_differentiated(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[bool]:
+    """Of each of several tensors, whether anybody may want gradients by it, now or later.
+
+    On TensorFlow that is never known; on JAX of all but what runs once more or in a loop. As
+    `is_differentiated`.
+    """
+    if keras.backend.backend() == "tensorflow" or not tensors:
+        return [True] * len(tensors)
     import jax
 
     found: list[bool] = []
 
-    def unchanged(*tensors: Any) -> Any:
+    def unchanged(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
 
-    def forward(*tensors: Any) -> Any:
+    def forward(*tensors: Any) -> tuple[tuple[Tensor, ...], None]:
         found.extend(tensor.perturbed for tensor in tensors)
         return tuple(tensor.value for tensor in tensors), None
 
@@ -150,8 +161,8 @@ def is_differentiated(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) 
     except TypeError as error:
         if not _is_of_forward_mode(error):
             raise
-        return True
-    return any(found[: len(tensors)]) if found else True
+        found.clear()
+    return found[: len(tensors)] or [True] * len(tensors)
 
 
 class ReadsOfVariables:

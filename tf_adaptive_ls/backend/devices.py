@@ -53,6 +53,27 @@ def sums_of_all_bits() -> contextlib.AbstractContextManager[None]:
     return jax.default_matmul_precision("highest")
 
 
+def zeros_unless(
+    condition: Tensor, function: Callable[[], Tensor], shape: tuple[int, ...]
+) -> Tensor:
+    """What `function` returns, of some shape, if a scalar tensor is true, and else zeros.
+
+    On a GPU it is called anyway: the host would wait for the condition, which costs more.
+    """
+    if on_gpu():
+        return keras.ops.where(condition, function(), keras.ops.zeros(shape))
+    return keras.ops.cond(condition, function, lambda: keras.ops.zeros(shape))
+
+
+def computed_once(tensor: Tensor) -> Tensor:
+    """`tensor`, which XLA on a GPU does not compute anew in every kernel that reads it."""
+    if keras.backend.backend() != "jax" or not on_gpu():
+        return tensor
+    import jax
+
+    return jax.lax.optimization_barrier(tensor)
+
+
 def is_first_process() -> bool:
     """Whether this process is the one of several that writes what all know."""
     if keras.backend.backend() != "jax":

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.backend import arrays
+from tf_adaptive_ls.backend import arrays, devices
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
@@ -143,7 +143,7 @@ def evidence_of(
         drawn = ops.sum(_counts(drawn) * counted[..., None].astype("float32"), axis=1)
         return ops.stack([reported[:, 0], reported[:, 1] + drawn], axis=1)
 
-    drawn = ops.cond(sampled, samples, lambda: ops.zeros((len(narrow), 2, len(_NONZERO))))
+    drawn = devices.zeros_unless(sampled, samples, (len(narrow), 2, len(_NONZERO)))
     return Evidence(
         _flag(ops.logical_not(ops.all(ops.isfinite(peaks)))),
         Counts(_flag(reports.arrived.broken > 0), drawn[:, 0], at_s * _NONZERO),
@@ -160,10 +160,10 @@ def _counts_of_rounded(reading: Rounded, sampled: Any) -> Counts:
         limited = ops.minimum(values, np.float32(COUNTING_FORMAT.largest))
         return ops.where(ops.isfinite(values), limited, values)
 
-    drawn = ops.cond(
+    drawn = devices.zeros_unless(
         sampled,
         lambda: _of_samples(finite(reading.sample), reading.number),
-        lambda: ops.zeros((reading.number.shape[0], len(_NONZERO))),
+        (reading.number.shape[0], len(_NONZERO)),
     )
     peaks = _counts(finite(reading.largest)[:, None]) * _NONZERO
     return Counts(_flag(reading.beyond > 0), drawn, peaks)

@@ -79,6 +79,15 @@ def packed_scale(log2_scale: Tensor) -> Tensor:
     return ops.stack([log2_scale * UNIT, ops.full_like(log2_scale, UNIT)], axis=-1)
 
 
+def packed_scales(log2_scales: Tensor, number: int) -> list[Tensor]:
+    """Those of so many layers, one by one.
+
+    What is written is a product at last, not a part of a whole: of products XLA makes one kernel.
+    """
+    pairs = ops.stack([log2_scales, ops.ones_like(log2_scales)], axis=-1)
+    return [pair * UNIT for pair in ops.unstack(pairs, number)]
+
+
 def log2_scale_of(packed: Tensor) -> Tensor:
     """The r of scales `[…, 2]`, whole numbers `[…]`; 0 for what can be no scale."""
     amount, unit = packed[..., 0], packed[..., 1]

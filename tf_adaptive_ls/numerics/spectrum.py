@@ -79,14 +79,10 @@ def _peaks(tensors: list[Tensor], dtype: str) -> Tensor:
     infinity = np.array(np.inf, dtype)
     bits = f"int{8 * infinity.itemsize}"
     no_sign = np.array(np.iinfo(bits).max, bits)
-    largest = [
-        ops.zeros((), bits)
-        if 0 in x.shape
-        else ops.max(ops.bitwise_and(arrays.bitcast(x, bits), no_sign))
-        for x in tensors
-    ]
+    magnitudes = [ops.bitwise_and(arrays.bitcast(x, bits), no_sign) for x in tensors]
+    largest = arrays.largest_of_each(magnitudes)
     # What is empty only at run time gives the least integer, which is minus zero.
-    largest = ops.minimum(ops.stack(largest), infinity.view(bits))
+    largest = ops.minimum(largest, infinity.view(bits))
     return ops.cast(arrays.bitcast(largest, dtype), "float32")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from tf_adaptive_ls.backend import autodiff
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.numerics.report import report_of_arrived, report_of_produced
@@ -74,7 +75,17 @@ class Border:
             divisors = [self._divisor_out(arguments.groups[place]) for place in places]
             return self._tapped(tensors, divisors, report)
 
-        tensors = tap(arguments.tensors, arguments.places, arguments.narrow)
+        # The data, mostly, is not differentiated by: the gradient would be computed to be reported.
+        tensors = list(arguments.tensors)
+        wanted = autodiff.may_be_differentiated(tensors, self._receivers)
+        chosen = [index for index, is_wanted in enumerate(wanted) if is_wanted]
+        tapped = tap(
+            [tensors[index] for index in chosen],
+            [arguments.places[index] for index in chosen],
+            [arguments.narrow[index] for index in chosen],
+        )
+        for index, tensor in zip(chosen, tapped, strict=True):
+            tensors[index] = tensor
         logits = {
             place: tap([tensor], [place], [is_narrow(tensor)])[0]
             for place, tensor in arguments.logits.items()

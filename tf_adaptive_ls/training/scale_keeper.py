@@ -21,7 +21,7 @@ from tf_adaptive_ls.numerics.scale_state import (
     initial_layer_states,
     initial_loss_state,
     log2_scale_of,
-    packed_scale,
+    packed_scales,
 )
 from tf_adaptive_ls.numerics.scale_update import is_sampled, update
 from tf_adaptive_ls.training.facts_of_layers import facts_of
@@ -64,7 +64,8 @@ class Signals(NamedTuple):
     def stacked(self, layers: list[Any], of_all: bool, size: int) -> Tensor:
         """Reports of layers, `[layers, size]`: those that all make, or those of what they round."""
         silent = np.zeros(size, "float32")  # of a layer that did not run
-        return ops.stack([self.reports.get((id(layer), of_all), silent) for layer in layers])
+        reports = [self.reports.get((id(layer), of_all), silent) for layer in layers]
+        return devices.computed_once(ops.stack(reports))
 
 
 class ScaleKeeper:
@@ -161,7 +162,8 @@ class ScaleKeeper:
         return evidence.finite, states
 
     def _states(self) -> tuple[LayerStates, LossState]:
-        scales = ops.stack([layer.loss_scale.value for layer in self.layers])
+        scales = [layer.loss_scale.value for layer in self.layers]
+        scales = devices.computed_once(ops.stack(scales))  # or each would be copied to be written
         return (
             LayerStates(log2_scale_of(scales), **_values(self._of_layers)),
             LossState(
@@ -200,7 +202,7 @@ class ScaleKeeper:
 
     def keep(self, layer_states: LayerStates, loss_state: LossState) -> None:
         """Writes `LayerStates` and `LossState` to variables."""
-        scales = ops.unstack(packed_scale(layer_states.log2_scales), len(self.layers))
+        scales = packed_scales(layer_states.log2_scales, len(self.layers))
         for layer, scale in zip(self.layers, scales, strict=True):
             layer.loss_scale.assign(scale)
         self._loss_scale.assign(power_of_two(loss_state.log2_scale))
