@@ -26,6 +26,9 @@ SILENT = {
 }
 # These say nothing of whose code a kernel is.
 NEUTRAL = SILENT | {"broadcast", "iota"}
+# What makes an element of many, or may take elements again and again. Anything else makes every
+# element of its result of one of each operand.
+OF_MANY = {"convolution", "dot", "gather", "reduce", "reduce-window", "scatter", "sort"}
 # What takes a part of an operand.
 TAKES_PART = {"dynamic-slice", "gather", "slice"}
 SCALING, KERAS, MODEL, OPTIMIZER = "scaling", "Keras's loss scale", "model", "inner optimizer"
@@ -142,9 +145,13 @@ def _owner_of(path, function):
 def _moved(instruction, instructions, inside):
     """Bytes read and written: of what only parts are taken of, those."""
     total = _size(instruction.shape)
+    one_of_each = len(inside) > 1 and not OF_MANY & {each.opcode for each in inside}
     parameters = {each.parameter_number: each for each in inside if each.opcode == "parameter"}
     for number, operand in enumerate(instruction.operand_ids):
-        size = _size(instructions[operand].shape)
+        shape = instructions[operand].shape
+        size = _size(shape)
+        if one_of_each and not shape.tuple_shapes:
+            size = min(size, _elements(instruction.shape) * _bytes_of(shape.element_type))
         if number in parameters:
             users = list(_users(parameters[number].id, inside))
             if users and all(user.opcode in TAKES_PART for user in users):
@@ -165,7 +172,12 @@ def _users(number, inside):
 def _size(shape):
     if shape.tuple_shapes:
         return sum(map(_size, shape.tuple_shapes))
-    return math.prod(shape.dimensions) * _bytes_of(shape.element_type)
+    return _elements(shape) * _bytes_of(shape.element_type)
+
+
+def _elements(shape):
+    """Those of the parts of a tuple together."""
+    return sum(map(_elements, shape.tuple_shapes)) or math.prod(shape.dimensions)
 
 
 @functools.cache
