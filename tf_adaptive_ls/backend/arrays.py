@@ -150,8 +150,8 @@ def largest_of_each(tensors: Sequence[Tensor]) -> Tensor:
     A GPU finds that of a large tensor in two kernels, one that leaves a part to every block, and
     one for the parts. Of several tensors the latter is one for all.
     """
-    sizes = [math.prod(x.shape) if None not in x.shape else None for x in tensors]
-    if len(tensors) == 1 or None in sizes or not devices.on_gpu():
+    sizes = [-1 if None in x.shape else math.prod(x.shape) for x in tensors]
+    if len(tensors) == 1 or -1 in sizes or not devices.on_gpu():
         empty = keras.ops.zeros((), tensors[0].dtype)
         return keras.ops.stack(
             [
