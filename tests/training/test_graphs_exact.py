@@ -107,6 +107,7 @@ def test_wrapping_and_stripping_keep_what_a_user_sees(name):
     assert_equal(stepper_of(model, model, inputs)(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Loss scales do nothing")
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_masks_that_attention_takes_away_are_gone(policy):
     """Keras's takes that of a tensor it is called on: what comes after sees none, nor the loss."""

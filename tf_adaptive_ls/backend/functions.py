@@ -18,6 +18,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return tf.function(function, reduce_retracing=True)
 
 
+def are_always_compiled() -> bool:
+    """Whether steps are always compiled by XLA as a whole, as on JAX."""
+    return keras.backend.backend() == "jax"
+
+
 def only_values() -> bool:
     """Whether a conditional may not update variables, as on JAX, but has to return new values."""
     return keras.backend.backend() != "tensorflow"

@@ -32,6 +32,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from tf_adaptive_ls.backend import devices, functions
 from tf_adaptive_ls.backend.keras_internals import graph_of
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.scale_state import factor_of
@@ -104,7 +105,7 @@ class ScalePlan:
 
 
 class _Run:
-    """One run of a planned graph; computes the factors of all layers at once."""
+    """One run of a planned graph; computes the factors of a layer or group once."""
 
     def __init__(self, plan: ScalePlan, from_inputs: bool) -> None:
         self.plan = plan
@@ -138,6 +139,10 @@ class _Run:
         return id(layer) in self._reached
 
     def _factors_of_one(self, layer: keras.layers.Layer) -> tuple[Tensor, Tensor]:
+        if functions.are_always_compiled() and not devices.on_gpu():
+            # What reads a layer's own variable, not one of many in a vector, XLA on a CPU compiles
+            # once for all layers alike. Elsewhere fewer operations, for all layers, count.
+            return _factors_of(layer)
         if self._of_layers is None:
             layers = self.plan.layers
             factors = factor_of(ops.stack([each.loss_scale.value for each in layers]))
@@ -213,5 +218,9 @@ def factors(group: ScaleGroup) -> tuple[Tensor, Tensor]:
     run = _running.get()
     if run is not None and route_of(group.layers[0]):
         return run.factors(group)
-    factor = factor_of(group.layers[0].loss_scale.value)
+    return _factors_of(group.layers[0])
+
+
+def _factors_of(layer: keras.layers.Layer) -> tuple[Tensor, Tensor]:
+    factor = factor_of(layer.loss_scale.value)
     return factor, 1 / factor
