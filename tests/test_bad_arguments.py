@@ -102,6 +102,8 @@ CALLS = {
     als.plain_copy: lambda: {"model": model()},
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
     als.calibrate: lambda: {"model": model(), "batches": [(X, Y)], "batch_size": 2},
+    als.forward_range: lambda: {"model": model(), "batches": [X], "room": 2, "training": True},
+    plots.plot_forward_range: lambda: {"result": als.forward_range(model(), [X]), "dark": True},
     als.explain_nonfinite: lambda: {
         "model": model(),
         "x": X,
@@ -124,6 +126,8 @@ OTHERS = {
     als.Allocation,
     als.Calibration,
     als.Explanation,
+    als.ForwardRange,
+    als.PartRange,
     als.FixedRule,
     als.LayerRange,
     als.LayerSnapshot,

@@ -23,6 +23,8 @@ from tf_adaptive_ls.numerics.spectrum import (
     top_exponent,
 )
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
+from tf_adaptive_ls.observe.forward_range.ranges import forward_range
+from tf_adaptive_ls.observe.forward_range.result import ForwardRange, PartRange
 from tf_adaptive_ls.observe.loss_change.allocation import Allocation, loss_change
 from tf_adaptive_ls.observe.loss_change.monitor import LossChangeMonitor
 from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
@@ -50,6 +52,7 @@ __all__ = [
     "Float8",
     "Float8Record",
     "FloatFormat",
+    "ForwardRange",
     "GaussianRule",
     "LayerRange",
     "LayerSnapshot",
@@ -58,6 +61,7 @@ __all__ = [
     "LossScaleMonitor",
     "LossScaled",
     "NarrowReduction",
+    "PartRange",
     "QuantileRule",
     "Run",
     "ScaleRow",
@@ -68,6 +72,7 @@ __all__ = [
     "TensorReading",
     "calibrate",
     "explain_nonfinite",
+    "forward_range",
     "load_run",
     "loss_change",
     "neutral_scales",

@@ -1,10 +1,12 @@
 """Functions that a backend compiles or traces, and what that makes of values."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+
+from tf_adaptive_ls.backend.types import Tensor
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,3 +60,17 @@ def outside_of_traces() -> Any:
     import tensorflow as tf
 
     return tf.init_scope()
+
+
+def are_values_known(tensors: Sequence[Tensor]) -> bool:
+    """Whether the numbers in tensors, and in what is computed from them, are known at once.
+
+    They are not while a function is traced, even if the tensors come from outside of it.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return not any(isinstance(x, jax.core.Tracer) for x in (*tensors, jax.lax.full((), 0.0)))
+    import tensorflow as tf
+
+    return tf.executing_eagerly() and all(hasattr(x, "numpy") for x in tensors)

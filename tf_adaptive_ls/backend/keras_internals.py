@@ -287,18 +287,40 @@ def _unless_run_once(
 def computing_in_float32(model: keras.Model) -> Iterator[None]:
     """Makes all layers of a model that compute in less than float32 compute in that.
 
+    And models that are graphs take inputs as they are, and do not cast them to such a dtype.
+    """
+    narrow = ("float16", "bfloat16")
+    wide = keras.DTypePolicy("float32")
+    parts = parts_of(model)
+    graphs = [graph_of(part) for part in parts if isinstance(part, keras.Model)]
+    inputs = [x for graph in graphs if graph is not None for x in graph.inputs]
+    casting: list[Any] = [p for p in parts if isinstance(p, keras.layers.InputLayer)] + inputs
+    casting = [(each, each._dtype) for each in casting if each._dtype in narrow]
+    try:
+        for each, _ in casting:
+            each._dtype = "float32"
+        with with_policies([(part, wide) for part in parts if part.compute_dtype in narrow]):
+            yield
+    finally:
+        for each, dtype in casting:
+            each._dtype = dtype
+
+
+@contextlib.contextmanager
+def with_policies(policies: list[tuple[keras.layers.Layer, Any]]) -> Iterator[None]:
+    """Gives layers other dtype policies for a while: pairs of a layer and its policy.
+
     The setter of `dtype_policy` would write to a policy that layers share, a `DTypePolicyMap`,
     and cannot undo a quantised one.
     """
-    policies = [(part, part._dtype_policy) for part in parts_of(model)]
+    before = [(layer, layer._dtype_policy) for layer, _ in policies]
     try:
-        for part, policy in policies:
-            if policy.compute_dtype in ("float16", "bfloat16"):
-                part._dtype_policy = keras.DTypePolicy("float32")
+        for layer, policy in policies:
+            layer._dtype_policy = policy
         yield
     finally:
-        for part, policy in policies:
-            part._dtype_policy = policy
+        for layer, policy in before:
+            layer._dtype_policy = policy
 
 
 def build_for_call(layer: keras.layers.Layer, call_spec: Any) -> None:
@@ -346,6 +368,14 @@ def autocast_scope_of_call(layer: keras.layers.Layer, casts: bool) -> Callable[.
     if dtype is None and casts and keras.backend.is_float_dtype(layer.compute_dtype):
         dtype = layer.compute_dtype
     return lambda: AutocastScope(dtype)
+
+
+def converts_inputs(layer: keras.layers.Layer) -> bool:
+    """Whether a call of a layer makes tensors of the dtype it wants of what it is given.
+
+    A Functional model leaves that to its graph.
+    """
+    return bool(layer._convert_input_args)
 
 
 def cast_inputs(

@@ -15,10 +15,9 @@ def check_ready(model: Any, expected_by: str | None = None) -> None:
         model: What was given as a model.
         expected_by: Name of the function it was given to, to begin the message with.
     """
-    if not isinstance(model, keras.Model):
-        problem = "which is not a model."
-    elif not model.built:
-        problem = "which is not built yet. Call it on a batch of data first."
+    problem = _problem_of(model)
+    if problem is not None:
+        pass
     elif not model.compiled or model.optimizer is None:
         problem = "which is not compiled. Call `model.compile` first."
     else:
@@ -28,6 +27,22 @@ def check_ready(model: Any, expected_by: str | None = None) -> None:
         + f" a built and compiled model. Received: {model!r} (of type {type(model).__name__}), "
         + problem
     )
+
+
+def check_built(model: Any, expected_by: str) -> None:
+    """Raises a `ValueError` for what is no built model; see `check_ready`."""
+    problem = _problem_of(model)
+    if problem is not None:
+        raise ValueError(
+            f"`{expected_by}` expected a built model. Received: {model!r} (of type "
+            f"{type(model).__name__}), {problem}"
+        )
+
+
+def _problem_of(model: Any) -> str | None:
+    if not isinstance(model, keras.Model):
+        return "which is not a model."
+    return None if model.built else "which is not built yet. Call it on a batch of data first."
 
 
 def check_whole(name: str, value: Any, of: str = "") -> None:

@@ -34,6 +34,7 @@ try:
         label_layers,
         style,
     )
+    from tf_adaptive_ls.observe.forward_range.plots import plot_forward_range
     from tf_adaptive_ls.observe.loss_change.plots import (
         plot_loss_change,
         plot_loss_change_layers,
@@ -48,6 +49,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = [
+    "plot_forward_range",
     "plot_loss_change",
     "plot_loss_change_layers",
     "plot_loss_change_map",

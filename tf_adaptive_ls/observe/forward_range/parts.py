@@ -1,0 +1,120 @@
+"""The parts of a model whose range is read: layers at any depth, and operations between layers."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+
+from tf_adaptive_ls.backend import keras_internals
+from tf_adaptive_ls.models.walk import layers_inside
+from tf_adaptive_ls.numerics.float_format import narrowest
+from tf_adaptive_ls.training.companion import Companion, companion_of
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
+
+
+class Part(NamedTuple):
+    """A layer, or an operation between layers.
+
+    Attributes:
+        name: Its path through the model, as in `scale_table`.
+        operation: The `keras.Operation`.
+        inside: The layer, and all layers inside it that are not parts themselves. A layer of
+            Keras, such as attention or an RNN, is one part with all that is inside it.
+        autocasts: Whether it reads its weights in the dtype that it computes in.
+        casts: Whether it casts floating-point inputs to that, too.
+        is_graph: Whether it is a model of which every operation is a part.
+    """
+
+    name: str
+    operation: Any
+    inside: tuple[keras.layers.Layer, ...] = ()
+    autocasts: bool = False
+    casts: bool = False
+    is_graph: bool = False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers itself."""
+        return any(
+            isinstance(value, keras.random.SeedGenerator)
+            for layer in self.inside
+            for value in vars(layer).values()
+        )
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether the part can be run by itself, the same in two dtypes.
+
+        Random numbers of one dtype are not those of another, for the same seed.
+        """
+        if self.is_graph:
+            return False
+        return not self.is_random or "training" in self.operation.call_signature_parameters
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that a layer computes in; of an operation its inputs decide: `None`."""
+        layer = self.operation
+        if not isinstance(layer, keras.layers.Layer):
+            return None
+        graph = keras_internals.graph_of(layer) if self.is_graph else None
+        if graph is None:
+            return str(layer.compute_dtype)
+        # It casts to the dtypes of its `Input`s, whatever its policy is. A Sequential model made
+        # without one has one of its first layer's dtype.
+        return narrowest(tensor.dtype for tensor in graph.inputs).name
+
+
+def parts_of_model(model: keras.Model) -> list[Part]:
+    """All parts of a model, each once: the model, then what is in it."""
+    seen = {id(model)}
+    parts = [_part(model, model.name)]
+    for operation in _inside(model):
+        parts += _parts(operation, "", seen)
+    return parts
+
+
+def _parts(operation: Any, prefix: str, seen: set[int]) -> Iterator[Part]:
+    name = prefix + operation.name
+    if isinstance(operation, LayerScaling):
+        if isinstance(operation, Companion):
+            return  # is inside the layer that it scales
+        operation = operation.layer
+    if id(operation) in seen or isinstance(operation, keras.layers.InputLayer):
+        return
+    seen.add(id(operation))
+    yield _part(operation, name)
+    for each in _inside(operation):
+        yield from _parts(each, f"{name}/", seen)
+
+
+def _part(operation: Any, name: str) -> Part:
+    if not isinstance(operation, keras.layers.Layer):
+        return Part(name, operation)
+    layers = [operation] if _inside(operation) else keras_internals.parts_of(operation)
+    graph = keras_internals.graph_of(operation) if isinstance(operation, keras.Model) else None
+    companion = companion_of(operation)
+    autocast = operation.autocast if companion is None else companion.casts_inputs
+    return Part(
+        name,
+        operation,
+        tuple(layer for layer in layers if not isinstance(layer, LayerScaling)),
+        autocast,
+        graph is not None or (autocast and keras_internals.converts_inputs(operation)),
+        graph is not None,
+    )
+
+
+def _inside(operation: Any) -> list[Any]:
+    """What of an operation is a part: of a model and of an author's layer all that is in it.
+
+    A layer of Keras may run layers in loops, of which nothing gets out; and a policy of one layer
+    inside it would be lost when the model is loaded.
+    """
+    if not isinstance(operation, keras.layers.Layer):
+        return []
+    if isinstance(operation, keras.Model):
+        graph = keras_internals.graph_of(operation)
+        operations = [] if graph is None else keras_internals.operations_of(graph)
+        return [*operations, *layers_inside(operation)]
+    return [] if keras_internals.computes_as_keras_does(operation) else layers_inside(operation)

@@ -1,0 +1,68 @@
+"""The picture of a `ForwardRange`."""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.observe.drawing import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    height_of,
+    label_layers,
+    style,
+)
+from tf_adaptive_ls.observe.forward_range.result import ForwardRange
+
+
+def plot_forward_range(result: ForwardRange, *, dark: bool = False) -> Figure:
+    """The largest activations of every part of a model, against what its dtype holds.
+
+    A row is a part, in the order of the model: a circle marks the largest input, a disc the
+    largest output. To the right of the red line the dtype overflows; the zone in front
+    of it is the room that was asked for. Parts with a verdict are red.
+
+    Args:
+        result: What `forward_range` returned.
+        dark: Whether to draw on black.
+
+    Raises:
+        ValueError: If `result` is something else.
+    """
+    if not isinstance(result, ForwardRange):
+        raise ValueError(
+            "Expected what `forward_range` returned. "
+            f"Received: {result!r:.200} (of type {type(result).__name__})."
+        )
+    parts = [part for part in result.parts if FloatFormat(part.float_format).is_narrow]
+    with style(dark):
+        figure = Figure(figsize=(9, height_of(len(parts)) + 1.2), layout="constrained")
+        axes = figure.subplots()
+        rows = np.arange(len(parts))
+        colours = [RED if part.verdicts else BLUE for part in parts]
+        inputs = [_log2(part.largest_in) for part in parts]
+        outputs = [_log2(part.largest_out) for part in parts]
+        axes.hlines(rows, inputs, outputs, color=colours, linewidth=0.8)
+        axes.scatter(inputs, rows, s=22, facecolors="none", edgecolors=colours, label="in")
+        axes.scatter(outputs, rows, s=22, color=colours, label="out")
+        limits = {math.log2(FloatFormat(part.float_format).largest) for part in parts}
+        for limit in limits:
+            axes.axvspan(limit - result.room, limit, color=ORANGE, alpha=0.25, linewidth=0)
+            axes.axvline(limit, color=RED)
+        for dtype in ("float8_e4m3fn", "float8_e5m2"):
+            axes.axvline(math.log2(FloatFormat(dtype).largest), color=GREEN, linestyle=":")
+        axes.set_xlabel("largest magnitude (dotted: what e4m3 and e5m2 hold)")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("2^{x:.0f}"))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(len(parts) - 0.5, -0.5)
+        label_layers(axes, [part.name for part in parts], rows)
+        return figure
+
+
+def _log2(magnitude: float) -> float:
+    """NaN, which is not drawn, for what is zero or infinite."""
+    return math.log2(magnitude) if 0 < magnitude < math.inf else math.nan

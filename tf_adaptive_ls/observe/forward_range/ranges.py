@@ -1,0 +1,105 @@
+"""`forward_range`: which parts of a model overflow in the forward pass, and how near others are."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from tf_adaptive_ls.backend.types import Tensor
+from tf_adaptive_ls.numerics.arguments import is_number
+from tf_adaptive_ls.observe.batches import batches_of
+from tf_adaptive_ls.observe.checks import check_built
+from tf_adaptive_ls.observe.forward_range.own_runs import OwnRuns
+from tf_adaptive_ls.observe.forward_range.parts import parts_of_model
+from tf_adaptive_ls.observe.forward_range.result import ForwardRange
+
+# A room of so many binades is all that float16 has above 1.
+_MOST_ROOM = 16
+
+
+def forward_range(
+    model: keras.Model, batches: Any, room: float = 2, *, training: bool = True
+) -> ForwardRange:
+    """Finds the parts of a model that overflow in the forward pass.
+
+    A loss scale helps gradients only. What passes 65504 in float16 on the way forward is infinite,
+    whatever the loss scale, or silently wrong: `x * rsqrt(mean(x**2))` is zero once the
+    square overflows.
+
+    The model computes in float32. Every part, a layer at any depth or an operation between
+    layers, is then run once more by itself in the dtype that it has, on the inputs that it has in
+    float32; what layers inside it return is taken from float32 as well. So an overflow is found
+    where it is made, and none hides behind another. A part is flagged for
+
+        entry    it casts inputs to its dtype that are too large for that,
+        output   its outputs are too large,
+        inside   what it returns is not finite, or more than 10 % wrong,
+
+    each with the values as they are, or `2**room` times as large. The model is left as it is:
+    neither weights nor statistics nor seeds change.
+
+    ```python
+    print(als.forward_range(model, [(x[:32], y[:32])]))
+    ```
+
+    Args:
+        model: A built `keras.Model`, wrapped or not, compiled or not.
+        batches: Data as for `fit`: arrays `(x, y)`, or an iterable of batches. A few batches
+            will do, but only what they contain is seen.
+        room: By how many binades values shall be able to grow, a number from 0 to 16.
+        training: Whether layers run as in training.
+
+    Returns:
+        A `ForwardRange`, which prints as a table.
+
+    Raises:
+        ValueError: If an argument is not as said, there is no batch, or the model's outputs are not
+            finite in float32 either.
+    """
+    check_built(model, "forward_range")
+    if not is_number(room) or not 0 <= room <= _MOST_ROOM:
+        raise ValueError(
+            f"Expected `room` to be a number of binades from 0 to {_MOST_ROOM}. "
+            f"Received: room={room!r}."
+        )
+    runs = OwnRuns(parts_of_model(model), room)
+    number = 0
+    for x in _inputs(batches):
+        number += 1
+        outputs = runs.read_batch(model, x, training)
+        _check_finite(outputs, runs, number)
+    if not number:
+        raise ValueError(
+            f"Expected at least one batch. Received: {batches!r:.200} (of type "
+            f"{type(batches).__name__}), which has none."
+        )
+    return ForwardRange(tuple(runs.ranges()), room)
+
+
+def _inputs(batches: Any) -> Iterator[Tensor]:
+    for batch in batches_of(batches):
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        yield tree.map_structure(ops.convert_to_tensor, x)
+
+
+def _check_finite(outputs: Any, runs: OwnRuns, number: int) -> None:
+    tensors = [np.asarray(ops.convert_to_numpy(ops.cast(x, "float32"))) for x in _floats(outputs)]
+    if all(np.isfinite(tensor).all() for tensor in tensors):
+        return
+    name = runs.first_nonfinite or "an operation that is not a part"
+    raise ValueError(
+        "Expected a model whose outputs are finite in float32. Received: one that returns Inf or "
+        f"NaN for batch {number}, first made by '{name}'. Look there for a division by zero, the "
+        'logarithm or root of what can be zero or less, a cast to "float16" that is written '
+        'out, or an `Input(dtype="float16")`, which no dtype policy changes.'
+    )
+
+
+def _floats(structure: Any) -> list[Any]:
+    return [x for x in tree.flatten(structure) if keras.backend.is_float_dtype(str_dtype(x))]
+
+
+def str_dtype(x: Any) -> str:
+    return keras.backend.standardize_dtype(x.dtype)

@@ -1,0 +1,132 @@
+"""What `forward_range` returns."""
+
+import dataclasses
+import math
+
+from tf_adaptive_ls.numerics.float_format import FloatFormat
+from tf_adaptive_ls.observe.text_table import text_table
+
+# An error of the output of a part that rounding does not explain: it makes one of 3e-4 … 1e-3.
+WRONG = 0.1
+
+ENTRY, OUTPUT, INSIDE = "entry", "output", "inside"
+
+
+@dataclasses.dataclass(frozen=True)
+class PartRange:
+    """The range of one part of a model: of a layer, or of an operation between layers.
+
+    Attributes:
+        name: Its path through the model.
+        kind: Name of its class.
+        float_format: Name of the dtype that it computes in.
+        calls: How often it was called, in all batches.
+        largest_in: Largest magnitude of its floating-point inputs, in float32.
+        largest_out: Largest finite magnitude of its outputs, in float32.
+        casts: Whether it casts its inputs to the dtype that it computes in.
+        error: Relative error of its own output in that dtype, `norm(narrow - wide) / norm(wide)`,
+            when it alone computes in it; infinite if the output is not finite. `None` if it was
+            not run so: it does not compute in a narrow dtype, or its inputs or outputs are
+            beyond it anyway.
+        error_grown: The same at inputs that are up to `2**room` times as large.
+        verdicts: Where it overflows, or would at values `2**room` times as large: a tuple of
+            "entry", "output" and "inside".
+        problem: Why it could not be run by itself; empty if it could.
+    """
+
+    name: str
+    kind: str
+    float_format: str
+    calls: int
+    largest_in: float
+    largest_out: float
+    casts: bool
+    error: float | None
+    error_grown: float | None
+    verdicts: tuple[str, ...]
+    problem: str = ""
+
+    @property
+    def room(self) -> float:
+        """By how many binades what goes in and comes out may grow before it overflows.
+
+        Infinite for what does not compute in a narrow dtype, or if all is zero.
+        """
+        if not FloatFormat(self.float_format).is_narrow:
+            return math.inf
+        return _room(self.float_format, max(self.largest_in * self.casts, self.largest_out))
+
+    def room_of_inputs(self, dtype: str) -> float:
+        """By how many binades its inputs may grow in another dtype, such as "float8_e4m3fn"."""
+        return _room(dtype, self.largest_in)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardRange:
+    """How near the parts of a model come to the end of their dtypes in the forward pass.
+
+    Prints as a table of the parts that compute in a dtype with less range than float32, those with
+    a verdict first, then by their room. The columns "e4m3" and "e5m2" are the room of inputs if
+    they were cast to these dtypes without a scale.
+
+    Attributes:
+        parts: A `PartRange` for each part that was called, in the order of the model.
+        room: How many binades were asked for.
+    """
+
+    parts: tuple[PartRange, ...]
+    room: float
+
+    @property
+    def flagged(self) -> tuple[PartRange, ...]:
+        """The parts with a verdict, those with least room first."""
+        return tuple(part for part in self._sorted() if part.verdicts)
+
+    def _sorted(self) -> list[PartRange]:
+        narrow = [part for part in self.parts if FloatFormat(part.float_format).is_narrow]
+        return sorted(narrow, key=lambda part: (not part.verdicts, part.room))
+
+    def __str__(self) -> str:
+        parts = self._sorted()
+        if not parts:
+            return "No part of this model computes in a dtype with less range than float32."
+        columns = {"part": "left", "class": "left", "dtype": "left", "largest in": "right"}
+        columns |= {"out": "right", "room": "right", "error": "right", "verdict": "left"}
+        columns |= {"e4m3": "right", "e5m2": "right"}
+        return "\n".join([text_table(columns, map(_row, parts)), "", self._summary()])
+
+    def _summary(self) -> str:
+        flagged = self.flagged
+        if not flagged:
+            return f"Nothing overflows, nor would at values {2**self.room:g} times as large."
+        count = "1 part" if len(flagged) == 1 else f"{len(flagged)} parts"
+        return (
+            f"{count} of {len(self.parts)} overflow, or would at values {2**self.room:g} times as "
+            "large."
+        )
+
+
+def _row(part: PartRange) -> tuple[str, ...]:
+    errors = [error for error in (part.error, part.error_grown) if error is not None]
+    return (
+        part.name,
+        part.kind,
+        part.float_format,
+        f"{part.largest_in:.3g}",
+        f"{part.largest_out:.3g}",
+        _binades(part.room),
+        part.problem or (f"{max(errors):.1e}" if errors else ""),
+        ", ".join(part.verdicts),
+        _binades(part.room_of_inputs("float8_e4m3fn")),
+        _binades(part.room_of_inputs("float8_e5m2")),
+    )
+
+
+def _binades(room: float) -> str:
+    return "" if math.isinf(room) else f"{room:.1f}"
+
+
+def _room(dtype: str, largest: float) -> float:
+    if math.isinf(largest):
+        return -math.inf
+    return math.log2(FloatFormat(dtype).largest / largest) if largest else math.inf
