@@ -103,6 +103,13 @@ CALLS = {
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
     als.calibrate: lambda: {"model": model(), "batches": [(X, Y)], "batch_size": 2},
     als.forward_range: lambda: {"model": model(), "batches": [X], "room": 2, "training": True},
+    als.widen: lambda: {
+        "model": model(),
+        "batches": [X],
+        "room": 2,
+        "names": None,
+        "training": True,
+    },
     plots.plot_forward_range: lambda: {"result": als.forward_range(model(), [X]), "dark": True},
     als.explain_nonfinite: lambda: {
         "model": model(),
@@ -128,6 +135,7 @@ OTHERS = {
     als.Explanation,
     als.ForwardRange,
     als.PartRange,
+    als.Widening,
     als.FixedRule,
     als.LayerRange,
     als.LayerSnapshot,

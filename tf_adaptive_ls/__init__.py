@@ -25,6 +25,7 @@ from tf_adaptive_ls.numerics.spectrum import (
 from tf_adaptive_ls.observe.calibration import Calibration, LayerRange, calibrate
 from tf_adaptive_ls.observe.forward_range.ranges import forward_range
 from tf_adaptive_ls.observe.forward_range.result import ForwardRange, PartRange
+from tf_adaptive_ls.observe.forward_range.widening import Widening, widen
 from tf_adaptive_ls.observe.loss_change.allocation import Allocation, loss_change
 from tf_adaptive_ls.observe.loss_change.monitor import LossChangeMonitor
 from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
@@ -70,6 +71,7 @@ __all__ = [
     "Spectrum",
     "StuckTrainingError",
     "TensorReading",
+    "Widening",
     "calibrate",
     "explain_nonfinite",
     "forward_range",
@@ -83,6 +85,7 @@ __all__ = [
     "snapshot_run",
     "strip_model",
     "top_exponent",
+    "widen",
     "wrap_model",
 ]
 

@@ -377,7 +377,9 @@ def test_it_prints_parts_with_a_verdict_first():
     text = str(als.forward_range(model_of(middle), ONES))
     lines = [line.split() for line in text.splitlines()]
     assert lines[2][:3] == ["wide", "Dense", "float16"] and "output" in lines[2]
-    assert text.endswith("1 part of 4 overflow, or would at values 4 times as large.")
+    assert text.endswith(
+        "1 part overflows, or would at values 4 times as large. The model's outputs are not finite."
+    )
 
 
 def test_a_cast_that_is_hidden_later_is_seen():

@@ -323,6 +323,44 @@ def with_policies(policies: list[tuple[keras.layers.Layer, Any]]) -> Iterator[No
             layer._dtype_policy = policy
 
 
+def made_float32(layers: list[keras.layers.Layer], model: keras.Model) -> list[Callable[[], None]]:
+    """Makes layers compute in float32, from now on: a list of functions that undo it.
+
+    Their weights stay. See `with_policies`.
+    """
+
+    def set_policy(layer: keras.layers.Layer, policy: Any) -> None:
+        layer._dtype_policy = policy
+        forget_compiled_functions(model)
+
+    undo: list[Callable[[], None]] = [
+        functools.partial(set_policy, layer, layer._dtype_policy) for layer in layers
+    ]
+    for layer in layers:
+        set_policy(layer, keras.DTypePolicy("float32"))
+    return undo
+
+
+def made_to_take_float32(model: keras.Model) -> list[Callable[[], None]]:
+    """Makes a model that is a graph take inputs in float32, not in less: a list as above."""
+    graph: Any = graph_of(model)
+    layers = [each for each in layers_in(model) if isinstance(each, keras.layers.InputLayer)]
+    inputs = [each for each in (*layers, *graph.inputs) if each._dtype in ("float16", "bfloat16")]
+    undo: list[Callable[[], None]] = [
+        functools.partial(setattr, each, "_dtype", each._dtype) for each in inputs
+    ]
+    for each in inputs:
+        each._dtype = "float32"
+    return undo
+
+
+def forget_compiled_functions(model: keras.Model) -> None:
+    """Makes a model, and those in it, compile their steps anew."""
+    for part in parts_of(model):
+        if isinstance(part, keras.Model):
+            part.train_function = part.test_function = part.predict_function = None
+
+
 def build_for_call(layer: keras.layers.Layer, call_spec: Any) -> None:
     """Builds a layer as a call of it would, whatever signature its `build` has.
 

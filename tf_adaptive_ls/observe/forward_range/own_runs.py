@@ -13,6 +13,7 @@ from keras import ops
 from tf_adaptive_ls.backend import functions, keras_internals, routes
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat, is_narrow_dtype, narrowest
+from tf_adaptive_ls.observe.forward_range.multiplications import multiplications_of
 from tf_adaptive_ls.observe.forward_range.parts import Part
 from tf_adaptive_ls.observe.forward_range.result import (
     ENTRY,
@@ -33,7 +34,8 @@ class _Reading:
         self.policies = [(layer, layer.dtype_policy) for layer in part.inside]
         self.dtype = part.dtype  # of an operation: once it was called
         self.dtypes: list[list[str]] = []  # of the inputs of each call
-        self.calls = 0
+        self.calls, self.multiplications = 0, 0.0
+        self.returns_narrow = False
         self.largest_in = self.largest_out = 0.0
         self.errors: list[float] = []
         self.errors_grown: list[float] = []
@@ -44,16 +46,26 @@ class _Reading:
         return self.dtype is not None and is_narrow_dtype(self.dtype)
 
     @property
+    def casts(self) -> bool:
+        """Whether it casts what it takes to a narrow dtype."""
+        part = self.part
+        if not part.casts or self.dtype is None:
+            return False
+        own = self.dtype if part.is_graph else str(part.operation.compute_dtype)
+        return is_narrow_dtype(own)
+
+    @property
     def limit(self) -> float:
         return FloatFormat(self.dtype or "float32").largest
 
     def result(self, room: float) -> PartRange:
         part, bound = self.part, self.limit / 2**room
-        is_written = not part.is_graph  # what a model returns is told of what is in it
+        # What a graph returns is told of what is in it.
+        returns_narrow = self.returns_narrow and not part.is_graph
         errors = [*self.errors, *self.errors_grown]
         found = {
-            ENTRY: part.casts and self.largest_in > bound,
-            OUTPUT: is_written and self.largest_out > bound,
+            ENTRY: self.casts and self.largest_in > bound,
+            OUTPUT: returns_narrow and self.largest_out > bound,
             INSIDE: any(error > WRONG for error in errors),
         }
         return PartRange(
@@ -63,11 +75,12 @@ class _Reading:
             self.calls,
             self.largest_in,
             self.largest_out,
-            part.casts,
+            self.casts,
             max(self.errors, default=None),
             max(self.errors_grown, default=None),
             tuple(verdict for verdict, yes in found.items() if yes and self.is_narrow),
             self.problem,
+            self.multiplications,
         )
 
 
@@ -77,18 +90,22 @@ class OwnRuns:
     Args:
         parts: List of the `Part`.
         room: By how many binades inputs are made larger.
+        only: Name of the only part that is run by itself, `None` for all.
 
     Attributes:
         first_nonfinite: Name of the first part that has returned Inf or NaN for finite inputs in
             float32; empty for none.
+        finite_as_it_is: Whether all outputs of the model as it is were finite.
     """
 
-    def __init__(self, parts: list[Part], room: float) -> None:
+    def __init__(self, parts: list[Part], room: float, only: str | None = None) -> None:
+        self._only = only
         self._readings = [_Reading(part) for part in parts]
         self._room = room
         self._run: Callable[..., Any] = _straight_on
         self._number_of_call: dict[int, int] = {}
         self.first_nonfinite = ""
+        self.finite_as_it_is = True
 
     def read_batch(self, model: keras.Model, x: Any, training: bool) -> Any:
         """The outputs of a model for a batch, computed in float32, during which parts are read."""
@@ -102,7 +119,9 @@ class OwnRuns:
             np.errstate(over="ignore", invalid="ignore"),  # of constants
         ):
             with keras.StatelessScope(), self.calls_lead_to(self._look):
-                model(x, training=training)
+                as_it_is = model(x, training=training)
+                finite = _largest(CallTensors(as_it_is).tensors)[1]
+                self.finite_as_it_is = self.finite_as_it_is and finite
             with (
                 keras.StatelessScope(),
                 self.calls_lead_to(self._read),
@@ -140,9 +159,12 @@ class OwnRuns:
             return original(*args, **kwargs)  # in a loop: what runs it answers for it
         dtypes = [_dtype(tensor) for tensor in tensors]
         reading.dtypes.append(dtypes)
+        outputs = original(*args, **kwargs)
         if reading.part.dtype is None:
             reading.dtype = narrowest(dtypes).name if _are_narrow(dtypes) else "float32"
-        return original(*args, **kwargs)
+        returned = [_dtype(tensor) for tensor in CallTensors(outputs).tensors]
+        reading.returns_narrow = reading.returns_narrow or any(map(is_narrow_dtype, returned))
+        return outputs
 
     def _read(self, reading: _Reading, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inputs = CallTensors((args, kwargs)).tensors
@@ -162,12 +184,17 @@ class OwnRuns:
             if not reading.part.is_graph and any(map(is_narrow_dtype, written)):
                 # It casts, whatever its policy is.
                 reading.dtype, largest_out = narrowest(written).name, math.inf
+                reading.returns_narrow = True
         reading.calls += 1
+        if not reading.part.is_open:
+            returned = CallTensors(outputs).tensors
+            reading.multiplications += multiplications_of(reading.part.operation, inputs, returned)
         reading.largest_in = max(reading.largest_in, largest_in)
         reading.largest_out = max(reading.largest_out, largest_out)
         known = number < len(reading.dtypes) and len(reading.dtypes[number]) == len(inputs)
         fits = max(largest_in, largest_out) <= reading.limit
-        if reading.is_narrow and reading.part.runs_alone and known and fits:
+        runs = reading.part.runs_alone and self._only in (None, reading.part.name)
+        if reading.is_narrow and runs and known and fits:
             own_run = _OwnRun(self, reading, original, values, reading.dtypes[number])
             try:
                 self._measure(reading, own_run, args, kwargs, largest_in)

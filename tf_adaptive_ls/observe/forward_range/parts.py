@@ -22,6 +22,7 @@ class Part(NamedTuple):
             Keras, such as attention or an RNN, is one part with all that is inside it.
         autocasts: Whether it reads its weights in the dtype that it computes in.
         casts: Whether it casts floating-point inputs to that, too.
+        is_open: Whether it is made of other parts: a model, or an author's layer with layers.
         is_graph: Whether it is a model of which every operation is a part.
     """
 
@@ -30,6 +31,7 @@ class Part(NamedTuple):
     inside: tuple[keras.layers.Layer, ...] = ()
     autocasts: bool = False
     casts: bool = False
+    is_open: bool = False
     is_graph: bool = False
 
     @property
@@ -53,13 +55,18 @@ class Part(NamedTuple):
 
     @property
     def dtype(self) -> str | None:
-        """The dtype that a layer computes in; of an operation its inputs decide: `None`."""
+        """The dtype that a layer computes in; of an operation its inputs decide: `None`.
+
+        What an author's layer does between layers inside it is done in the narrowest of theirs.
+        """
         layer = self.operation
         if not isinstance(layer, keras.layers.Layer):
             return None
         graph = keras_internals.graph_of(layer) if self.is_graph else None
         if graph is None:
-            return str(layer.compute_dtype)
+            inside = keras_internals.parts_of(layer) if self.is_open else self.inside[:1]
+            layers = [each for each in inside if not isinstance(each, LayerScaling)]
+            return narrowest(each.compute_dtype for each in layers).name
         # It casts to the dtypes of its `Input`s, whatever its policy is. A Sequential model made
         # without one has one of its first layer's dtype.
         return narrowest(tensor.dtype for tensor in graph.inputs).name
@@ -91,7 +98,8 @@ def _parts(operation: Any, prefix: str, seen: set[int]) -> Iterator[Part]:
 def _part(operation: Any, name: str) -> Part:
     if not isinstance(operation, keras.layers.Layer):
         return Part(name, operation)
-    layers = [operation] if _inside(operation) else keras_internals.parts_of(operation)
+    is_open = isinstance(operation, keras.Model) or bool(_inside(operation))
+    layers = [operation] if is_open else keras_internals.parts_of(operation)
     graph = keras_internals.graph_of(operation) if isinstance(operation, keras.Model) else None
     companion = companion_of(operation)
     autocast = operation.autocast if companion is None else companion.casts_inputs
@@ -101,6 +109,7 @@ def _part(operation: Any, name: str) -> Part:
         tuple(layer for layer in layers if not isinstance(layer, LayerScaling)),
         autocast,
         graph is not None or (autocast and keras_internals.converts_inputs(operation)),
+        is_open,
         graph is not None,
     )
 

@@ -14,6 +14,7 @@ from tf_adaptive_ls.observe.checks import check_built
 from tf_adaptive_ls.observe.forward_range.own_runs import OwnRuns
 from tf_adaptive_ls.observe.forward_range.parts import parts_of_model
 from tf_adaptive_ls.observe.forward_range.result import ForwardRange
+from tf_adaptive_ls.training.call_tensors import is_inexact
 
 # A room of so many binades is all that float16 has above 1.
 _MOST_ROOM = 16
@@ -59,12 +60,19 @@ def forward_range(
             finite in float32 either.
     """
     check_built(model, "forward_range")
+    return ranges_of(model, batches, room, training)
+
+
+def ranges_of(
+    model: keras.Model, batches: Any, room: float, training: bool, only: str | None = None
+) -> ForwardRange:
+    """`forward_range` of a model that was looked at, or of one part of it, by its name."""
     if not is_number(room) or not 0 <= room <= _MOST_ROOM:
         raise ValueError(
             f"Expected `room` to be a number of binades from 0 to {_MOST_ROOM}. "
             f"Received: room={room!r}."
         )
-    runs = OwnRuns(parts_of_model(model), room)
+    runs = OwnRuns(parts_of_model(model), room, only)
     number = 0
     for x in _inputs(batches):
         number += 1
@@ -75,7 +83,9 @@ def forward_range(
             f"Expected at least one batch. Received: {batches!r:.200} (of type "
             f"{type(batches).__name__}), which has none."
         )
-    return ForwardRange(tuple(runs.ranges()), room)
+    parts = runs.ranges()
+    parts = [part for part in parts if only in (None, part.name)]
+    return ForwardRange(tuple(parts), room, runs.finite_as_it_is)
 
 
 def _inputs(batches: Any) -> Iterator[Tensor]:
@@ -85,21 +95,13 @@ def _inputs(batches: Any) -> Iterator[Tensor]:
 
 
 def _check_finite(outputs: Any, runs: OwnRuns, number: int) -> None:
-    tensors = [np.asarray(ops.convert_to_numpy(ops.cast(x, "float32"))) for x in _floats(outputs)]
-    if all(np.isfinite(tensor).all() for tensor in tensors):
+    floats = [x for x in tree.flatten(outputs) if is_inexact(x)]
+    if all(np.isfinite(ops.convert_to_numpy(ops.cast(x, "float32"))).all() for x in floats):
         return
     name = runs.first_nonfinite or "an operation that is not a part"
     raise ValueError(
         "Expected a model whose outputs are finite in float32. Received: one that returns Inf or "
         f"NaN for batch {number}, first made by '{name}'. Look there for a division by zero, the "
-        'logarithm or root of what can be zero or less, a cast to "float16" that is written '
-        'out, or an `Input(dtype="float16")`, which no dtype policy changes.'
+        'logarithm or root of what can be zero or less, or a cast to "float16" that is written '
+        "out, which no dtype policy changes."
     )
-
-
-def _floats(structure: Any) -> list[Any]:
-    return [x for x in tree.flatten(structure) if keras.backend.is_float_dtype(str_dtype(x))]
-
-
-def str_dtype(x: Any) -> str:
-    return keras.backend.standardize_dtype(x.dtype)

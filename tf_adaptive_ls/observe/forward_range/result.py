@@ -32,6 +32,8 @@ class PartRange:
         verdicts: Where it overflows, or would at values `2**room` times as large: a tuple of
             "entry", "output" and "inside".
         problem: Why it could not be run by itself; empty if it could.
+        multiplications: How many it took in all calls, by weights and in attention; 0 of what is
+            made of other parts.
     """
 
     name: str
@@ -45,6 +47,7 @@ class PartRange:
     error_grown: float | None
     verdicts: tuple[str, ...]
     problem: str = ""
+    multiplications: float = 0.0
 
     @property
     def room(self) -> float:
@@ -72,10 +75,12 @@ class ForwardRange:
     Attributes:
         parts: A `PartRange` for each part that was called, in the order of the model.
         room: How many binades were asked for.
+        finite: Whether the outputs of the model are finite when it runs as it is.
     """
 
     parts: tuple[PartRange, ...]
     room: float
+    finite: bool
 
     @property
     def flagged(self) -> tuple[PartRange, ...]:
@@ -96,14 +101,12 @@ class ForwardRange:
         return "\n".join([text_table(columns, map(_row, parts)), "", self._summary()])
 
     def _summary(self) -> str:
-        flagged = self.flagged
-        if not flagged:
-            return f"Nothing overflows, nor would at values {2**self.room:g} times as large."
-        count = "1 part" if len(flagged) == 1 else f"{len(flagged)} parts"
-        return (
-            f"{count} of {len(self.parts)} overflow, or would at values {2**self.room:g} times as "
-            "large."
-        )
+        number, times = len(self.flagged), f"{2**self.room:g} times as large"
+        if not number:
+            return f"Nothing overflows, nor would at values {times}."
+        count = "1 part overflows" if number == 1 else f"{number} parts overflow"
+        outputs = "finite" if self.finite else "not finite"
+        return f"{count}, or would at values {times}. The model's outputs are {outputs}."
 
 
 def _row(part: PartRange) -> tuple[str, ...]:

@@ -1,0 +1,300 @@
+"""`widen`: makes the parts of a model that overflow in the forward pass compute in float32."""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+
+from tf_adaptive_ls.backend import keras_internals
+from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
+from tf_adaptive_ls.observe.batches import batches_of
+from tf_adaptive_ls.observe.checks import check_built
+from tf_adaptive_ls.observe.forward_range.parts import Part, parts_of_model
+from tf_adaptive_ls.observe.forward_range.ranges import ranges_of
+from tf_adaptive_ls.observe.forward_range.result import ForwardRange, PartRange
+from tf_adaptive_ls.training.layer_scaling import LayerScaling
+
+# A wide tensor that reaches another part is found in the next round: by then few are left.
+_MOST_ROUNDS = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Widening:
+    """What `widen` has changed in a model.
+
+    Attributes:
+        reasons: Dict of why, by the name of each part that computes in float32 now.
+        unmended: Dict of why not, by the name of each part that still overflows.
+        rounds: How often the model was looked at.
+        share_narrow: Share of the model's multiplications, by weights and in attention, that
+            are still computed in a narrow dtype, from 0 to 1. Of those that were.
+    """
+
+    reasons: dict[str, str]
+    unmended: dict[str, str]
+    rounds: int
+    share_narrow: float
+    _undo: list[Callable[[], None]] = dataclasses.field(repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parts that compute in float32 now: what `widen(model, names=…)` takes."""
+        return tuple(self.reasons)
+
+    def undo(self) -> None:
+        """Makes all parts compute in the dtypes that they had."""
+        while self._undo:
+            self._undo.pop()()
+        self.reasons.clear()
+
+    def __str__(self) -> str:
+        lines = [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        if not lines:
+            lines = ["Nothing was widened."]
+        else:
+            share = f"{100 * self.share_narrow:.0f} % of multiplications stay narrow."
+            lines = ["Computed in float32:", *lines, share]
+        if self.unmended:
+            lines += ["Not mended:"] + [f"  {name}: {why}" for name, why in self.unmended.items()]
+        return "\n".join(lines)
+
+
+def widen(
+    model: keras.Model,
+    batches: Any = None,
+    room: float = 2,
+    *,
+    names: Iterable[str] | None = None,
+    training: bool = True,
+) -> Widening:
+    """Makes the parts of a model that overflow in the forward pass compute in float32.
+
+    `forward_range` is asked which these are, again and again until it finds none; all others
+    stay as they are. A layer of Keras is widened with all that is inside it; an operation between
+    layers by widening the layer with the fewest multiplications that it takes tensors from;
+    what an author's layer does between the layers inside it by the cheapest of these that
+    suffice.
+
+    Layers are changed in place, by their dtype policies: weights, optimizer and wrapping stay, and
+    the policies are saved with the model. Only layers that an author's layer makes in its
+    constructor without a `dtype` have the global policy again when the model is loaded: widen
+    them by name then.
+
+    ```python
+    widening = als.widen(model, [(x[:32], y[:32])])
+    print(widening)
+    ```
+
+    Args:
+        model: A built `keras.Model`, wrapped or not, compiled or not.
+        batches: Data as for `fit`: arrays `(x, y)`, or an iterable of batches.
+        room: By how many binades values shall be able to grow, a number from 0 to 16.
+        names: In place of `batches`: names of the parts to widen, as of `Widening.names`.
+        training: Whether layers run as in training.
+
+    Returns:
+        A `Widening`, which can undo all that was done.
+
+    Raises:
+        ValueError: If an argument is not as said. Nothing is changed then.
+    """
+    check_built(model, "widen")
+    if (names is None) == (batches is None):
+        received = "neither" if names is None else "both"
+        raise ValueError(f"Expected either `batches` or `names`. Received: {received}.")
+    work = _Work(model)
+    try:
+        if names is not None:
+            work.widen_by_names(list(names))
+            return work.result(None, 0)
+        kept = list(batches_of(batches))
+        return work.widen_by_ranges(
+            lambda only=None: ranges_of(model, kept, room, training, only=only)
+        )
+    except BaseException:
+        work.undo()
+        raise
+
+
+class _Work:
+    """What is done to a model.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self._parts = {part.name: part for part in parts_of_model(model)}
+        self._names = {id(part.operation): name for name, part in self._parts.items()}
+        self._reasons: dict[str, str] = {}
+        self._unmended: dict[str, str] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._costs: dict[str, float] = {}
+
+    def undo(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def result(self, first: ForwardRange | None, rounds: int) -> Widening:
+        """The `Widening`, `first` being what the model was found to be before."""
+        were = [] if first is None else [p for p in first.parts if is_narrow_dtype(p.float_format)]
+        total = sum(part.multiplications for part in were)
+        narrow = sum(
+            part.multiplications for part in were if is_narrow(self._parts[part.name].operation)
+        )
+        share = narrow / total if total else 1.0
+        return Widening(self._reasons, self._unmended, rounds, share, self._undo)
+
+    def widen_by_names(self, names: list[str]) -> None:
+        unknown = [name for name in names if name not in self._parts]
+        if unknown:
+            raise ValueError(
+                "Expected names of parts of the model, as of `Widening.names`. Received: "
+                f"{unknown[:5]}, which it does not have. It has for example "
+                f"{list(self._parts)[1:6]}."
+            )
+        for name in names:
+            self._widen(name, "asked for")
+
+    def widen_by_ranges(self, look: Callable[..., ForwardRange]) -> Widening:
+        """Widens until nothing is found.
+
+        Args:
+            look: Function of the name of one part, or `None` for all, to a `ForwardRange`.
+        """
+        result = first = look()
+        rounds = 1
+        while rounds < _MOST_ROUNDS:
+            self._costs = {part.name: part.multiplications for part in result.parts}
+            # Those made of parts last: these may be all that is to be mended.
+            flagged = sorted(result.flagged, key=lambda part: self._parts[part.name].is_open)
+            if not any([self._mend(part, look) for part in flagged]):
+                break
+            result, rounds = look(), rounds + 1
+        for part in result.flagged:
+            self._unmended.setdefault(part.name, ", ".join(part.verdicts))
+        if not result.flagged and not result.finite:
+            self._unmended[self._model.name] = "outputs are not finite, for no part by itself"
+        return self.result(first, rounds)
+
+    def _mend(self, found: PartRange, look: Callable[..., ForwardRange]) -> bool:
+        """Widens what mends a part; whether anything was."""
+        part, verdicts = self._parts[found.name], ", ".join(found.verdicts)
+        if found.name in self._unmended:
+            return False
+        if not isinstance(part.operation, keras.layers.Layer):
+            feeder = self._cheapest_feeder(part)
+            return feeder is not None and self._widen(feeder, f"feeds {part.name}: {verdicts}")
+        if part.is_graph:
+            return self._widen(part.name, verdicts)
+        around = part if part.is_open else self._authors_part_around(part)
+        if around is None:
+            return self._widen(part.name, verdicts)
+        return self._widen_least([part.name], around, part, verdicts, look)
+
+    def _authors_part_around(self, part: Part) -> Part | None:
+        """The innermost author's layer or model that calls a part, `None` if a graph does."""
+        around = [each for each in self._parts.values() if part.name in self._below(each)]
+        innermost = max(around, key=lambda each: each.name.count("/"), default=None)
+        return None if innermost is None or innermost.is_graph else innermost
+
+    def _widen_least(
+        self, first: list[str], around: Part, part: Part, verdicts: str, look: Callable[..., Any]
+    ) -> bool:
+        """Widens the cheapest layers that suffice to mend a part; whether anything was.
+
+        What an author's layer computes from tensors of two dtypes has the wider one, or, on
+        TensorFlow, cannot be computed.
+
+        Args:
+            first: The names to begin with.
+            around: The `Part` in which the layers are.
+            part: That to be mended.
+            verdicts: Its verdicts.
+            look: As of `widen_by_ranges`.
+        """
+
+        def suffice(names: list[str]) -> bool:
+            before, reasons = len(self._undo), dict(self._reasons)
+            for name in names:
+                self._widen(name, verdicts)
+            try:
+                return not look(part.name).flagged
+            except Exception:  # whatever such a layer raises
+                return False
+            finally:
+                while len(self._undo) > before:
+                    self._undo.pop()()
+                self._reasons = reasons
+
+        if suffice([]):
+            return False
+        others = [name for name in self._below(around) if name not in first]
+        names = [*first, *sorted(others, key=lambda name: self._costs.get(name, 0.0))]
+        if suffice(first):
+            needed = first
+        elif suffice(names):
+            number = bisect.bisect_left(range(len(names)), True, key=lambda n: suffice(names[:n]))
+            needed = names[:number]
+            for name in reversed(needed):
+                fewer = [each for each in needed if each != name]
+                needed = fewer if suffice(fewer) else needed
+        else:
+            self._unmended[part.name] = f"{verdicts}, also if all of '{around.name}' is widened"
+            return False
+        reason = f"feeds {part.name}: {verdicts}"
+        return any([self._widen(n, verdicts if n == part.name else reason) for n in needed])
+
+    def _below(self, part: Part) -> list[str]:
+        """Names of the layers in a part that are widened as a whole."""
+        if not part.is_open:
+            return []
+        prefix = "" if part.operation is self._model else f"{part.name}/"
+        return [
+            name
+            for name, each in self._parts.items()
+            if name.startswith(prefix) and not each.is_open and is_narrow(each.operation)
+        ]
+
+    def _cheapest_feeder(self, part: Part) -> str | None:
+        """The layer with the fewest multiplications that an operation takes tensors from."""
+        found: dict[str, float] = {}
+        queue, seen = [part.operation], set()
+        while queue:
+            for node in keras_internals.calls_of(queue.pop()):
+                for tensor in node.input_tensors:
+                    source: Any = keras_internals.node_of(tensor)
+                    operation = None if source is None else source.operation
+                    if operation is None or id(operation) in seen:
+                        continue
+                    seen.add(id(operation))
+                    if isinstance(operation, LayerScaling):
+                        operation = operation.layer
+                    name = self._names.get(id(operation))
+                    if not isinstance(operation, keras.layers.Layer):
+                        queue.append(operation)
+                    elif name is not None and is_narrow(operation):
+                        found[name] = self._costs.get(name, 0.0)
+        return min(found, key=lambda name: found[name], default=None)
+
+    def _widen(self, name: str, reason: str) -> bool:
+        part = self._parts[name]
+        undo = keras_internals.made_float32(
+            [layer for layer in part.inside if is_narrow(layer)], self._model
+        )
+        if part.is_graph:
+            undo += keras_internals.made_to_take_float32(part.operation)
+        if not undo:
+            return False
+        self._undo += undo
+        self._reasons.setdefault(name, reason)
+        keras_internals.forget_compiled_functions(self._model)
+        return True
+
+
+def is_narrow(operation: Any) -> bool:
+    """Whether an operation is a layer that computes in a dtype with less range than float32."""
+    return isinstance(operation, keras.layers.Layer) and is_narrow_dtype(operation.compute_dtype)
