@@ -12,6 +12,7 @@ from benchmarks import (
     fidelity,
     float8,
     float8_speed,
+    forward,
     import_time,
     loss_change,
     others,
@@ -58,6 +59,16 @@ def test_convergence(tmp_path, capsys):
     assert result["runs"][OURS][0]["skipped"] == []
     assert "Ours against float32:" in capsys.readouterr().out
     assert (tmp_path / "scales.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_forward(tmp_path):
+    forward.main(["--quick", "--output", str(tmp_path)])
+    by_name = {result["name"]: result for result in results(tmp_path)}
+    assert not any(outcome["missed"] for outcome in by_name.pop("planted")["outcomes"])
+    (result,) = by_name.values()
+    losses = {run["way"]: run["loss"] for run in result["runs"]}
+    assert np.isnan(losses[forward.FLOAT16]) and np.isfinite(losses[forward.WIDENED])
 
 
 @pytest.mark.long

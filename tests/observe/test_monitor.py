@@ -369,6 +369,18 @@ def test_nan_in_the_data(mixed_float16, tmp_path):
     fit(model, als.LossScaleMonitor(), epochs=1)
 
 
+def test_an_overflow_of_the_forward_pass(mixed_float16):
+    """No loss scale can mend it: the layers are named, and what mends them."""
+    model = network()
+    model.set_weights([1e5 * w if w.ndim == 2 else w for w in model.get_weights()])
+    error, *_ = stuck(model, before=0)
+    assert error.explanation.first.phase == "forward"
+    names = [part.name for part in als.forward_range(model, [X], room=0).flagged]
+    assert names and f"In the forward pass '{names[0]}'" in str(error)
+    assert "`tf_adaptive_ls.widen(model, batches)` makes them compute in float32" in str(error)
+    assert als.widen(model, [X], room=0).unmended == {}
+
+
 def test_inf_in_the_loss(mixed_float16):
     fault = keras.Variable(1.0, trainable=False)
     model = network(lambda y, y_pred: ops.mean((y - y_pred) ** 2) * fault)

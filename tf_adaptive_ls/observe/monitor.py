@@ -12,12 +12,16 @@ from tf_adaptive_ls.backend import devices, trainer
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.observe.checks import check_path, check_whole
+from tf_adaptive_ls.observe.forward_range.ranges import forward_range
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
 from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch
 from tf_adaptive_ls.observe.record.writers import RunWriter
 from tf_adaptive_ls.observe.sinks import Logs, Sinks
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+
+# How many parts of a model are named in a message.
+_NAMED = 5
 
 
 class StuckTrainingError(RuntimeError):
@@ -226,7 +230,10 @@ class LossScaleMonitor(keras.callbacks.Callback):
                     stacklevel=2,
                 )
                 return trainer.no_step(self.model, args)
-            raise StuckTrainingError(f"{complaint}\n{explanation}", explanation)
+            raise StuckTrainingError(
+                "\n".join([complaint, str(explanation), *_overflows(self.model, batch[0])]),
+                explanation,
+            )
 
         for watch in self._watches.values():
             watch.stuck = False
@@ -235,6 +242,22 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
 def _is_adaptive(optimizer: Any) -> bool:
     return isinstance(optimizer, AdaptiveLossScaleOptimizer)
+
+
+def _overflows(model: keras.Model, x: Any) -> list[str]:
+    """A line that names the parts of a model that overflow in the forward pass, if any does."""
+    try:
+        flagged = forward_range(model, [x], room=0).flagged
+    except Exception:  # no model that can be run so: all else has been said
+        return []
+    if not flagged:
+        return []
+    names = ", ".join(f"'{part.name}'" for part in flagged[:_NAMED])
+    more = f" and {len(flagged) - _NAMED} more" if len(flagged) > _NAMED else ""
+    return [
+        f"\nIn the forward pass {names}{more} overflow, which no loss scale can mend: "
+        "`tf_adaptive_ls.widen(model, batches)` makes them compute in float32."
+    ]
 
 
 def _path_of(path: str | os.PathLike[str] | None, name: str) -> str | os.PathLike[str] | None:

@@ -116,8 +116,8 @@ def _advice(first: TensorReading) -> str:
         if float_format.is_narrow:
             text += (
                 f" Or its values grew past {float_format.largest:g}, where "
-                f"{float_format.name} ends: "
-                'normalise its inputs, or build it with dtype="float32".'
+                f"{float_format.name} ends: `tf_adaptive_ls.widen(model, batches)` makes the "
+                "layers that do so compute in float32."
             )
         return text
     if first.phase == "loss":

@@ -58,6 +58,28 @@ class _Reading:
     def limit(self) -> float:
         return FloatFormat(self.dtype or "float32").largest
 
+    def add(self, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[bool, bool]:
+        """Adds what was seen of a call in float32.
+
+        Returns:
+            Whether the part made what is not finite of what is; and whether its dtype holds
+            all that it takes and returns.
+        """
+        largest_in, finite_in = _largest(inputs)
+        largest_out, finite_out = _largest(outputs)
+        makes_nonfinite = finite_in and not finite_out
+        written = list(filter(is_narrow_dtype, map(_dtype, outputs)))
+        if makes_nonfinite and written and not self.part.is_graph:
+            # It casts, whatever its policy is.
+            self.dtype, self.returns_narrow = narrowest(written).name, True
+            largest_out = math.inf
+        self.calls += 1
+        if not self.part.is_open:
+            self.multiplications += multiplications_of(self.part.operation, inputs, outputs)
+        self.largest_in = max(self.largest_in, largest_in)
+        self.largest_out = max(self.largest_out, largest_out)
+        return makes_nonfinite, max(largest_in, largest_out) <= self.limit
+
     def result(self, room: float) -> PartRange:
         part, bound = self.part, self.limit / 2**room
         # What a graph returns is told of what is in it.
@@ -172,32 +194,18 @@ class OwnRuns:
             return original(*args, **kwargs)
         number = self._number_of_call.get(id(reading), 0)
         self._number_of_call[id(reading)] = number + 1
-        layers = reading.part.inside
-        variables = [v for layer in layers[:1] for v in layer.variables]
+        variables = [v for layer in reading.part.inside[:1] for v in layer.variables]
         values = [(v, v.value) for v in variables]
         outputs = original(*args, **kwargs)
-        largest_in, finite_in = _largest(inputs)
-        largest_out, finite_out = _largest(CallTensors(outputs).tensors)
-        if finite_in and not finite_out:
+        makes_nonfinite, fits = reading.add(inputs, CallTensors(outputs).tensors)
+        if makes_nonfinite:
             self.first_nonfinite = self.first_nonfinite or reading.part.name
-            written = [_dtype(tensor) for tensor in CallTensors(outputs).tensors]
-            if not reading.part.is_graph and any(map(is_narrow_dtype, written)):
-                # It casts, whatever its policy is.
-                reading.dtype, largest_out = narrowest(written).name, math.inf
-                reading.returns_narrow = True
-        reading.calls += 1
-        if not reading.part.is_open:
-            returned = CallTensors(outputs).tensors
-            reading.multiplications += multiplications_of(reading.part.operation, inputs, returned)
-        reading.largest_in = max(reading.largest_in, largest_in)
-        reading.largest_out = max(reading.largest_out, largest_out)
         known = number < len(reading.dtypes) and len(reading.dtypes[number]) == len(inputs)
-        fits = max(largest_in, largest_out) <= reading.limit
         runs = reading.part.runs_alone and self._only in (None, reading.part.name)
-        if reading.is_narrow and runs and known and fits:
+        if reading.is_narrow and fits and known and runs:
             own_run = _OwnRun(self, reading, original, values, reading.dtypes[number])
             try:
-                self._measure(reading, own_run, args, kwargs, largest_in)
+                self._measure(reading, own_run, args, kwargs, _largest(inputs)[0])
             except Exception as error:  # whatever a layer cannot do
                 reading.problem = f"{type(error).__name__}: {error}"[:80]
         return outputs
@@ -226,7 +234,7 @@ class OwnRuns:
         args, kwargs = up.replaced([_cast(tensor, "float32") for tensor in up.tensors])
         with self.calls_lead_to(_straight_on), keras_internals.AutocastScope("float32"):
             outputs = original(*args, **kwargs)
-        if not reading.is_narrow:
+        if not reading.returns_narrow:
             return outputs
         down = CallTensors(outputs)
         return down.replaced([_cast(tensor, reading.dtype) for tensor in down.tensors])

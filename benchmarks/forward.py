@@ -1,0 +1,204 @@
+"""Which overflows of the forward pass are found, and what does it cost to mend them?
+
+Parts:
+
+    planted   `forward_range` on sound models into which one cause of overflow was planted
+    training  models that overflow in float16, trained in float16, clipped by hand, in float32,
+              and after `widen`, all under Keras's `LossScaleOptimizer`
+
+Prints Markdown tables, and writes them and all figures as JSON.
+"""
+
+import argparse
+import statistics
+
+import keras
+import numpy as np
+
+import tf_adaptive_ls as als
+from benchmarks import compute, data, overflowing, report
+from benchmarks.overflowing import HOSTS, MODELS, PLANTS
+
+PARTS = ("planted", "training")
+SEEDS = (0, 1, 2)
+FLOAT16, CLIPPED, FLOAT32, WIDENED = WAYS = (
+    "float16",
+    "clipped by hand",
+    "float32",
+    "widened",
+)
+BATCH_SIZE, LOOKED_AT, LAST_STEPS = 32, 16, 20
+EXAMPLES_OF_TOKENS = 2048
+
+
+def started(seed, policy="mixed_float16"):
+    keras.backend.clear_session()
+    keras.config.set_dtype_policy(policy)
+    keras.utils.set_random_seed(seed)
+
+
+def planted(images, seeds, advance):
+    """What was found of each plant, in each host, at one of its three blocks."""
+    outcomes = []
+    for plant, function in PLANTS.items():
+        for host, build in HOSTS.items():
+            for seed in seeds:
+                started(seed)
+                model, expected = build(function, seed % 3)
+                result = als.forward_range(model, [images[:8]])
+                flagged = {part.name for part in result.flagged}
+                outcomes.append(
+                    {
+                        "plant": plant,
+                        "host": host,
+                        "seed": seed,
+                        "planted": len(expected),
+                        "missed": sorted(expected - flagged),
+                        "false": sorted(flagged - expected),
+                        "parts": len(result.parts),
+                    }
+                )
+                advance()
+    return {"name": "planted", "outcomes": outcomes}
+
+
+def trained(name, way, seed, images):
+    """Losses of one model, trained in one way."""
+    case = MODELS[name]
+    started(seed, "float32" if way == FLOAT32 else "mixed_float16")
+    model = case.build(way == CLIPPED)
+    if case.of_tokens:
+        x, y = overflowing.tokens(EXAMPLES_OF_TOKENS, seed)
+    else:
+        x, y = 2 * images.x_train - 1, images.y_train
+    order = np.random.default_rng(seed).permutation(len(x))
+    figures = {"way": way, "seed": seed}
+    if way == WIDENED:
+        widening = als.widen(model, [x[order[:LOOKED_AT]]])
+        figures |= {
+            "widened": len(widening.names),
+            "layers": len(model.layers),
+            "share_narrow": widening.share_narrow,
+            "unmended": list(widening.unmended),
+        }
+    figures["error"] = error_of(case, model, seed, x[order[:LOOKED_AT]], way)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-3))
+    model.compile(optimizer, loss, auto_scale_loss=False, jit_compile=compute.ON_JAX)
+    losses = []
+    for step in range(case.steps):
+        chosen = order[np.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE) % len(order)]
+        losses.append(float(model.train_on_batch(x[chosen], y[chosen])))
+        # Keras reports means since the metrics were reset.
+        model.reset_metrics()
+    return figures | {"loss": statistics.mean(losses[-LAST_STEPS:])}
+
+
+def error_of(case, model, seed, x, way):
+    """Relative error of the model's outputs against those of its twin in float32."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
+    twin = case.build(False)
+    keras.config.set_dtype_policy(policy)
+    twin.set_weights(model.get_weights())
+    expected, actual = (np.array(each(x, training=False), "float64") for each in (twin, model))
+    if not np.all(np.isfinite(actual)):
+        return float("inf")
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+# Tables.
+
+
+def planted_table(outcomes):
+    rows = []
+    for plant in [*PLANTS, None]:
+        chosen = [each for each in outcomes if plant in (None, each["plant"])]
+        count = sum(each["planted"] for each in chosen)
+        missed = sum(len(each["missed"]) for each in chosen)
+        false = sum(len(each["false"]) for each in chosen)
+        parts = sum(each["parts"] for each in chosen)
+        label = plant or "**all**"
+        rows.append((label, str(count), str(count - missed), str(missed), f"{false} of {parts:,}"))
+    return report.markdown(("planted", "number", "found", "missed", "false alarms"), rows)
+
+
+def spread(values, digits=".3f"):
+    if not np.all(np.isfinite(values)):
+        bad = sum(not np.isfinite(value) for value in values)
+        return "NaN" if bad == len(values) else f"NaN in {bad} of {len(values)}"
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:{digits}} ({low:{digits}} … {high:{digits}})"
+
+
+def training_table(results):
+    rows = []
+    for result in results:
+        by_way = {way: [r for r in result["runs"] if r["way"] == way] for way in WAYS}
+        widened = by_way[WIDENED]
+        shares = [run["share_narrow"] for run in widened]
+        errors = [
+            f"{statistics.median(r['error'] for r in by_way[w]):.0e}" for w in (CLIPPED, WIDENED)
+        ]
+        rows.append(
+            (
+                result["name"],
+                *(spread([run["loss"] for run in by_way[way]]) for way in WAYS),
+                ", ".join(errors),
+                f"{max(run['widened'] for run in widened)} of {widened[0]['layers']}",
+                f"{100 * min(shares):.0f} %",
+            )
+        )
+    header = ("model", *WAYS, "error: clipped, widened", "layers widened", "stays narrow")
+    return report.markdown(header, rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    report.add_arguments(parser, "forward")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    parser.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL")
+    args = parser.parse_args(argv)
+    images = data.digits() if args.quick else data.cifar10(args.data)
+    seeds = SEEDS[:1] if args.quick else SEEDS
+    names = args.only or (list(MODELS)[-1:] if args.quick else list(MODELS))
+    with report.progress() as progress:
+        if "planted" in args.parts:
+            bar = progress.add_task("planted", total=len(PLANTS) * len(HOSTS) * len(seeds))
+            inputs = 2 * images.x_train[:LOOKED_AT] - 1
+            result = planted(inputs, seeds, lambda: progress.advance(bar))
+            report.save_result(args.output, result)
+        for name in names if "training" in args.parts else ():
+            bar = progress.add_task(name, total=len(WAYS) * len(seeds))
+            runs = []
+            for way in WAYS:
+                for seed in seeds:
+                    runs.append(trained(name, way, seed, images))
+                    progress.advance(bar)
+            report.save_result(args.output, {"name": name, "data": images.name, "runs": runs})
+    results = report.load_results(args.output, ["planted", *MODELS])
+    report.save_text(args.output, text_of(results))
+
+
+def text_of(results):
+    sections = ["# Overflows of the forward pass"]
+    for result in results:
+        if result["name"] == "planted":
+            sections += ["## Planted", planted_table(result["outcomes"])]
+    models = [result for result in results if "runs" in result]
+    if models:
+        sections += [
+            f"## Trained on {models[0]['data']}",
+            f"Mean loss of the last {LAST_STEPS} steps of batches of {BATCH_SIZE}, Adam: median "
+            f"(least … largest) of {len(models[0]['runs']) // len(WAYS)} seeds. Error: of the "
+            "outputs before training, against float32. Layers and multiplications that stay in "
+            "float16: the least of all seeds.",
+            training_table(models),
+        ]
+    return "\n\n".join([*sections, report.provenance_text(results)]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
