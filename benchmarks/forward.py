@@ -3,6 +3,7 @@
 Parts:
 
     planted   `forward_range` on sound models into which one cause of overflow was planted
+    healthy   the models of the benchmarks of gradients, of which nothing should be flagged
     training  models that overflow in float16, trained in float16, clipped by hand, in float32,
               and after `widen`, all under Keras's `LossScaleOptimizer`
 
@@ -16,10 +17,10 @@ import keras
 import numpy as np
 
 import tf_adaptive_ls as als
-from benchmarks import compute, data, overflowing, report
+from benchmarks import data, overflowing, report, zoo
 from benchmarks.overflowing import HOSTS, MODELS, PLANTS
 
-PARTS = ("planted", "training")
+PARTS = ("planted", "healthy", "training")
 SEEDS = (0, 1, 2)
 FLOAT16, CLIPPED, FLOAT32, WIDENED = WAYS = (
     "float16",
@@ -62,6 +63,22 @@ def planted(images, seeds, advance):
     return {"name": "planted", "outcomes": outcomes}
 
 
+def healthy(images):
+    """What was flagged in models that train well in float16."""
+    outcomes = []
+    for name, task in zoo.TASKS.items():
+        started(0)
+        model = task.build()
+        x, _ = task.examples(images.x_train[:LOOKED_AT], images.y_train[:LOOKED_AT])
+        result = als.forward_range(model, [x])
+        flagged = [part.name for part in result.flagged]
+        room = min((part.room for part in result.parts), default=float("inf"))
+        outcomes.append(
+            {"model": name, "parts": len(result.parts), "flagged": flagged, "room": room}
+        )
+    return {"name": "healthy", "outcomes": outcomes}
+
+
 def trained(name, way, seed, images):
     """Losses of one model, trained in one way."""
     case = MODELS[name]
@@ -84,7 +101,7 @@ def trained(name, way, seed, images):
     figures["error"] = error_of(case, model, seed, x[order[:LOOKED_AT]], way)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-3))
-    model.compile(optimizer, loss, auto_scale_loss=False, jit_compile=compute.ON_JAX)
+    model.compile(optimizer, loss, auto_scale_loss=False, jit_compile=True)
     losses = []
     for step in range(case.steps):
         chosen = order[np.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE) % len(order)]
@@ -121,6 +138,14 @@ def planted_table(outcomes):
         label = plant or "**all**"
         rows.append((label, str(count), str(count - missed), str(missed), f"{false} of {parts:,}"))
     return report.markdown(("planted", "number", "found", "missed", "false alarms"), rows)
+
+
+def healthy_table(outcomes):
+    rows = [
+        (each["model"], str(each["parts"]), ", ".join(each["flagged"]), f"{each['room']:.1f}")
+        for each in outcomes
+    ]
+    return report.markdown(("sound model", "parts", "flagged", "least room, binades"), rows)
 
 
 def spread(values, digits=".3f"):
@@ -170,6 +195,8 @@ def main(argv=None):
             inputs = 2 * images.x_train[:LOOKED_AT] - 1
             result = planted(inputs, seeds, lambda: progress.advance(bar))
             report.save_result(args.output, result)
+        if "healthy" in args.parts:
+            report.save_result(args.output, healthy(images))
         for name in names if "training" in args.parts else ():
             bar = progress.add_task(name, total=len(WAYS) * len(seeds))
             runs = []
@@ -178,7 +205,7 @@ def main(argv=None):
                     runs.append(trained(name, way, seed, images))
                     progress.advance(bar)
             report.save_result(args.output, {"name": name, "data": images.name, "runs": runs})
-    results = report.load_results(args.output, ["planted", *MODELS])
+    results = report.load_results(args.output, ["planted", "healthy", *MODELS])
     report.save_text(args.output, text_of(results))
 
 
@@ -187,6 +214,8 @@ def text_of(results):
     for result in results:
         if result["name"] == "planted":
             sections += ["## Planted", planted_table(result["outcomes"])]
+        if result["name"] == "healthy":
+            sections += ["## Sound models", healthy_table(result["outcomes"])]
     models = [result for result in results if "runs" in result]
     if models:
         sections += [

@@ -70,7 +70,7 @@ def residual_stream(size, clip=False):
     for _ in range(4):
         x = clipped(layers.Add()([x, attend(layers.LayerNormalization()(x))]), clip)
         y = layers.Dense(2 * WIDTH, "gelu")(layers.LayerNormalization()(x))
-        y = layers.Dense(WIDTH, kernel_initializer=normal(size / 80))(y)
+        y = layers.Dense(WIDTH, kernel_initializer=normal(size / 30))(y)
         x = clipped(layers.Add()([x, clipped(y, clip)]), clip)
     return classifier(inputs, pooled(x))
 

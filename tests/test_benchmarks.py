@@ -66,6 +66,7 @@ def test_forward(tmp_path):
     forward.main(["--quick", "--output", str(tmp_path)])
     by_name = {result["name"]: result for result in results(tmp_path)}
     assert not any(outcome["missed"] for outcome in by_name.pop("planted")["outcomes"])
+    assert not any(outcome["flagged"] for outcome in by_name.pop("healthy")["outcomes"])
     (result,) = by_name.values()
     losses = {run["way"]: run["loss"] for run in result["runs"]}
     assert np.isnan(losses[forward.FLOAT16]) and np.isfinite(losses[forward.WIDENED])
