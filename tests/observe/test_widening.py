@@ -76,7 +76,8 @@ class TestEachKind:
         assert widening.names == ()
         np.testing.assert_array_equal(outputs_of(model), before)
         assert [part.dtype_policy for part in parts_of(model)] == policies
-        assert als.widen(model, names=names).names == names
+        again = als.widen(model, names=names)
+        assert again.names == names and again.share_narrow is None
         np.testing.assert_array_equal(outputs_of(model), widened)
 
     @pytest.mark.parametrize("when", ["before", "after"])
@@ -145,6 +146,27 @@ class TestWhatIsMadeOfLayers:
         assert set(widening.names) <= {"gated/gate", "gated/up"}
         assert len(widening.names) == (1 if ON_JAX else 2)
         assert als.forward_range(model, ONES).flagged == ()
+
+    def test_a_graph_in_a_model_with_a_call_of_its_own(self):
+        """On TensorFlow, what the graph returns then cannot be added to what is narrow."""
+
+        class Outer(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.first = dense(name="first")
+                inputs = keras.Input((8,))
+                self.graph = keras.Model(inputs, dense(value=BIG, name="wide")(inputs))
+                self.last = layers.LayerNormalization(name="last")
+
+            def call(self, x):
+                x = self.first(x)
+                return self.last(x + self.graph(x))
+
+        model = Outer()
+        model(ONES[0])
+        widening = als.widen(model, ONES)
+        assert widening.unmended == {} and f"{model.graph.name}/wide" in widening.names
+        assert np.all(np.isfinite(outputs_of(model)))
 
     def test_names_are_asked_for_again_in_a_model_made_anew(self):
         model = model_of(Gated(2.0**6, name="gated"))

@@ -29,13 +29,14 @@ class Widening:
         unmended: Dict of why not, by the name of each part that still overflows.
         rounds: How often the model was looked at.
         share_narrow: Share of the model's multiplications, by weights and in attention, that
-            are still computed in a narrow dtype, from 0 to 1. Of those that were.
+            are still computed in a narrow dtype, from 0 to 1, of those that were; `None` if
+            parts were widened by name.
     """
 
     reasons: dict[str, str]
     unmended: dict[str, str]
     rounds: int
-    share_narrow: float
+    share_narrow: float | None
     _undo: list[Callable[[], None]] = dataclasses.field(repr=False)
 
     @property
@@ -54,8 +55,9 @@ class Widening:
         if not lines:
             lines = ["Nothing was widened."]
         else:
-            share = f"{100 * self.share_narrow:.0f} % of multiplications stay narrow."
-            lines = ["Computed in float32:", *lines, share]
+            lines = ["Computed in float32:", *lines]
+            if self.share_narrow is not None:
+                lines.append(f"{100 * self.share_narrow:.0f} % of multiplications stay narrow.")
         if self.unmended:
             lines += ["Not mended:"] + [f"  {name}: {why}" for name, why in self.unmended.items()]
         return "\n".join(lines)
@@ -140,12 +142,14 @@ class _Work:
 
     def result(self, first: ForwardRange | None, rounds: int) -> Widening:
         """The `Widening`, `first` being what the model was found to be before."""
-        were = [] if first is None else [p for p in first.parts if is_narrow_dtype(p.float_format)]
-        total = sum(part.multiplications for part in were)
-        narrow = sum(
-            part.multiplications for part in were if is_narrow(self._parts[part.name].operation)
-        )
-        share = narrow / total if total else 1.0
+        share = None
+        if first is not None:
+            were = [part for part in first.parts if is_narrow_dtype(part.float_format)]
+            total = sum(part.multiplications for part in were)
+            narrow = sum(
+                part.multiplications for part in were if is_narrow(self._parts[part.name].operation)
+            )
+            share = narrow / total if total else 1.0
         return Widening(self._reasons, self._unmended, rounds, share, self._undo)
 
     def widen_by_names(self, names: list[str]) -> None:
@@ -196,10 +200,13 @@ class _Work:
         return self._widen_least([part.name], around, part, verdicts, look)
 
     def _authors_part_around(self, part: Part) -> Part | None:
-        """The innermost author's layer or model that calls a part, `None` if a graph does."""
-        around = [each for each in self._parts.values() if part.name in self._below(each)]
-        innermost = max(around, key=lambda each: each.name.count("/"), default=None)
-        return None if innermost is None or innermost.is_graph else innermost
+        """The innermost author's layer or model that a part is in, `None` if there is none."""
+        around = [
+            each
+            for each in self._parts.values()
+            if not each.is_graph and part.name in self._below(each)
+        ]
+        return max(around, key=lambda each: each.name.count("/"), default=None)
 
     def _widen_least(
         self, first: list[str], around: Part, part: Part, verdicts: str, look: Callable[..., Any]
