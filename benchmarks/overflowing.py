@@ -45,6 +45,10 @@ class Clip(layers.Layer):
     def call(self, x):
         return ops.clip(x, -LARGEST, LARGEST)
 
+    def compute_output_shape(self, shape):
+        # Keras cannot trace it behind a product with a number, which it takes for sparse.
+        return shape
+
 
 def clipped(x, clip):
     return Clip()(x) if clip else x

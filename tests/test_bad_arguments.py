@@ -44,6 +44,15 @@ def run_with_changes():
         return als.load_run(path)
 
 
+@functools.cache
+def run_with_rooms():
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/run.jsonl"
+        monitor = als.LossScaleMonitor(path, batch=X)
+        trained_model().fit(X, Y, verbose=0, callbacks=[monitor])
+        return als.load_run(path)
+
+
 CALLS = {
     als.LossScaled: lambda: {
         "layer": layers.Dense(2),
@@ -71,6 +80,7 @@ CALLS = {
     als.LossScaleMonitor: lambda: {
         "path": None,
         "every": 3,
+        "batch": X,
         "tensorboard": None,
         "stuck_after": 3,
         "optimizer": None,
@@ -111,6 +121,7 @@ CALLS = {
         "training": True,
     },
     plots.plot_forward_range: lambda: {"result": als.forward_range(model(), [X]), "dark": True},
+    plots.plot_forward_rooms: lambda: {"run": run_with_rooms(), "dark": True},
     als.explain_nonfinite: lambda: {
         "model": model(),
         "x": X,
@@ -134,6 +145,7 @@ OTHERS = {
     als.Calibration,
     als.Explanation,
     als.ForwardRange,
+    als.ForwardRooms,
     als.PartRange,
     als.Widening,
     als.FixedRule,

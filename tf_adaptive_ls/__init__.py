@@ -32,6 +32,7 @@ from tf_adaptive_ls.observe.monitor import LossScaleMonitor, StuckTrainingError
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction
 from tf_adaptive_ls.observe.nonfinite import Explanation, TensorReading, explain_nonfinite
 from tf_adaptive_ls.observe.record.float8 import Float8Record
+from tf_adaptive_ls.observe.record.forward_rooms import ForwardRooms
 from tf_adaptive_ls.observe.record.loss_changes import LossChanges
 from tf_adaptive_ls.observe.record.run import Run, load_run, snapshot_run
 from tf_adaptive_ls.observe.scale_table import ScaleRow, ScaleTable, scale_table
@@ -54,6 +55,7 @@ __all__ = [
     "Float8Record",
     "FloatFormat",
     "ForwardRange",
+    "ForwardRooms",
     "GaussianRule",
     "LayerRange",
     "LayerSnapshot",

@@ -21,8 +21,9 @@ def main(argv: list[str] | None = None) -> None:
         type=pathlib.Path,
         default=pathlib.Path(),
         metavar="DIR",
-        help="where to write scales.png, spectra.png, training.png and, if a LossChangeMonitor was "
-        "there, loss_change.png and two more; default: here",
+        help="where to write scales.png, spectra.png, training.png, if the LossScaleMonitor had a "
+        "batch forward_rooms.png and, if a LossChangeMonitor was there, loss_change.png and two "
+        "more; default: here",
     )
     parser.add_argument("--step", type=int, help="the step that spectra.png shows, not the last")
     parser.add_argument("--dark", action="store_true", help="draw on black")
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
             pictures["scales"] = plots.plot_scales(run, dark=args.dark)
             pictures["spectra"] = plots.plot_spectra(run, step=args.step, dark=args.dark)
             pictures["training"] = plots.plot_training(run, dark=args.dark)
+        if run.forward_rooms is not None:
+            pictures["forward_rooms"] = plots.plot_forward_rooms(run, dark=args.dark)
         if run.loss_changes is not None:
             pictures["loss_change"] = plots.plot_loss_change(run, dark=args.dark)
             pictures["loss_change_map"] = plots.plot_loss_change_map(run, dark=args.dark)

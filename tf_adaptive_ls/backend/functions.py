@@ -62,15 +62,25 @@ def outside_of_traces() -> Any:
     return tf.init_scope()
 
 
-def are_values_known(tensors: Sequence[Tensor]) -> bool:
-    """Whether the numbers in tensors, and in what is computed from them, are known at once.
-
-    They are not while a function is traced, even if the tensors come from outside of it.
-    """
+def current_trace() -> Any:
+    """The trace of a function that is under way, of the innermost; `None` if values are known."""
     if keras.backend.backend() == "jax":
         import jax
 
-        return not any(isinstance(x, jax.core.Tracer) for x in (*tensors, jax.lax.full((), 0.0)))
+        return getattr(jax.lax.full((), 0.0), "_trace", None)
     import tensorflow as tf
 
-    return tf.executing_eagerly() and all(hasattr(x, "numpy") for x in tensors)
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def belong_to(trace: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether what is computed from tensors now can be returned by the function of that trace.
+
+    With `None` for the trace: whether its numbers are known at once. Nothing gets out of a loop
+    that is traced by itself.
+    """
+    if any(isinstance(x, keras.KerasTensor) for x in tensors):
+        return False
+    own = "_trace" if keras.backend.backend() == "jax" else "graph"
+    traces = [current_trace(), *(getattr(x, own, trace) for x in tensors)]
+    return all(each is trace for each in traces)

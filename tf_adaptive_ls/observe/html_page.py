@@ -75,6 +75,9 @@ def page_of(run: Run, title: str) -> str:
             f"{run.steps[-1]} steps, {run.skipped_steps[-1]} of them skipped; "
             f"{len(run.layers)} layers with a scale; S = 2^{run.log2_loss_scale[-1]:g} at the end."
         )
+    if (rooms := run.forward_rooms) is not None:
+        pictures["Room of every part of the forward pass over time"] = plots.plot_forward_rooms
+        summary.append(f"The forward pass had {rooms.least.min():.1f} binades left at its nearest.")
     if (changes := run.loss_changes) is not None:
         pictures |= _PICTURES_OF_LOSS_CHANGES
         summary.append(

@@ -13,6 +13,7 @@ from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
 from tf_adaptive_ls.observe.checks import check_path, check_whole
 from tf_adaptive_ls.observe.forward_range.ranges import forward_range
+from tf_adaptive_ls.observe.forward_range.room_watch import RoomWatch
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite
 from tf_adaptive_ls.observe.optimizer_watch import OptimizerWatch
 from tf_adaptive_ls.observe.record.writers import RunWriter
@@ -46,6 +47,8 @@ class LossScaleMonitor(keras.callbacks.Callback):
         skipped_steps   how many steps were skipped so far
         underflow       share of its gradients that the worst layer loses to underflow
         float8_flushed  the same of those that it rounds to float8, if any layer does
+        forward_room    with `batch`: by how many binades, or doublings, the largest value of
+                        the forward pass may still grow before it overflows
 
     so that the progress bar and `History` show them, and every callback that comes
     after it in the list, such as `CSVLogger`. It reads figures off the device every so
@@ -59,6 +62,12 @@ class LossScaleMonitor(keras.callbacks.Callback):
             warning.
         every: Int >= 1. Steps from one record to the next. There is one more when
             `fit` ends.
+        batch: One small batch of data, as `fit` takes them: inputs `x`, or `(x, y)`, such as
+            `(x_train[:8], y_train[:8])`. With it the room of the forward pass is measured and
+            recorded, of every layer and operation between layers; a warning says what comes
+            within four binades of overflow, or is heading for it, and what overflows inside, as
+            `forward_range` says it. Training is the same with it as without, bit for bit. None
+            is measured by default.
         tensorboard: Directory for TensorBoard: scalars per layer, and histograms of
             log2 of its gradients.
         optimizer: The `AdaptiveLossScaleOptimizer` to watch, or a dict of several by name. Those
@@ -73,7 +82,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is not as said; from `fit`, if the model has no
-            `AdaptiveLossScaleOptimizer`.
+            `AdaptiveLossScaleOptimizer`, or its outputs for `batch` are not finite in float32.
     """
 
     # Batches end here without waiting for the device.
@@ -84,6 +93,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         path: str | os.PathLike[str] | None = None,
         *,
         every: int = 100,
+        batch: Any = None,
         tensorboard: str | os.PathLike[str] | None = None,
         stuck_after: int | None = 100,
         optimizer: AdaptiveLossScaleOptimizer
@@ -103,7 +113,8 @@ class LossScaleMonitor(keras.callbacks.Callback):
                 "Expected `optimizer` to be an AdaptiveLossScaleOptimizer, or a dict of them. "
                 f"Received: optimizer={optimizer!r}."
             )
-        self.path, self.every = path, every
+        self.path, self.every, self.batch = path, every, batch
+        self._x = None if batch is None else _inputs_of(batch)
         self.tensorboard, self.stuck_after = tensorboard, stuck_after
         self.optimizer = optimizer
         self._look_every = every if stuck_after is None else min(every, stuck_after)
@@ -115,6 +126,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._logs: Logs = {}
         self._watches: dict[str, OptimizerWatch] = {}
         self._sinks: dict[str, Sinks] = {}
+        self._room_watch: RoomWatch | None = None
 
     def _named_optimizers(self) -> dict[str, AdaptiveLossScaleOptimizer]:
         """By name; a single one has none."""
@@ -190,6 +202,9 @@ class LossScaleMonitor(keras.callbacks.Callback):
                     directory = pathlib.Path(directory) / name
                 sinks.open(RunWriter.shared, path, watch.layers, watch.first_step)
                 sinks.open(TensorBoardWriter, directory, watch.layers, watch.first_step)
+            if self._x is not None and self._room_watch is None and self.model.built:
+                self._room_watch = RoomWatch(self.model, self._x)
+                self._look_at_room(watch.first_step)
 
     @property
     def _stuck(self) -> bool:
@@ -202,11 +217,25 @@ class LossScaleMonitor(keras.callbacks.Callback):
         """Reads the scales; records them if it is time."""
         trainer.sync_state(self.model)
         self._unseen = 0
+        steps = []
         for name, watch in self._watches.items():
             snapshot = watch.look(end)
             self._figures.update(watch.figures)
             if snapshot is not None:
                 self._sinks[name].add(snapshot, self._epoch, self._logs)
+                steps.append(snapshot.step)
+        if steps:
+            self._look_at_room(max(steps))
+
+    def _look_at_room(self, step: int) -> None:
+        """Measures the room of the forward pass, and records it."""
+        if self._room_watch is None:
+            return
+        rooms = self._room_watch.look(step)
+        if rooms:
+            self._figures["forward_room"] = self._room_watch.least
+            for sinks in self._sinks.values():
+                sinks.add_forward_rooms(step, self._epoch, rooms)
 
     def _look_into_next_batch(self) -> None:
         """Makes `fit` explain the next batch instead of training on it."""
@@ -242,6 +271,19 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
 def _is_adaptive(optimizer: Any) -> bool:
     return isinstance(optimizer, AdaptiveLossScaleOptimizer)
+
+
+def _inputs_of(batch: Any) -> Any:
+    """The inputs in a batch."""
+    x = batch[0] if isinstance(batch, tuple) and batch else batch
+    leaves = keras.tree.flatten(x)
+    if not leaves or not all(getattr(leaf, "shape", ()) and leaf.shape[0] for leaf in leaves):
+        raise ValueError(
+            "Expected `batch` to be one small batch of data: inputs `x`, or `(x, y)`, of arrays "
+            "such as `x_train[:8]`. "
+            f"Received: batch={batch!r:.200} (of type {type(batch).__name__})."
+        )
+    return x
 
 
 def _overflows(model: keras.Model, x: Any) -> list[str]:

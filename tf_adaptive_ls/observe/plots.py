@@ -34,7 +34,7 @@ try:
         label_layers,
         style,
     )
-    from tf_adaptive_ls.observe.forward_range.plots import plot_forward_range
+    from tf_adaptive_ls.observe.forward_range.plots import plot_forward_range, plot_forward_rooms
     from tf_adaptive_ls.observe.loss_change.plots import (
         plot_loss_change,
         plot_loss_change_layers,
@@ -50,6 +50,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "plot_forward_range",
+    "plot_forward_rooms",
     "plot_loss_change",
     "plot_loss_change_layers",
     "plot_loss_change_map",

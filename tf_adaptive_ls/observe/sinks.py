@@ -32,6 +32,9 @@ class Sink(Protocol):
     ) -> None:
         """Adds the `Allocation` of a path from one step to another, and that as trained."""
 
+    def add_forward_rooms(self, step: int, epoch: int, rooms: dict[str, float]) -> None:
+        """Adds the room of each part of the forward pass in binades, by name."""
+
     def close(self) -> None:
         """Nothing more comes."""
 
@@ -66,6 +69,10 @@ class Sinks:
     def add_loss_change(self, *args: Any) -> None:
         """As that of a `Sink`, of all."""
         self._call(lambda sink: sink.add_loss_change(*args))
+
+    def add_forward_rooms(self, *args: Any) -> None:
+        """As that of a `Sink`, of all."""
+        self._call(lambda sink: sink.add_forward_rooms(*args))
 
     def close(self) -> None:
         """As that of a `Sink`, of all."""

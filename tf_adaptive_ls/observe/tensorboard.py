@@ -1,6 +1,7 @@
 """Writes what a run shows for TensorBoard."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -87,6 +88,13 @@ class TensorBoardWriter:
                     self._scalar(f"{kind}/{name}", value) for name, value in found.layers.items()
                 ]
         self._write(step, values)
+
+    def add_forward_rooms(self, step: int, epoch: int, rooms: dict[str, float]) -> None:
+        """Adds the room of each part of the forward pass in binades, by name."""
+        values = {name: room for name, room in rooms.items() if math.isfinite(room)}
+        self._write(
+            step, [self._scalar(f"forward_room/{name}", room) for name, room in values.items()]
+        )
 
     def close(self) -> None:
         with self._as_os_errors():

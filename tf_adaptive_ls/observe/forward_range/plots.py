@@ -1,7 +1,9 @@
-"""The picture of a `ForwardRange`."""
+"""Pictures of what the forward pass has left before it overflows, at once and over time."""
 
 import math
+import os
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -12,11 +14,18 @@ from tf_adaptive_ls.observe.drawing import (
     GREEN,
     ORANGE,
     RED,
+    edges_of,
     height_of,
     label_layers,
     style,
 )
 from tf_adaptive_ls.observe.forward_range.result import ForwardRange
+from tf_adaptive_ls.observe.record.run import Run, load_run
+
+# Binades between the last and the first colour: what float16 has above 1.
+_MOST_ROOM = 16
+# Room below which `LossScaleMonitor` warns of what falls.
+_LOW = 4
 
 
 def plot_forward_range(result: ForwardRange, *, dark: bool = False) -> Figure:
@@ -60,6 +69,59 @@ def plot_forward_range(result: ForwardRange, *, dark: bool = False) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(len(parts) - 0.5, -0.5)
         label_layers(axes, [part.name for part in parts], rows)
+        return figure
+
+
+def plot_forward_rooms(run: Run | str | os.PathLike[str], *, dark: bool = False) -> Figure:
+    """How much room every part of the forward pass had before overflow, over time.
+
+    On top the least room of any part, in binades: below zero the forward pass overflows. Below it a
+    row is a part, in the order of the model; its colour is its room, and red for none.
+
+    Args:
+        run: A `Run` of a `LossScaleMonitor` with a batch, or the path of its record.
+        dark: Whether to draw on black.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If `run` is something else.
+    """
+    if isinstance(run, (str, os.PathLike)):
+        run = load_run(run)
+    if not isinstance(run, Run) or run.forward_rooms is None:
+        raise ValueError(
+            "Expected the run of a LossScaleMonitor(batch=…), or the path of its record. "
+            + (
+                "Received: one without a batch."
+                if isinstance(run, Run)
+                else f"Received: {run!r:.200} (of type {type(run).__name__})."
+            )
+        )
+    found = run.forward_rooms
+    with style(dark):
+        height = height_of(len(found.parts))
+        figure = Figure(figsize=(9, height + 2.4), layout="constrained")
+        above, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1.4, height])
+        least = np.where(np.isinf(found.least), np.nan, found.least)
+        above.plot(found.steps, least, color=BLUE, marker=".", markersize=3)
+        above.axhspan(0, _LOW, color=ORANGE, alpha=0.25, linewidth=0)
+        above.axhline(0, color=RED)
+        above.set_ylabel("least room\n(binades)")
+        mesh = axes.pcolormesh(
+            edges_of(found.steps),
+            np.arange(len(found.parts) + 1) - 0.5,
+            found.rooms.T,
+            cmap=matplotlib.colormaps["viridis"].with_extremes(under=RED),
+            vmin=0,
+            vmax=_MOST_ROOM,
+            rasterized=True,
+        )
+        axes.set_xlabel("step")
+        axes.set_ylim(len(found.parts) - 0.5, -0.5)
+        label_layers(axes, found.parts, range(len(found.parts)))
+        figure.colorbar(
+            mesh, ax=[above, axes], label="room (binades)", extend="both", aspect=30, pad=0.01
+        )
         return figure
 
 

@@ -12,7 +12,6 @@ from tf_adaptive_ls.numerics.arguments import is_number
 from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.checks import check_built
 from tf_adaptive_ls.observe.forward_range.own_runs import OwnRuns
-from tf_adaptive_ls.observe.forward_range.parts import parts_of_model
 from tf_adaptive_ls.observe.forward_range.result import ForwardRange
 from tf_adaptive_ls.training.call_tensors import is_inexact
 
@@ -72,11 +71,11 @@ def ranges_of(
             f"Expected `room` to be a number of binades from 0 to {_MOST_ROOM}. "
             f"Received: room={room!r}."
         )
-    runs = OwnRuns(parts_of_model(model), room, only)
+    runs = OwnRuns(model, room, only)
     number = 0
     for x in _inputs(batches):
         number += 1
-        outputs = runs.read_batch(model, x, training)
+        outputs = runs.read_batch(x, training)
         _check_finite(outputs, runs, number)
     if not number:
         raise ValueError(

@@ -24,6 +24,8 @@ class PartRange:
         largest_in: Largest magnitude of its floating-point inputs, in float32.
         largest_out: Largest finite magnitude of its outputs, in float32.
         casts: Whether it casts its inputs to the dtype that it computes in.
+        returns_narrow: Whether its outputs have a dtype with less range than float32. Of a model
+            that is a graph this is told of what is in it.
         error: Relative error of its own output in that dtype, `norm(narrow - wide) / norm(wide)`,
             when it alone computes in it; infinite if the output is not finite. `None` if it was
             not run so: it does not compute in a narrow dtype, or its inputs or outputs are
@@ -43,6 +45,7 @@ class PartRange:
     largest_in: float
     largest_out: float
     casts: bool
+    returns_narrow: bool
     error: float | None
     error_grown: float | None
     verdicts: tuple[str, ...]
@@ -57,7 +60,9 @@ class PartRange:
         """
         if not FloatFormat(self.float_format).is_narrow:
             return math.inf
-        return _room(self.float_format, max(self.largest_in * self.casts, self.largest_out))
+        largest_in = self.largest_in if self.casts else 0.0
+        largest_out = self.largest_out if self.returns_narrow else 0.0
+        return _room(self.float_format, max(largest_in, largest_out))
 
     def room_of_inputs(self, dtype: str) -> float:
         """By how many binades its inputs may grow in another dtype, such as "float8_e4m3fn"."""

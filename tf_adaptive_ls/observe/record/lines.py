@@ -31,7 +31,7 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling
 VERSION = 3
 _START = b'{"tf_adaptive_ls":'
 _SNAPSHOT = re.compile(rb'\{"step":(\d+),.*\}')
-_LOSS_CHANGE = re.compile(rb'\{"loss_change":(\d+),.*\}')
+_OTHERS = re.compile(rb'\{"(?:loss_change|forward_rooms)":(\d+),.*\}')
 _CRC = b',"crc32":'
 
 
@@ -75,7 +75,7 @@ def entries_in(
                 entries = []
             entries = [(step, text) for step, text in entries if step <= new_start["step"]]
             start = new_start
-        elif match := _SNAPSHOT.fullmatch(line) or _LOSS_CHANGE.fullmatch(line):
+        elif match := _SNAPSHOT.fullmatch(line) or _OTHERS.fullmatch(line):
             entries.append((int(match[1]), line))
     damage = f"{num_damaged} of its {len(lines)} lines are damaged"
     if start is None or not entries:

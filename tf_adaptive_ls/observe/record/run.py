@@ -12,6 +12,7 @@ from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
 from tf_adaptive_ls.observe.checks import check_path, check_whole
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.record.float8 import Float8Record, float8_of, last_of_layer
+from tf_adaptive_ls.observe.record.forward_rooms import ForwardRooms, forward_rooms_of
 from tf_adaptive_ls.observe.record.lines import entries_in, entry_of_snapshot, start_of
 from tf_adaptive_ls.observe.record.loss_changes import LossChanges, loss_changes_of
 from tf_adaptive_ls.observe.record.snapshot import Snapshot
@@ -43,6 +44,7 @@ class Run:
             the epoch so far. NaN where there was no finite value.
         loss_changes: `LossChanges`, if there was a `LossChangeMonitor`.
         float8: `Float8Record`, if layers compute in float8.
+        forward_rooms: `ForwardRooms`, if the `LossScaleMonitor` was given a batch.
     """
 
     layers: list[str]
@@ -60,6 +62,7 @@ class Run:
     logs: dict[str, np.ndarray]
     loss_changes: LossChanges | None = None
     float8: Float8Record | None = None
+    forward_rooms: ForwardRooms | None = None
 
     def table(self) -> ScaleTable:
         """`scale_table` of the last snapshot, of the scaled layers; empty if there is none."""
@@ -109,7 +112,7 @@ def snapshot_run(model: keras.Model, optimizer: AdaptiveLossScaleOptimizer | Non
     layers = scaled_layers(model)
     snapshot = Snapshot.of([layer for _, layer in layers], optimizer)
     start, entry = start_of(layers, snapshot.step), entry_of_snapshot(snapshot, 0, {})
-    return _run(start, [entry], [])
+    return _run(start, [entry])
 
 
 def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> Run:
@@ -138,12 +141,14 @@ def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> 
     if max_snapshots is not None and len(snapshots) > max_snapshots:
         places = np.linspace(0, len(snapshots) - 1, max_snapshots).round().astype(int)
         snapshots = [snapshots[place] for place in places]
-    return _run(start, snapshots, [record for record in records if "loss_change" in record])
+    return dataclasses.replace(
+        _run(start, snapshots),
+        loss_changes=loss_changes_of([each for each in records if "loss_change" in each]),
+        forward_rooms=forward_rooms_of([each for each in records if "forward_rooms" in each]),
+    )
 
 
-def _run(
-    start: dict[str, Any], snapshots: list[dict[str, Any]], loss_changes: list[dict[str, Any]]
-) -> Run:
+def _run(start: dict[str, Any], snapshots: list[dict[str, Any]]) -> Run:
     def array(name: str) -> np.ndarray:
         return np.array([snapshot[name] for snapshot in snapshots], "float64")
 
@@ -169,6 +174,5 @@ def _run(
             name: np.array([snapshot["logs"].get(name) for snapshot in snapshots], "float64")
             for name in names
         },
-        loss_changes=loss_changes_of(loss_changes),
         float8=float8_of(start, snapshots),
     )

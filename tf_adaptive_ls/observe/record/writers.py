@@ -6,6 +6,7 @@ from typing import Any
 
 from tf_adaptive_ls.observe.loss_change.allocation import Allocation
 from tf_adaptive_ls.observe.record.exclusive_file import ExclusiveFile
+from tf_adaptive_ls.observe.record.forward_rooms import entry_of_forward_rooms
 from tf_adaptive_ls.observe.record.lines import (
     begins_like_one,
     entry_of_snapshot,
@@ -94,6 +95,10 @@ class RunWriter:
         """Adds the `Allocation` of a path from one step to another, and that as trained."""
         entry = entry_of_loss_change(step, since, epoch, allocation, as_trained)
         self._file.add(line_of(entry))
+
+    def add_forward_rooms(self, step: int, epoch: int, rooms: dict[str, float]) -> None:
+        """Adds the room of each part of the forward pass in binades, by name."""
+        self._file.add(line_of(entry_of_forward_rooms(step, epoch, rooms)))
 
     def close(self) -> None:
         """Lets others write the file, once all who share it have said so."""

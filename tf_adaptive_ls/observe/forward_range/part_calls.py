@@ -1,0 +1,95 @@
+"""`PartCalls`: sees every call of the parts of a model while the model runs."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+
+from tf_adaptive_ls.backend import functions, keras_internals, routes
+from tf_adaptive_ls.observe.forward_range.parts import parts_of_model
+from tf_adaptive_ls.observe.forward_range.readings import Reading, dtype_of
+from tf_adaptive_ls.training.call_tensors import CallTensors
+from tf_adaptive_ls.training.neutral_scales import neutral_scales
+
+
+class PartCalls:
+    """Leads calls of all parts of a model to a function, for a while.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        readings: A `Reading` for each part, in the order of the model.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.readings = [Reading(part) for part in parts_of_model(model)]
+        self._model = model
+        self._run: Callable[..., Any] = straight_on
+        self._trace: Any = None
+        self._state: list[Any] = []
+
+    @contextlib.contextmanager
+    def seen(self, state: Iterable[Any] = ()) -> Iterator[None]:
+        """Context in which calls of parts can be led to something.
+
+        Args:
+            state: Pairs of a variable of the model and the value that it has for them.
+        """
+        self._trace, self._state = functions.current_trace(), list(state)
+        with (
+            contextlib.ExitStack() as undo,
+            keras_internals.not_rematerialised(self._model),
+            neutral_scales(),
+        ):
+            for reading in self.readings:
+                run = functools.partial(self._call, reading)
+                undo.callback(routes.Route(reading.part.operation, "call", run).end)
+            yield
+
+    @contextlib.contextmanager
+    def lead_to(self, run: Callable[..., Any]) -> Iterator[None]:
+        """Context in which `run(reading, call, args, kwargs)` is called for every call."""
+        before, self._run = self._run, run
+        try:
+            yield
+        finally:
+            self._run = before
+
+    def are_seen(self, tensors: list[Any]) -> bool:
+        """Whether a call with such tensors is no part of a loop: what runs that answers for it."""
+        return functions.belong_to(self._trace, tensors)
+
+    def as_it_is(self, x: Any, training: bool) -> Any:
+        """The outputs of the model as it is; readings learn its dtypes."""
+        for reading in self.readings:
+            reading.dtypes = []
+        with keras.StatelessScope(self._state), self.lead_to(self._look):
+            return self._model(x, training=training)
+
+    def in_float32(self, run: Callable[..., Any], x: Any, training: bool) -> Any:
+        """The outputs of the model computed in float32; calls of parts lead to `run`."""
+        with (
+            keras.StatelessScope(self._state),
+            self.lead_to(run),
+            keras_internals.computing_in_float32(self._model),
+        ):
+            return self._model(x, training=training)
+
+    def _call(self, reading: Reading, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return self._run(reading, original, args, kwargs)
+
+    def _look(self, reading: Reading, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        tensors = CallTensors((args, kwargs)).tensors
+        if not self.are_seen(tensors):
+            return original(*args, **kwargs)
+        dtypes = list(map(dtype_of, tensors))
+        outputs = original(*args, **kwargs)
+        reading.add_dtypes(dtypes, list(map(dtype_of, CallTensors(outputs).tensors)))
+        return outputs
+
+
+def straight_on(reading: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return original(*args, **kwargs)

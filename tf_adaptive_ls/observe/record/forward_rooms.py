@@ -1,0 +1,62 @@
+"""What a `LossScaleMonitor` with a batch adds to the record of a run: room of the forward pass."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForwardRooms:
+    """How far the forward pass was from overflow while a model trained.
+
+    Arrays of N records and P parts: layers at any depth and operations between layers, those that
+    compute in a dtype with less range than float32.
+
+    Attributes:
+        parts: List of P strings, their names as in `forward_range`.
+        steps: `[N]`, how many steps had been taken or skipped.
+        rooms: `[N, P]`, by how many binades what goes into and comes out of each part might have
+            grown on the batch of the monitor; below zero it overflows. NaN where all was zero.
+    """
+
+    parts: list[str]
+    steps: np.ndarray
+    rooms: np.ndarray
+
+    @property
+    def least(self) -> np.ndarray:
+        """`[N]`, the least room of any part."""
+        known = np.where(np.isnan(self.rooms), np.inf, self.rooms)
+        return np.asarray(known.min(axis=1, initial=np.inf))
+
+
+def entry_of_forward_rooms(step: int, epoch: int, rooms: dict[str, float]) -> dict[str, Any]:
+    """A dict of what JSON knows. Args: as those of `RunWriter.add_forward_rooms`."""
+    return {
+        "forward_rooms": step,
+        "epoch": epoch,
+        "parts": {name: _number(room) for name, room in rooms.items()},
+    }
+
+
+def forward_rooms_of(lines: list[dict[str, Any]]) -> ForwardRooms | None:
+    """`ForwardRooms` of a list of what `entry_of_forward_rooms` made, `None` of an empty one."""
+    if not lines:
+        return None
+    # In the order of the last: parts may be made float32 in between.
+    parts = list(dict.fromkeys(name for line in reversed(lines) for name in line["parts"]))
+    rooms = [[line["parts"].get(name) for name in parts] for line in lines]
+    return ForwardRooms(
+        parts=parts,
+        steps=np.array([line["forward_rooms"] for line in lines]),
+        rooms=np.array(rooms, "float64").reshape(len(lines), len(parts)),
+    )
+
+
+def _number(room: float) -> float | None:
+    """`null` for what is all zero; more than float32 holds is as much as it holds."""
+    if room == math.inf:
+        return None
+    return float(f"{max(room, -128.0):.4g}")
