@@ -6,6 +6,8 @@ Parts:
     healthy   the models of the benchmarks of gradients, of which nothing should be flagged
     training  models that overflow in float16, trained in float16, clipped by hand, in float32,
               and after `widen`, all under Keras's `LossScaleOptimizer`
+    drift     models whose activations grow while they train, and sound ones: when
+              `LossScaleMonitor` warns
 
 Prints Markdown tables, and writes them and all figures as JSON.
 """
@@ -17,10 +19,10 @@ import keras
 import numpy as np
 
 import tf_adaptive_ls as als
-from benchmarks import data, overflowing, report, zoo
+from benchmarks import data, drift, overflowing, report, zoo
 from benchmarks.overflowing import HOSTS, MODELS, PLANTS
 
-PARTS = ("planted", "healthy", "training")
+PARTS = ("planted", "healthy", "training", "drift")
 SEEDS = (0, 1, 2)
 FLOAT16, CLIPPED, FLOAT32, WIDENED = WAYS = (
     "float16",
@@ -118,10 +120,22 @@ def error_of(case, model, seed, x, way):
     twin = case.build(False)
     keras.config.set_dtype_policy(policy)
     twin.set_weights(model.get_weights())
-    expected, actual = (np.array(each(x, training=False), "float64") for each in (twin, model))
+    # As in training: means and variances have not been gathered yet.
+    with keras.StatelessScope():
+        expected, actual = (np.array(each(x, training=True), "float64") for each in (twin, model))
     if not np.all(np.isfinite(actual)):
         return float("inf")
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def drifted(images, seeds, names, advance):
+    runs = []
+    for name in names:
+        for seed in seeds:
+            started(seed)
+            runs.append(drift.drifted(name, seed, images))
+            advance()
+    return {"name": "drift", "data": images.name, "outcomes": runs}
 
 
 # Tables.
@@ -146,6 +160,36 @@ def healthy_table(outcomes):
         for each in outcomes
     ]
     return report.markdown(("sound model", "parts", "flagged", "least room, binades"), rows)
+
+
+def drift_table(outcomes):
+    rows = []
+    for name in dict.fromkeys(each["run"] for each in outcomes):
+        runs = [each for each in outcomes if each["run"] == name]
+        bad, warned, first, later = (
+            [run[key] for run in runs] for key in ("first_bad", "warned", "first_record", "record")
+        )
+        ahead = [a - b for a, b in zip(bad, warned, strict=True) if None not in (a, b)]
+        rows.append(
+            (
+                name,
+                listed(bad),
+                listed(warned),
+                f"{min(ahead)} … {max(ahead)}" if ahead else "",
+                f"{median_of(first):.2g}",
+                f"{1000 * median_of(later):.2g}",
+            )
+        )
+    header = ("run", "first bad step", "warned at", "ahead", "first record, s", "record, ms")
+    return report.markdown(header, rows)
+
+
+def listed(steps):
+    return ", ".join("-" if step is None else str(step) for step in steps)
+
+
+def median_of(times):
+    return statistics.median([time for time in times if time is not None] or [float("nan")])
 
 
 def spread(values, digits=".3f"):
@@ -205,7 +249,12 @@ def main(argv=None):
                     runs.append(trained(name, way, seed, images))
                     progress.advance(bar)
             report.save_result(args.output, {"name": name, "data": images.name, "runs": runs})
-    results = report.load_results(args.output, ["planted", "healthy", *MODELS])
+        if "drift" in args.parts:
+            chosen = list(drift.DRIFTS)[:1] if args.quick else [*drift.DRIFTS, *drift.SOUND]
+            bar = progress.add_task("drift", total=len(chosen) * len(seeds))
+            result = drifted(images, seeds, chosen, lambda: progress.advance(bar))
+            report.save_result(args.output, result)
+    results = report.load_results(args.output, ["planted", "healthy", *MODELS, "drift"])
     report.save_text(args.output, text_of(results))
 
 
@@ -226,6 +275,17 @@ def text_of(results):
             "float16: the least of all seeds.",
             training_table(models),
         ]
+    for result in results:
+        if result["name"] == "drift":
+            sections += [
+                "## While training",
+                f"`LossScaleMonitor(every={drift.EVERY}, batch=…)` of {drift.LOOKED_AT} examples, "
+                f"{drift.STEPS} steps of {drift.BATCH_SIZE} at most. A figure for each seed; the "
+                f"last {len(drift.SOUND)} are sound runs. Ahead: by how many steps of the first "
+                "whose loss is not finite, least … largest. The first record compiles, and runs "
+                "every part by itself.",
+                drift_table(result["outcomes"]),
+            ]
     return "\n\n".join([*sections, report.provenance_text(results)]) + "\n"
 
 

@@ -67,6 +67,8 @@ def test_forward(tmp_path):
     by_name = {result["name"]: result for result in results(tmp_path)}
     assert not any(outcome["missed"] for outcome in by_name.pop("planted")["outcomes"])
     assert not any(outcome["flagged"] for outcome in by_name.pop("healthy")["outcomes"])
+    (run,) = by_name.pop("drift")["outcomes"]
+    assert run["warned"] < run["first_bad"]
     (result,) = by_name.values()
     losses = {run["way"]: run["loss"] for run in result["runs"]}
     assert np.isnan(losses[forward.FLOAT16]) and np.isfinite(losses[forward.WIDENED])
