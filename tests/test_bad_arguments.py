@@ -58,6 +58,7 @@ CALLS = {
         "layer": layers.Dense(2),
         "name": "d",
         "trainable": True,
+        "saved_activations": None,
         "float8": als.Float8(),
     },
     als.Float8: lambda: {
@@ -107,7 +108,13 @@ CALLS = {
         "rule": "trapezoid",
         "batch_size": 2,
     },
-    als.wrap_model: lambda: {"model": model(), "layer_filter": None, "float8": None, "plan": True},
+    als.wrap_model: lambda: {
+        "model": model(),
+        "layer_filter": None,
+        "float8": None,
+        "plan": True,
+        "saved_activations": "float8_e5m2",
+    },
     als.strip_model: lambda: {"model": model()},
     als.plain_copy: lambda: {"model": model()},
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},

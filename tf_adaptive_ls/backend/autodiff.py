@@ -285,6 +285,63 @@ def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
     return compute
 
 
+def run_again_from(
+    function: Callable[..., Any],
+    keep: Callable[[Sequence[Tensor]], Any],
+    restore: Callable[[Any], list[Tensor]],
+) -> Callable[..., Any]:
+    """As `rematerialised`, but the second run is on what can be made of what was kept.
+
+    Args:
+        function: As that of `rematerialised`. On JAX what it closes over has no gradients.
+        keep: Function of the arguments, a list, to a structure of tensors.
+        restore: Function of that to the arguments, or what is near them.
+    """
+    if keras.backend.backend() == "jax":
+        return _run_again_on_jax(function, keep, restore)
+    import tensorflow as tf
+
+    def compute(*tensors: Tensor) -> tuple[list[Tensor], Any]:
+        others = []
+
+        def differentiable(*tensors: Tensor) -> tuple[list[Tensor], Callable[..., Any]]:
+            results, other = function(*tensors)
+            others.append(other)
+            kept = keep(tensors)
+
+            def backward(*gradients: Tensor) -> list[Tensor | None]:
+                values = restore(kept)
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch(values)
+                    again, _ = function(*values)
+                return tape.gradient(again, values, output_gradients=list(gradients))
+
+            return results, backward
+
+        results = tf.custom_gradient(differentiable)(*map(_of_this_graph, tensors))
+        return list(_left_to_graph(results)), others[0]
+
+    return compute
+
+
+def _run_again_on_jax(
+    function: Callable[..., Any], keep: Callable[..., Any], restore: Callable[..., Any]
+) -> Callable[..., Any]:
+    import jax
+
+    def forward(*tensors: Any) -> tuple[Any, Any]:
+        return function(*tensors), keep(tensors)
+
+    def backward(kept: Any, gradients: Any) -> Any:
+        # Otherwise XLA would restore all in the forward pass, and keep that.
+        kept, of_results = jax.lax.optimization_barrier((kept, gradients[0]))
+        return jax.vjp(lambda *tensors: function(*tensors)[0], *restore(kept))[1](of_results)
+
+    differentiable: Any = jax.custom_vjp(lambda *tensors: function(*tensors))
+    differentiable.defvjp(forward, backward)
+    return differentiable
+
+
 def leave_gradients_to_graph() -> None:
     """Lets custom gradients in the graph that is being built live as long as it, and no longer.
 

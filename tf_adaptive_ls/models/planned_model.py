@@ -271,6 +271,7 @@ def _choice_of(config: dict[str, Any]) -> Choice:
         wants=lambda layer, path: path not in left_out,
         float8_of=lambda layer, path: float8.get(path),
         plans=config.pop("plan", True),
+        saved_activations=config.pop("saved_activations", None),
     )
 
 

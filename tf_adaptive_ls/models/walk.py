@@ -6,13 +6,14 @@ from typing import Any
 
 import keras
 
-from tf_adaptive_ls.backend import keras_internals
+from tf_adaptive_ls.backend import keras_internals, routes
 from tf_adaptive_ls.backend.keras_internals import is_all_config, may_be_trained, own_weights
 from tf_adaptive_ls.models.planned_call import PlannedCall, planned_call_of
 from tf_adaptive_ls.training.companion import attach, companion_of, detach
 from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.loss_scaled import wrapper_of
+from tf_adaptive_ls.training.saved_inputs import save_inputs, saves_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Choice:
         wants: Function `(layer, path) -> bool`, which layers are scaled.
         float8_of: Function `(layer, path) -> Float8 | None`, how each computes.
         plans: Whether gradients travel at scales of layers.
+        saved_activations: The format that inputs of layers are kept in for the backward pass.
     """
 
     wants: Callable[[keras.layers.Layer, str], bool] = lambda layer, path: True
     float8_of: Callable[[keras.layers.Layer, str], Float8 | None] = lambda layer, path: None
     plans: bool = True
+    saved_activations: str | None = None
 
 
 class Walk:
@@ -56,6 +59,8 @@ class Walk:
             self._walk_into(layer, path)
         elif (may_be_trained(layer) or not layer.built) and not is_all_config(layer):
             self._scale(layer, path)
+        elif self._choice.saved_activations is not None and saves_inputs(layer):
+            self._save(layer)
 
     def undo(self) -> None:
         """Undoes all that was done."""
@@ -73,6 +78,8 @@ class Walk:
         config: dict[str, Any] = {"left_out": below(self._left_out), "float8": float8}
         if not self._choice.plans:
             config["plan"] = False
+        if self._choice.saved_activations is not None:
+            config["saved_activations"] = self._choice.saved_activations
         return {name: value for name, value in config.items() if value or name == "plan"}
 
     def _scale(self, layer: keras.layers.Layer, path: str) -> None:
@@ -82,10 +89,14 @@ class Walk:
         float8 = self._choice.float8_of(layer, path)
         if float8 is not None:
             self._float8[path] = float8
-        companion = attach(layer, float8)
+        companion = attach(layer, float8, self._choice.saved_activations)
         if not layer.built:
             companion.asks_first(lambda: self._is_now_walked(layer, path))
         self._undo.append(lambda: detach(layer) if companion_of(layer) else None)
+
+    def _save(self, layer: keras.layers.Layer) -> None:
+        if routes.route_of(layer, "call") is None:
+            self._undo.append(save_inputs(layer))
 
     def _is_now_walked(self, layer: keras.layers.Layer, path: str) -> bool:
         """Walks into a layer that has got layers inside when it was built."""

@@ -12,7 +12,7 @@ from tf_adaptive_ls.models.planned_model import scale, unscale
 from tf_adaptive_ls.models.walk import Choice
 from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter, with_path
-from tf_adaptive_ls.training.layer_scaling import LayerScaling
+from tf_adaptive_ls.training.layer_scaling import LayerScaling, check_saved_activations
 from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
@@ -25,6 +25,7 @@ def wrap_model(
     layer_filter: LayerFilter | None = None,
     float8: Float8 | None = None,
     plan: bool = True,
+    saved_activations: str | None = None,
 ) -> Model:
     """Gives every layer with trainable weights a loss scale of its own.
 
@@ -55,6 +56,9 @@ def wrap_model(
             bits. Layers that are scaled already stay as they are.
         plan: Whether gradients may travel at scales of layers, from one to the next. Without it
             they return to the loss scale between any two.
+        saved_activations: "float8_e5m2" to keep for the backward pass the inputs of layers in 8
+            bits, and nothing else of them, and to run layers there once more on these. The
+            forward pass stays the same. `None` keeps what Keras keeps.
 
     Returns:
         The model.
@@ -65,11 +69,13 @@ def wrap_model(
     """
     _check_is_model(model, "wrap_model")
     check_layer_filter(layer_filter, "wrap")
+    check_saved_activations(saved_activations)
     in_float8 = set() if float8 is None else float8_layers(model, float8)
     choice = Choice(
         wants=with_path(layer_filter),
         float8_of=lambda layer, path: float8 if id(layer) in in_float8 else None,
         plans=plan,
+        saved_activations=saved_activations,
     )
     scale(model, choice)
     _forget_functions(model)

@@ -33,14 +33,21 @@ class Companion(LayerScaling):
     Args:
         layer: The layer. It need not be built: the variables of the scaling are made when it is.
         float8: A `Float8`, or `None`.
+        saved_activations: The format that its inputs are kept in for the backward pass, or `None`.
     """
 
-    def __init__(self, layer: keras.layers.Layer, float8: Float8 | None = None) -> None:
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        float8: Float8 | None = None,
+        saved_activations: str | None = None,
+    ) -> None:
         # As it is: Keras would find the layer inside its companion, inside the layer, …
         object.__setattr__(self, "_scaled", _Box(layer))
         super().__init__(name=layer.name, dtype="float32", autocast=False)
         self._casts_inputs = layer.autocast
         self._float8_to_be = float8
+        self.saved_activations = saved_activations
         self._is_left = None
         self.built = True
 
@@ -188,14 +195,18 @@ def scaling_of(layer: keras.layers.Layer) -> LayerScaling | None:
 _COMPANION = "_companion_of_layer"
 
 
-def attach(layer: keras.layers.Layer, float8: Float8 | None = None) -> Companion:
+def attach(
+    layer: keras.layers.Layer,
+    float8: Float8 | None = None,
+    saved_activations: str | None = None,
+) -> Companion:
     """Gives a layer a `Companion`, which starts now if the layer is built, else when it is called.
 
     Raises:
         ValueError: If that is in the way of what the layer has. The layer is as it was.
     """
     _check(layer)
-    companion = Companion(layer, float8)
+    companion = Companion(layer, float8, saved_activations)
     object.__setattr__(layer, _COMPANION, companion)
     layer.autocast = False
     companion.lead_layer()

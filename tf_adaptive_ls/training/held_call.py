@@ -2,7 +2,8 @@
 
 import contextlib
 import contextvars
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -10,11 +11,24 @@ from keras import ops
 
 from tf_adaptive_ls.backend import autodiff, keras_internals
 from tf_adaptive_ls.backend.types import Tensor
+from tf_adaptive_ls.numerics.packing import packed, unpacked
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.held_variables import HeldVariables, ReadElsewhere, values_of
 
 _runs_again = contextvars.ContextVar("runs_again", default=False)
+
+
+class Surroundings(NamedTuple):
+    """What a layer runs in.
+
+    Attributes:
+        context: Function of the receivers that makes a context.
+        receivers: Values of variables that are read in it.
+    """
+
+    context: Callable[[tuple[Tensor, ...]], Any] = lambda receivers: contextlib.nullcontext()
+    receivers: tuple[Tensor, ...] = ()
 
 
 def runs_again() -> bool:
@@ -28,8 +42,8 @@ def call_held(
     weights: list[tuple[keras.Variable, Tensor]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    within: Callable[..., Any] = contextlib.nullcontext,
-    receivers: tuple[Tensor, ...] = (),
+    around: Surroundings,
+    saves_8_bits: bool = False,
 ) -> tuple[Any, list[Any]]:
     """Calls a layer, and makes the updates of variables that its call asks for.
 
@@ -39,17 +53,27 @@ def call_held(
         weights: Pairs of a variable that gradients are taken by and its value.
         args: A tuple of arguments by position.
         kwargs: A dict of arguments by name.
-        within: Function that makes a context in which the layer is to run.
-        receivers: Values of variables that are read in that context.
+        around: The `Surroundings`.
+        saves_8_bits: Whether all that is kept for the backward pass are the inputs, in 8 bits, on
+            which the layer then runs once more.
 
     Returns:
         The outputs, and a list of the losses that the layer has added.
     """
     values = values_of(layer, weights)
-    again = keras_internals.is_rematerialised(layer, args, kwargs)
+    inputs = CallTensors((args, kwargs)).tensors
+    # What is not differentiated keeps nothing.
+    saves_8_bits = (
+        saves_8_bits
+        and bool(inputs)
+        and autodiff.is_differentiated([*inputs, *(value for _, value in weights)])
+    )
+    again = saves_8_bits or keras_internals.is_rematerialised(layer, args, kwargs)
+    call: Callable[..., Any] = _call
+    if again:
+        call = functools.partial(_call_twice, packs=len(inputs) if saves_8_bits else None)
     with keras_internals.not_rematerialised(layer):
-        call = _call_twice if again else _call
-        outputs, losses, updates, _ = call(layer, run, values, args, kwargs, within, receivers)
+        outputs, losses, updates, _ = call(layer, run, values, args, kwargs, around)
     for variable, value in updates:
         variable.assign(value)
     return outputs, losses
@@ -61,10 +85,10 @@ def _call(
     values: list[tuple[keras.Variable, Tensor]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    within: Callable[..., Any],
-    receivers: tuple[Tensor, ...],
+    around: Surroundings,
 ) -> Any:
-    with scale_plan.running(None), HeldVariables(layer, values, receivers) as held, within():
+    held = HeldVariables(layer, values, around.receivers)
+    with scale_plan.running(None), held, around.context(around.receivers):
         outputs = run(*args, **kwargs)
         losses = held.take_losses(layer)
     held.check_reads()
@@ -119,6 +143,33 @@ def check_gradients(
             raise ReadElsewhere(f"has gradients of {', '.join(names)} that only variables get")
 
 
+def run_again_from_8_bits(
+    function: Callable[..., Any],
+    keep: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    number: int | None = None,
+) -> Callable[..., Any]:
+    """A function that is run once more in the backward pass, on what 8 bits have kept.
+
+    Args:
+        function: As that of `autodiff.rematerialised`.
+        keep: Function of the arguments, a list, to what is to be kept and can stand for them.
+        number: How many of these, the first, are kept in 8 bits; all by default.
+    """
+    dtypes: list[str] = []
+
+    def pack(tensors: Sequence[Tensor]) -> Any:
+        kept = keep(tensors)
+        count = len(kept) if number is None else number
+        dtypes[:] = [keras.backend.standardize_dtype(x.dtype) for x in kept[:count]]
+        return list(map(packed, kept[:count])), list(kept[count:])
+
+    def unpack(kept: Any) -> list[Tensor]:
+        bits, others = kept
+        return [*map(unpacked, bits, dtypes), *others]
+
+    return autodiff.run_again_from(function, pack, unpack)
+
+
 class _FirstRun(NamedTuple):
     """What is known of a call that is run twice once it has run.
 
@@ -139,23 +190,25 @@ def _call_twice(
     values: list[tuple[keras.Variable, Tensor]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    within: Callable[..., Any],
-    receivers: tuple[Tensor, ...],
+    around: Surroundings,
+    packs: int | None = None,
 ) -> Any:
     """`_call` that keeps nothing for the backward pass, but runs the layer there once more.
 
     So would Keras, but TensorFlow then finds no gradients by what are not variables, and
-    here they are taken by values: each must be an argument of what is run again.
+    here they are taken by values: each must be an argument of what is run again. With `packs` so
+    many of the first tensors in the arguments are kept in 8 bits.
     """
     variables = [variable for variable, _ in values]
     # As they are now: statistics and seeds are updated before the second run.
-    given = CallTensors((args, kwargs, [ops.copy(value) for _, value in values]))
+    copies = [ops.copy(value) for _, value in values]
+    given = CallTensors((args, kwargs, copies, tuple(map(ops.copy, around.receivers))))
     context = keras_internals.call_context()  # it is gone by the second run
     first: _FirstRun | None = None
 
     def run(*tensors: Tensor) -> tuple[list[Tensor], Any]:
         nonlocal first
-        new_args, new_kwargs, held = given.replaced(tensors)
+        new_args, new_kwargs, held, new_receivers = given.replaced(tensors)
         found_before: list[Any] = [] if first is None else first.found
         new_values = [*zip(variables, held, strict=True), *found_before]
         token = _runs_again.set(first is not None or runs_again())
@@ -165,17 +218,31 @@ def _call_twice(
                 keras_internals.not_rematerialised(layer),
             ):
                 outputs, losses, updates, found = _call(
-                    layer, run_layer, new_values, new_args, new_kwargs, within, receivers
+                    layer,
+                    run_layer,
+                    new_values,
+                    new_args,
+                    new_kwargs,
+                    Surroundings(around.context, new_receivers),
                 )
         finally:
             _runs_again.reset(token)
         results = CallTensors((outputs, losses))
         if first is None:
             first = _FirstRun(found, results, [variable for variable, _ in updates])
-        return results.tensors, (results.others, results.masks, [value for _, value in updates])
+        logits = [] if packs is None else list(results.logits.values())
+        others = results.others, results.masks, [value for _, value in updates]
+        return [*results.tensors, *logits], others
 
-    tensors, (others, masks, updates) = autodiff.rematerialised(run)(*given.tensors)
+    if packs is None:
+        runs_twice = autodiff.rematerialised(run)
+    else:
+        runs_twice = run_again_from_8_bits(run, lambda tensors: tensors, packs)
+    tensors, (others, masks, updates) = runs_twice(*given.tensors)
     assert first is not None
-    # As in Keras, logits are not kept.
-    outputs, losses = first.results.replaced(tensors, others=others, masks=masks, logits={})
+    results = first.results
+    number = len(results.tensors)
+    # As in Keras, logits are not kept by what is rematerialised.
+    logits = dict(zip(results.logits, tensors[number:], strict=False))
+    outputs, losses = results.replaced(tensors[:number], others=others, masks=masks, logits=logits)
     return outputs, losses, list(zip(first.updated, updates, strict=True)), first.found

@@ -1,8 +1,6 @@
 """What scales one layer: the weights that it keeps its scale in, and the call at that scale."""
 
-import contextlib
 import dataclasses
-import functools
 import itertools
 import numbers
 import warnings
@@ -20,7 +18,7 @@ from tf_adaptive_ls.backend.keras_internals import (
     parts_of,
 )
 from tf_adaptive_ls.backend.types import Tensor
-from tf_adaptive_ls.numerics import report, scale_state
+from tf_adaptive_ls.numerics import packing, report, scale_state
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat, narrowest
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.spectrum import Spectrum
@@ -30,7 +28,12 @@ from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.float8.call import Float8Call, next_seed
 from tf_adaptive_ls.training.float8.products import in_float8, products_in
 from tf_adaptive_ls.training.float8.settings import Float8, check_is_float8
-from tf_adaptive_ls.training.held_call import call_held, check_gradients, runs_again
+from tf_adaptive_ls.training.held_call import (
+    Surroundings,
+    call_held,
+    check_gradients,
+    runs_again,
+)
 from tf_adaptive_ls.training.held_variables import ReadElsewhere, scaled_weights_of
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
 from tf_adaptive_ls.training.readings import LayerSnapshot
@@ -74,6 +77,8 @@ class LayerScaling(keras.layers.Layer):
         raise NotImplementedError
 
     float8: Float8 | None = None
+    # The format that its inputs are kept in for the backward pass; `None` for what Keras keeps.
+    saved_activations: str | None = None
     # Why its file was refused.
     _refused: ValueError | None = None
 
@@ -220,7 +225,8 @@ class LayerScaling(keras.layers.Layer):
                 )
         border = Border(self, at_own_scale=False, reports=False)
         args, kwargs, _ = border.tap_inputs(args, kwargs, [])
-        with scale_plan.running(None), self._computing(self._next_float8_call(reports=False))():
+        around = self._around(self._next_float8_call(reports=False))
+        with scale_plan.running(None), around.context(around.receivers):
             outputs = run(*args, **kwargs)
         return border.tap_outputs(outputs)
 
@@ -241,8 +247,8 @@ class LayerScaling(keras.layers.Layer):
             weights,
             args,
             kwargs,
-            within=self._computing(float8_call),
-            receivers=() if float8_call is None else float8_call.receivers,
+            self._around(float8_call),
+            saves_8_bits=self.saved_activations is not None,
         )
         for loss in losses:
             self.add_loss(border.tap_loss(loss))
@@ -290,11 +296,15 @@ class LayerScaling(keras.layers.Layer):
         seed = next_seed(self.float8_seed)
         return Float8Call(self.float8, len(own_products(self.layer)), receiver, seed)
 
-    def _computing(self, float8_call: Float8Call | None) -> Callable[..., Any]:
-        """Function that makes the context in which the layer runs."""
+    def _around(self, float8_call: Float8Call | None) -> Surroundings:
+        """In what the layer runs."""
         if float8_call is None:
-            return contextlib.nullcontext
-        return functools.partial(in_float8, own_products(self.layer), float8_call)
+            return Surroundings()
+
+        def context(receivers: tuple[Tensor, ...]) -> Any:
+            return in_float8(own_products(self.layer), float8_call.with_receivers(receivers))
+
+        return Surroundings(context, float8_call.receivers)
 
     # From here on the wrapper is its layer, as far as Keras can see.
 
@@ -371,6 +381,14 @@ def own_products(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
         for part in keras_internals.parts_of(scaled.layer)
     }
     return [part for part in products_in(layer) if id(part) not in inside]
+
+
+def check_saved_activations(saved_activations: Any) -> None:
+    if saved_activations not in (None, packing.FORMAT):
+        raise ValueError(
+            f"Expected `saved_activations` to be '{packing.FORMAT}', which has the range of "
+            f"float16, or None. Received: saved_activations={saved_activations!r}."
+        )
 
 
 def check_float8(float8: Any, layer: keras.layers.Layer) -> None:

@@ -8,9 +8,15 @@ import keras
 from tf_adaptive_ls.backend import keras_internals
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.training.float8.settings import Float8
-from tf_adaptive_ls.training.layer_scaling import LayerScaling, check_float8
+from tf_adaptive_ls.training.layer_scaling import (
+    LayerScaling,
+    check_float8,
+    check_saved_activations,
+)
 from tf_adaptive_ls.training.noted_calls import note_call
 from tf_adaptive_ls.training.saved_config import opened, stamped
+
+_OPTIONAL = ("name", "trainable", "float8", "saved_activations")
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
@@ -33,6 +39,9 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
             layer's own.
         float8: A `Float8`, with which all matrix products and convolutions of the layer
             are computed from numbers of 8 bits; its `layer_filter` says nothing here.
+        saved_activations: "float8_e5m2" to keep the layer's inputs for the backward pass in 8
+            bits, and nothing else, and to run the layer there once more on these. The forward
+            pass is the same. `None` keeps what Keras keeps.
 
     Raises:
         ValueError: If `layer` is not a layer, is a `LossScaled` layer, or is inside
@@ -54,8 +63,10 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
         name: str | None = None,
         trainable: bool = True,
         float8: Float8 | None = None,
+        saved_activations: str | None = None,
     ) -> None:
         _check_can_be_wrapped(layer)
+        check_saved_activations(saved_activations)
         if float8 is not None:
             check_float8(float8, layer)
 
@@ -78,6 +89,7 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
         self.supports_masking = True
         self.supports_jit = layer.supports_jit
         keras_internals.allow_any_positional_arguments(self)
+        self.saved_activations = saved_activations
         self._start_scaling(float8)
         layer._loss_scaled = _Owner(self)
         self.built = layer.built
@@ -151,13 +163,15 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
         }
         if self.float8 is not None:
             config["float8"] = keras.saving.serialize_keras_object(self.float8)
+        if self.saved_activations is not None:
+            config["saved_activations"] = self.saved_activations
         return stamped(config)
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "LossScaled":
-        config = opened(config, "LossScaled layer", ["layer"], ["name", "trainable", "float8"])
+        config = opened(config, "LossScaled layer", ["layer"], _OPTIONAL)
         for name in ("layer", "float8"):
             if name in config:
                 config[name] = keras.saving.deserialize_keras_object(

@@ -36,6 +36,10 @@ class Float8Call:
         """The receiver, if there is one."""
         return () if self.receiver is None else (self.receiver,)
 
+    def with_receivers(self, receivers: tuple[Tensor, ...]) -> "Float8Call":
+        """The same call, with others in the place of `receivers`."""
+        return dataclasses.replace(self, receiver=receivers[0]) if receivers else self
+
     def tap(self, tensor: Tensor, place: int, cast: bool) -> Tensor:
         """`tensor`, the output of a product, whose gradient is rounded and reported.
 

@@ -1,0 +1,61 @@
+"""Numbers kept in 8 bits: the upper half of those of float16, which is float8_e5m2.
+
+It has the range of float16, so that no scale is needed, and 2 bits after the leading one. They are
+kept as whole numbers, which every device and every compiler has.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from tf_adaptive_ls.backend import arrays
+from tf_adaptive_ls.backend.types import Tensor
+
+FORMAT = "float8_e5m2"
+
+# Of float16, without the sign: infinity, the largest that is kept, the smallest, and a NaN.
+_INFINITY, _LARGEST, _SMALLEST, _NAN = 0x7C00, 0x7B00, 0x0100, 0x7E00
+
+
+def packed(x: Tensor) -> Tensor:
+    """The nearest numbers of 8 bits, halfway the even one.
+
+    What is larger than the largest, 57344, becomes that one; what is not zero becomes no zero.
+    Infinities and NaN stay.
+
+    Args:
+        x: Floating-point tensor.
+
+    Returns:
+        Uint8 tensor of its shape.
+    """
+    bits = ops.cast(arrays.bitcast(_as_float16(x), "uint16"), "int32")
+    sign, size = ops.bitwise_and(bits, 0x8000), ops.bitwise_and(bits, 0x7FFF)
+    last = ops.bitwise_and(ops.right_shift(size, 8), 1)
+    nearest = ops.bitwise_and(size + 0x7F + last, 0xFF00)
+    nearest = ops.clip(nearest, ops.where(size > 0, _SMALLEST, 0), _LARGEST)
+    nearest = ops.where(size >= _INFINITY, ops.where(size > _INFINITY, _NAN, _INFINITY), nearest)
+    return ops.cast(ops.right_shift(ops.bitwise_or(sign, nearest), 8), "uint8")
+
+
+def unpacked(bits: Tensor, dtype: str) -> Tensor:
+    """The numbers that were `packed`.
+
+    Args:
+        bits: Uint8 tensor.
+        dtype: That of the result.
+    """
+    wide = ops.left_shift(ops.cast(bits, "int32"), 8)
+    return ops.cast(arrays.bitcast(ops.cast(wide, "uint16"), "float16"), dtype)
+
+
+def _as_float16(x: Tensor) -> Tensor:
+    if keras.backend.standardize_dtype(x.dtype) == "float16":
+        return x
+    largest = np.float32(np.finfo("float16").max)
+    wide = ops.cast(x, "float32")
+    held = ops.clip(wide, -largest, largest)
+    # Nothing but zero becomes zero.
+    least = np.float32(np.finfo("float16").smallest_subnormal)
+    held = ops.where(ops.abs(held) < least, ops.sign(held) * least, held)
+    return ops.cast(ops.where(ops.isfinite(wide), held, wide), "float16")
