@@ -263,7 +263,11 @@ def test_tensorboard_shows_it(tmp_path):
     assert [e.step for e in events.Tensors("forward_room/grows")] == [0, 3, 6, 8]
 
 
-@pytest.mark.parametrize("batch", ["x", 3, (), [], (None,), np.zeros((0, 8)), iter([X])], ids=str)
+@pytest.mark.parametrize(
+    "batch",
+    ["x", 3, (), [], (None,), np.zeros((0, 8)), iter([X])],
+    ids=["string", "number", "empty tuple", "empty list", "none", "no example", "iterator"],
+)
 def test_what_is_no_batch_is_refused(batch):
     with pytest.raises(ValueError, match=r"Expected `batch` to be one small batch.*Received: "):
         als.LossScaleMonitor(batch=batch)

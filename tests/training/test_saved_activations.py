@@ -47,7 +47,10 @@ def assert_same_forward(actual, expected, name):
 
 
 @pytest.mark.parametrize("mode", ["eager", pytest.param(COMPILED, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in WITH_XLA else pytest.mark.long) for name in CASES],
+)
 def test_of_inputs_that_8_bits_hold_all_is_the_same(name, mode, rng):
     layer, inputs = built(CASES[name]), of_8_bits(CASES[name].inputs)
     options = {"mode": mode, "training": training_of(layer)}
