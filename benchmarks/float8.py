@@ -224,7 +224,7 @@ class Trainee:
 
     def _rounding(self, steps):
         """What became of gradients that our layers have rounded."""
-        layers_of_ours = [x.loss_scaling for x in self.model.layers if x.weights]
+        layers_of_ours = [x.loss_scaling for x in self.model.layers if hasattr(x, "loss_scaling")]
         shown = [layer.snapshot for layer in layers_of_ours if layer.float8]
         if not shown or shown[0].operands is None:
             return {}

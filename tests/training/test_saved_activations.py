@@ -60,7 +60,7 @@ def test_of_inputs_that_8_bits_hold_all_is_the_same(name, mode, rng):
     run = layer_stepper(scaled, layer, inputs, **options)
     for _ in range(2):
         actual = run()
-        exact = mode == "eager" and name not in ATTENTION
+        exact = mode == "eager" and name not in (*ATTENTION, "BatchNormalization")
         assert_gradients_within(actual, plain, ulps=0 if exact else 8)
         assert_same_forward(actual, plain, name)
         randomize_scales(scaled, rng)
@@ -124,14 +124,27 @@ def network():
 X, Y = floats(32, 8, 8, 3), np.arange(32) % 5
 
 
-def trained(model, epochs=2, **mode):
+def trained(model, epochs=2, steps=2, **mode):
     loss = keras.losses.SparseCategoricalCrossentropy()
     model.compile(
         als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(0.003), initial_scale=64.0),
         loss,
         **(mode or {"jit_compile": JIT}),
     )
-    return model.fit(X, Y, 16, epochs, verbose=0, shuffle=False).history["loss"]
+    n = 16 * steps
+    return model.fit(X[:n], Y[:n], 16, epochs, verbose=0, shuffle=False).history["loss"]
+
+
+def one_step(model, float8=None, saved_activations=None, **mode):
+    """How a step changes the weights of a model, and the loss."""
+    keras.utils.set_random_seed(0)
+    for weight, fresh in zip(model.weights, network().weights, strict=True):
+        weight.assign(fresh)
+    model = als.wrap_model(model, float8=float8, saved_activations=saved_activations)
+    before = model.get_weights()
+    (loss,) = trained(model, epochs=1, steps=1, **mode)
+    moves = [b - a for a, b in zip(before, model.get_weights(), strict=True)]
+    return np.concatenate([each.ravel() for each in moves]), loss
 
 
 @pytest.mark.parametrize(
@@ -140,16 +153,11 @@ def trained(model, epochs=2, **mode):
     ids=["eager", "graph", "xla"],
 )
 def test_a_step_is_nearly_the_same(mode, mixed_float16):
-    moves, losses = [], []
-    for saved in (None, FORMAT):
-        keras.utils.set_random_seed(0)
-        model = als.wrap_model(network(), saved_activations=saved)
-        before = model.get_weights()
-        losses += trained(model, epochs=1, **mode)
-        moves.append([b - a for a, b in zip(before, model.get_weights(), strict=True)])
-    plain, saved = (np.concatenate([each.ravel() for each in move]) for move in moves)
+    (plain, loss), (saved, loss_of_saved) = (
+        one_step(network(), saved_activations=saved, **mode) for saved in (None, FORMAT)
+    )
     assert 0 < np.linalg.norm(saved - plain) < 0.1 * np.linalg.norm(plain)
-    np.testing.assert_allclose(*losses, rtol=0.02)
+    assert loss == loss_of_saved
 
 
 def test_outputs_and_predictions_are_the_same_bit_for_bit(mixed_float16):
@@ -209,14 +217,12 @@ def test_any_model(kind, mixed_float16):
 
 
 def test_with_float8(mixed_float16):
-    keras.utils.set_random_seed(0)
-    model = als.wrap_model(network(), float8=als.Float8(layer_filter=lambda layer: True))
-    expected = trained(model, epochs=1)
-    keras.utils.set_random_seed(0)
-    model = als.wrap_model(
-        network(), float8=als.Float8(layer_filter=lambda layer: True), saved_activations=FORMAT
-    )
-    np.testing.assert_allclose(trained(model, epochs=1), expected, rtol=0.05)
+    float8 = als.Float8(layer_filter=lambda layer: True)
+    plain, loss = one_step(network(), float8=float8)
+    model = network()
+    saved, loss_of_saved = one_step(model, float8=float8, saved_activations=FORMAT)
+    assert 0 < np.linalg.norm(saved - plain) < 0.15 * np.linalg.norm(plain)
+    assert loss == loss_of_saved
     assert all(
         layer.loss_scaling.snapshot.operands.nonzero
         for layer in model.layers
@@ -236,6 +242,21 @@ def test_it_is_saved_and_taken_away_again(tmp_path, mixed_float16):
     assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
     als.strip_model(loaded)
     assert routes.route_of(relu, "call") is None and type(loaded) is type(network())
+
+
+def test_the_table_tells_what_each_layer_keeps(mixed_float16):
+    model = als.wrap_model(network(), saved_activations=FORMAT)
+    assert {row.saved_bytes for row in als.scale_table(model)} == {None}
+    trained(model, epochs=1)
+    table = als.scale_table(model)
+    # The inputs; of the ReLU the outputs.
+    inputs, outputs = 8 * 8 * 3, 6 * 6 * 4
+    assert [row.saved_bytes for row in table[:4]] == [None, inputs, outputs, outputs]
+    (pooling,) = (row for row in table if row.layer_class == "MaxPooling2D")
+    assert pooling.saved_bytes == 2 * 2 * 8  # of each window
+    assert "kept in 8 bits" in str(table) and "144 B" in str(table)
+    stripped = als.strip_model(model)
+    assert {row.saved_bytes for row in als.scale_table(stripped)} == {None}
 
 
 def test_a_wrapper_is_saved(tmp_path):

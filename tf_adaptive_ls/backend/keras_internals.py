@@ -264,6 +264,16 @@ def not_rematerialised(layer: keras.layers.Layer) -> Iterator[None]:
         _run_once.reset(token)
 
 
+# The method of a batch normalisation that computes its statistics.
+MOMENTS = "_moments"
+
+
+def lead_moments(layer: keras.layers.Layer, run: Callable[..., Any]) -> None:
+    """From now on a batch normalisation asks `run` for its moments, as a `Route` does."""
+    if routes.route_of(layer, MOMENTS) is None:
+        routes.Route(layer, MOMENTS, run)
+
+
 def _remat_modes(layer: keras.layers.Layer) -> list[tuple[keras.layers.Layer, Any]]:
     """Pairs of a layer in `layer`, or itself, and the mode in which Keras runs it once more."""
     modes = [(part, part._remat_mode) for part in parts_of(layer)]

@@ -19,6 +19,7 @@ from tf_adaptive_ls.training.companion import companion_of, detach
 from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
+from tf_adaptive_ls.training.saved_bytes import forget_saved
 from tf_adaptive_ls.training.saved_config import (
     WITH_WRAPPERS,
     is_with_wrappers,
@@ -211,7 +212,8 @@ def unscale(model: keras.Model) -> None:
             detach(part)
         if isinstance(part, LossScaledModel):
             vars(part)[_WALK].undo()
-        for name in ("call", "rematerialized_call"):
+        forget_saved(part)
+        for name in ("call", "rematerialized_call", keras_internals.MOMENTS):
             route = routes.route_of(part, name)
             if route is not None:
                 route.end()  # of layers inside of others that have run

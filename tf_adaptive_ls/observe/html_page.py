@@ -93,7 +93,7 @@ def page_of(run: Run, title: str) -> str:
 
 
 def _row(row: ScaleRow, columns: dict[str, str]) -> str:
-    pairs = zip(cells_of(row), columns.values(), strict=False)
+    pairs = zip(cells_of(row, columns), columns.values(), strict=True)
     return "".join(_cell("td", text, side) for text, side in pairs)
 
 

@@ -17,6 +17,7 @@ from tf_adaptive_ls.training.float8.products import products_in
 from tf_adaptive_ls.training.layer_scaling import snapshots_of
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.readings import LayerSnapshot
+from tf_adaptive_ls.training.saved_bytes import saved_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,9 @@ class ScaleRow:
         flushed: Share of its gradients that are zero in that format, `None` if none were
             seen.
         saturations: On how many steps one was larger than that holds, `None` likewise.
+        saved_bytes: How many bytes of each example it keeps in 8 bits for the backward pass, as
+            `saved_activations` has it; `None` if none, or if it was not trained yet. What one
+            layer returns and the next takes both keep, but compiled with XLA it is there once.
     """
 
     name: str
@@ -51,6 +55,7 @@ class ScaleRow:
     float8: str = ""
     flushed: float | None = None
     saturations: int | None = None
+    saved_bytes: int | None = None
 
 
 class ScaleTable(list[ScaleRow]):
@@ -75,8 +80,8 @@ class ScaleTable(list[ScaleRow]):
 
     def __str__(self) -> str:
         columns = columns_of(self)
-        cells = (cells_of(row)[: len(columns)] for row in self)
-        text = text_table(columns, cells) + advice(self.narrow_reductions)
+        text = text_table(columns, (cells_of(row, columns) for row in self))
+        text += advice(self.narrow_reductions)
         if not self.without_plan:
             return text
         heading = "Gradients return to the loss scale between the layers of:"
@@ -96,27 +101,36 @@ COLUMNS = {
 }
 # Those that follow if any layer computes in float8.
 FLOAT8_COLUMNS = {"float8": "left", "flushed": "right", "saturated steps": "right"}
+# That which follows if any layer keeps 8 bits.
+SAVED_COLUMNS = {"kept in 8 bits": "right"}
 
 
 def columns_of(rows: ScaleTable) -> dict[str, str]:
-    """`COLUMNS`, and `FLOAT8_COLUMNS` if any row has something to show there."""
-    return COLUMNS | FLOAT8_COLUMNS if any(row.float8 for row in rows) else COLUMNS
+    """`COLUMNS`, and the others that any row has something to show in."""
+    columns = dict(COLUMNS)
+    if any(row.float8 for row in rows):
+        columns |= FLOAT8_COLUMNS
+    if any(row.saved_bytes is not None for row in rows):
+        columns |= SAVED_COLUMNS
+    return columns
 
 
-def cells_of(row: ScaleRow) -> tuple[str, ...]:
-    """What a `ScaleRow` shows in each of `COLUMNS` and `FLOAT8_COLUMNS`: strings."""
-    return (
-        row.name,
-        row.layer_class,
-        power(row.log2_scale),
-        power(row.log2_total),
-        powers(row.binades),
-        "" if row.underflow is None else f"{row.underflow:.2%}",
-        row.note,
-        row.float8,
-        "" if row.flushed is None else f"{row.flushed:.2%}",
-        "" if row.saturations is None else str(row.saturations),
-    )
+def cells_of(row: ScaleRow, columns: Iterable[str]) -> list[str]:
+    """What a `ScaleRow` shows in columns: strings."""
+    cells = {
+        "layer": row.name,
+        "class": row.layer_class,
+        "scale": power(row.log2_scale),
+        "S · scale": power(row.log2_total),
+        "gradient binades": powers(row.binades),
+        "underflow": "" if row.underflow is None else f"{row.underflow:.2%}",
+        "not scaled because": row.note,
+        "float8": row.float8,
+        "flushed": "" if row.flushed is None else f"{row.flushed:.2%}",
+        "saturated steps": "" if row.saturations is None else str(row.saturations),
+        "kept in 8 bits": "" if row.saved_bytes is None else f"{row.saved_bytes:,} B",
+    }
+    return [cells[name] for name in columns]
 
 
 def scale_table(
@@ -154,13 +168,23 @@ def scale_table(
     layers = [layer for _, layer in named]
     scalings = [scaling for scaling in map(scaling_of, layers) if scaling is not None]
     shown = dict(zip(map(id, scalings), snapshots_of(scalings), strict=True))
-    rows = [_row(name, layer, shown, log2_loss_scale) for name, layer in named]
+    rows = [
+        dataclasses.replace(
+            _row(name, layer, shown, log2_loss_scale), saved_bytes=_saved_bytes(layer)
+        )
+        for name, layer in named
+    ]
     if any(scaling.float8 for scaling in scalings):
         rows = [
             _with_float8(row, layer, shown, why_wide)
             for row, layer, why_wide in zip(rows, layers, _why_wide(layers), strict=True)
         ]
     return ScaleTable(rows, narrow_reductions(model), reasons_for_no_plan(model))
+
+
+def _saved_bytes(layer: keras.layers.Layer) -> int | None:
+    scaling = scaling_of(layer)
+    return saved_bytes(layer if scaling is None else scaling.layer)
 
 
 def _with_float8(

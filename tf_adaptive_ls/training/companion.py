@@ -9,10 +9,10 @@ from typing import Any
 import keras
 
 from tf_adaptive_ls.backend import keras_internals, routes
-from tf_adaptive_ls.training.float8.products import way_of_computing
 from tf_adaptive_ls.training.float8.settings import Float8
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.noted_calls import note_call
+from tf_adaptive_ls.training.ways import way_of_computing
 
 ATTRIBUTE = "loss_scaling"
 

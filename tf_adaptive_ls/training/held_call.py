@@ -15,6 +15,8 @@ from tf_adaptive_ls.numerics.packing import packed, unpacked
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.held_variables import HeldVariables, ReadElsewhere, values_of
+from tf_adaptive_ls.training.kept_results import KeptResults
+from tf_adaptive_ls.training.saved_bytes import note_saved
 
 _runs_again = contextvars.ContextVar("runs_again", default=False)
 
@@ -144,27 +146,35 @@ def check_gradients(
 
 
 def run_again_from_8_bits(
+    layer: keras.layers.Layer,
     function: Callable[..., Any],
     keep: Callable[[Sequence[Tensor]], Sequence[Tensor]],
     number: int | None = None,
+    results: KeptResults | None = None,
 ) -> Callable[..., Any]:
     """A function that is run once more in the backward pass, on what 8 bits have kept.
 
     Args:
+        layer: The layer that it is a call of.
         function: As that of `autodiff.rematerialised`.
         keep: Function of the arguments, a list, to what is to be kept and can stand for them.
         number: How many of these, the first, are kept in 8 bits; all by default.
+        results: What else it keeps, `KeptResults`.
     """
     dtypes: list[str] = []
+    results = results or KeptResults()
 
     def pack(tensors: Sequence[Tensor]) -> Any:
         kept = keep(tensors)
         count = len(kept) if number is None else number
         dtypes[:] = [keras.backend.standardize_dtype(x.dtype) for x in kept[:count]]
-        return list(map(packed, kept[:count])), list(kept[count:])
+        bits = list(map(packed, kept[:count]))
+        note_saved(layer, [*bits, *results.noted_bits])
+        return bits, list(kept[count:]), results.noted
 
     def unpack(kept: Any) -> list[Tensor]:
-        bits, others = kept
+        bits, others, noted = kept
+        results.give(noted)
         return [*map(unpacked, bits, dtypes), *others]
 
     return autodiff.run_again_from(function, pack, unpack)
@@ -204,6 +214,7 @@ def _call_twice(
     copies = [ops.copy(value) for _, value in values]
     given = CallTensors((args, kwargs, copies, tuple(map(ops.copy, around.receivers))))
     context = keras_internals.call_context()  # it is gone by the second run
+    kept = KeptResults()
     first: _FirstRun | None = None
 
     def run(*tensors: Tensor) -> tuple[list[Tensor], Any]:
@@ -216,6 +227,7 @@ def _call_twice(
             with (
                 keras_internals.in_call_context(context),
                 keras_internals.not_rematerialised(layer),
+                contextlib.nullcontext() if packs is None else kept.running(layer),
             ):
                 outputs, losses, updates, found = _call(
                     layer,
@@ -237,7 +249,7 @@ def _call_twice(
     if packs is None:
         runs_twice = autodiff.rematerialised(run)
     else:
-        runs_twice = run_again_from_8_bits(run, lambda tensors: tensors, packs)
+        runs_twice = run_again_from_8_bits(layer, run, lambda tensors: tensors, packs, kept)
     tensors, (others, masks, updates) = runs_twice(*given.tensors)
     assert first is not None
     results = first.results

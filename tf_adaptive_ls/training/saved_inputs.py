@@ -8,12 +8,13 @@ from keras import layers
 
 from tf_adaptive_ls.backend import autodiff, keras_internals, routes
 from tf_adaptive_ls.backend.types import Tensor
+from tf_adaptive_ls.training import max_pooling
 from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.held_call import run_again_from_8_bits
+from tf_adaptive_ls.training.kept_results import is_repeatable
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
 
-# What others need, such as sums, means and copies, is nothing, or, for dropout, a byte. Those that
-# choose the largest, such as pooling, would choose others: in 8 bits many numbers are equal.
+# What others need, such as sums, means and copies, is nothing, or, for dropout, a byte.
 _KINDS = (layers.ELU, layers.LeakyReLU, layers.Multiply)
 # Keras computes crossentropies from what comes into these: it leaves that on their outputs.
 _WITH_LOGITS = (keras.activations.softmax, keras.activations.sigmoid)
@@ -23,7 +24,7 @@ def saves_inputs(layer: keras.layers.Layer) -> bool:
     """Whether a layer without weights needs inputs in its backward pass, and nothing else."""
     if type(layer) is layers.Activation:
         return layer.activation not in _WITH_LOGITS
-    return type(layer) in (*_KINDS, layers.ReLU)
+    return type(layer) in (*_KINDS, layers.ReLU) or max_pooling.keeps_places(layer)
 
 
 def save_inputs(layer: keras.layers.Layer) -> Callable[[], None]:
@@ -38,6 +39,8 @@ def save_inputs(layer: keras.layers.Layer) -> Callable[[], None]:
             or not autodiff.is_differentiated(given.tensors)
         ):
             return original(*args, **kwargs)
+        if max_pooling.keeps_places(layer):
+            return max_pooling.pool(layer, original, given.tensors[0])
 
         def function(*tensors: Tensor) -> tuple[list[Tensor], Any]:
             new_args, new_kwargs = given.replaced(tensors)
@@ -46,7 +49,7 @@ def save_inputs(layer: keras.layers.Layer) -> Callable[[], None]:
         def keep(tensors: Any) -> Any:
             return function(*tensors)[0] if repeatable else tensors
 
-        (outputs,), _ = run_again_from_8_bits(function, keep)(*given.tensors)
+        (outputs,), _ = run_again_from_8_bits(layer, function, keep)(*given.tensors)
         return outputs
 
     return routes.Route(layer, "call", run).end
@@ -56,4 +59,4 @@ def _is_repeatable(layer: keras.layers.Layer) -> bool:
     """Whether its outputs may stand for its inputs: what comes next keeps these as well."""
     if type(layer) is layers.ReLU:
         return layer.max_value is None and not layer.negative_slope and not layer.threshold
-    return getattr(layer, "activation", None) is keras.activations.relu
+    return is_repeatable(getattr(layer, "activation", None))

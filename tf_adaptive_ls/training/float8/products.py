@@ -1,21 +1,21 @@
 """Matrix products and convolutions of Keras layers, and how they run on operands of 8 bits."""
 
 import contextlib
-import contextvars
 import functools
 import re
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 from keras import layers, ops
 
-from tf_adaptive_ls.backend import autodiff, devices, keras_internals, routes
+from tf_adaptive_ls.backend import autodiff, devices, keras_internals
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.training.float8.call import Float8Call
 from tf_adaptive_ls.training.float8.operand import Axes, tensor_of
 from tf_adaptive_ls.training.float8.settings import E4M3, Float8
+from tf_adaptive_ls.training.kept_results import activation_of
+from tf_adaptive_ls.training.ways import computing, has_own_call
 
 Labels = tuple[str, str, str]
 
@@ -142,9 +142,7 @@ def product_of(layer: keras.layers.Layer) -> Product | None:
     """
     for product in PRODUCTS:
         if isinstance(layer, product.layer_class):
-            is_own = layer.__class__.call is not product.layer_class.call
-            is_own |= "call" in vars(layer) and routes.route_of(layer, "call") is None
-            return None if is_own else product
+            return None if has_own_call(layer, product.layer_class) else product
     return None
 
 
@@ -153,47 +151,19 @@ def products_in(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return [part for part in keras_internals.parts_of(layer) if product_of(part)]
 
 
-# How layers that are products compute in the running context, by `id`; all others as ever.
-_computing: contextvars.ContextVar[Mapping[int, Callable[..., Any]]] = contextvars.ContextVar(
-    "computing_in_float8", default=types.MappingProxyType({})
-)
-
-
-def way_of_computing(layer: keras.layers.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, or what stands for it in the running context."""
-    return _computing.get().get(id(layer), call)
-
-
-@contextlib.contextmanager
-def in_float8(parts: list[keras.layers.Layer], call: Float8Call) -> Iterator[None]:
-    """Makes layers that are products compute in float8.
+def in_float8(parts: list[keras.layers.Layer], call: Float8Call) -> Any:
+    """Context in which layers that are products compute in float8.
 
     Args:
         parts: List of layers.
         call: `Float8Call` of the products, in the order of `parts`.
     """
-    calls = dict(_computing.get())
-    for place, part in enumerate(parts):
-        product = product_of(part)
-        assert product is not None
-        calls[id(part)] = functools.partial(_call_in_float8, product, part, call, place)
-        if routes.route_of(part, "call") is None:
-            # It is left there, since taking it away would take it from a call that runs meanwhile.
-            routes.Route(part, "call", functools.partial(_run, part))
-    token = _computing.set(calls)
-    try:
-        yield
-    finally:
-        _computing.reset(token)
-
-
-def _run(
-    layer: keras.layers.Layer,
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    return way_of_computing(layer, original)(*args, **kwargs)
+    return computing(
+        [
+            (part, functools.partial(_call_in_float8, part, call, place))
+            for place, part in enumerate(parts)
+        ]
+    )
 
 
 def casts(layer: keras.layers.Layer, float8: Float8) -> bool:
@@ -206,7 +176,6 @@ def casts(layer: keras.layers.Layer, float8: Float8) -> bool:
 
 
 def _call_in_float8(
-    product: Product,
     layer: keras.layers.Layer,
     call: Float8Call,
     place: int,
@@ -214,12 +183,15 @@ def _call_in_float8(
     training: bool | None = None,
 ) -> Tensor:
     """What `layer.call(inputs)` computes, from operands that are rounded."""
+    product = product_of(layer)
+    assert product is not None
     multiply = _multiply if call.float8.block_size is None else _multiply_by_blocks
     operand, kernel = product.operand(layer, inputs), getattr(layer, product.kernel)
     outputs = multiply(product, layer, operand, kernel, call, place)
     if layer.bias is not None:
         outputs = ops.add(outputs, _shaped(layer, layer.bias))
-    return outputs if layer.activation is None else layer.activation(outputs)
+    activation = activation_of(layer)
+    return outputs if activation is None else activation(outputs)
 
 
 def _multiply(

@@ -1,0 +1,217 @@
+"""Does training stand activations saved in 8 bits? Gradients, and whole runs.
+
+*Fidelity*: gradients against those of float32, at weights of float32 training, as in `float8`:
+the relative error of each weight's gradient, at the start and after some steps. Rows that are
+marked * are of other formats and roundings, which the library does not have: they are emulated.
+
+*Training*: mean loss over the last tenth of the batches, from the same weights on the same batches
+for every way, once for every seed.
+
+Prints Markdown tables; writes them, and every figure as JSON. Cases that were run before into the
+same directory stay in the tables.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import ops
+
+import tf_adaptive_ls as als
+from benchmarks import data, float8, report
+from benchmarks.float8_ways import WIDE, Way
+from tf_adaptive_ls.numerics import packing
+from tf_adaptive_ls.training import held_call, kept_results
+
+SAVED = packing.FORMAT
+FLOAT8 = als.Float8()
+ADAPTIVE = als.AdaptiveLossScaleOptimizer
+
+
+def way(name, **settings):
+    return Way(name, lambda plain: als.wrap_model(plain, **settings), ADAPTIVE)
+
+
+FLOAT32, FLOAT16 = (each.name for each in WIDE)
+WAYS = (
+    *WIDE,
+    way("8 bits kept", saved_activations=SAVED),
+    way("products in float8", float8=FLOAT8),
+    way("products in float8, 8 bits kept", float8=FLOAT8, saved_activations=SAVED),
+)
+PARTS = ("fidelity", "training")
+TRAINED = ("ResNet-20", "Transformer", "VGG, not normalised")
+
+
+@dataclasses.dataclass(frozen=True)
+class Emulated:
+    """Rounds what is kept to another format, without any memory being saved.
+
+    Args:
+        name: Short name for tables.
+        rounded: Function `tensor -> tensor` of its dtype.
+    """
+
+    name: str
+    rounded: Callable
+
+    @contextlib.contextmanager
+    def everywhere(self):
+        """Context in which models are built and compiled that keep this."""
+        modules = (held_call, kept_results)
+        before = [(each.packed, each.unpacked) for each in modules]
+        for each in modules:
+            each.packed, each.unpacked = self.rounded, lambda kept, dtype: kept
+        try:
+            yield
+        finally:
+            for each, (packed, unpacked) in zip(modules, before, strict=True):
+                each.packed, each.unpacked = packed, unpacked
+
+
+def scaled(x, axes=None):
+    """Rounded to e4m3 by the power of two that its largest magnitude, over axes, still fits at."""
+    wide = ops.cast(x, "float32")
+    largest = ops.max(ops.abs(wide), axis=axes, keepdims=True)
+    exponent = ops.floor(ops.log2(448.0 / ops.maximum(largest, 1e-30)))
+    factor = ops.power(2.0, ops.clip(exponent, -100, 100))
+    return ops.cast(ops.cast(ops.cast(wide * factor, "float8_e4m3fn"), "float32") / factor, x.dtype)
+
+
+def by_channel(x):
+    return scaled(x, tuple(range(len(x.shape) - 1)))
+
+
+def stochastic(x):
+    """Rounded to e5m2, up as often as it is nearer to what is above."""
+    wide = ops.cast(x, "float32")
+    exponent = ops.floor(ops.log2(ops.maximum(ops.abs(wide), 2.0**-14)))
+    unit = ops.power(2.0, exponent - 2)
+    # The backward pass runs anew from these, so that both may be of different numbers.
+    return ops.cast(ops.floor(wide / unit + keras.random.uniform(ops.shape(x))) * unit, x.dtype)
+
+
+EMULATED = (
+    Emulated("*e4m3, a scale for each tensor", scaled),
+    Emulated("*e4m3, a scale for each channel", by_channel),
+    Emulated("*e5m2, rounded stochastically", stochastic),
+)
+ORDER = [each.name for each in (*WAYS, *EMULATED)]
+
+
+def fidelity(case, images):
+    """Figures of every way, by moment."""
+    figures = float8.fidelity(case, [("", each) for each in WAYS[1:]], images)
+    for emulated in EMULATED:
+        with emulated.everywhere():
+            of_way = [("", way(emulated.name, saved_activations=SAVED))]
+            for moment, found in float8.fidelity(case, of_way, images).items():
+                figures[moment][""] |= found[""]
+    return {moment: found[""] for moment, found in figures.items()}
+
+
+def training(case, images, seeds):
+    """Losses of every way, over seeds."""
+    found = float8.training(case, [("", each) for each in WAYS], images, seeds)
+    for of_way in found:
+        ((name, runs),) = of_way[""].items()
+        yield name, [run["None"] for run in runs]
+
+
+# Tables.
+
+
+def percent(error):
+    return f"{error:.2%}" if np.isfinite(error) else "infinite"
+
+
+def fidelity_rows(figures):
+    for name in ORDER[1:]:
+        errors = [np.array(of_moment[name]["error"]) for of_moment in figures.values()]
+        cosines = " / ".join(f"{of_moment[name]['cosine']:.5f}" for of_moment in figures.values())
+        found = (f"{percent(np.median(each))} / {percent(each.max())}" for each in errors)
+        yield (name, *found, cosines)
+
+
+def training_rows(figures):
+    for name in (name for name in ORDER if name in figures):
+        losses = [run["loss"] for run in figures[name]]
+        accuracies = [run["accuracy"] for run in figures[name]]
+        yield (
+            name,
+            f"{np.median(losses):#.4g} ({min(losses):#.4g} … {max(losses):#.4g})",
+            f"{np.median(accuracies):.1%}",
+        )
+
+
+INTRODUCTION = f"""# What 8 bits kept for the backward pass change
+
+`8 bits kept`: `saved_activations="{SAVED}"`. *Fidelity*: relative errors of gradients, median /
+worst over weights, against float32's, at weights of float32 training after the steps that the
+columns name; cosine of the whole gradient with float32's. Rows with a * are emulated: formats
+and roundings that the library does not have.
+
+*Training*: mean loss (range over seeds) and accuracy on the last tenth of the training batches.
+"""
+
+
+def write_report(directory):
+    parts = [INTRODUCTION]
+    results = report.load_results(directory, float8.CASES)
+    for result in results:
+        parts.append(f"## {result['name']}, {result['images']}\n")
+        if "fidelity" in result:
+            header = [f"error at {moment}" for moment in result["fidelity"]]
+            rows = fidelity_rows(result["fidelity"])
+            parts.append(report.markdown(["", *header, "cosine"], rows) + "\n")
+        if "training" in result:
+            seeds = len(result["training"][FLOAT32])
+            parts.append(f"{result['steps']} steps, {seeds} seeds.\n")
+            rows = training_rows(result["training"])
+            parts.append(report.markdown(["", "loss", "accuracy"], rows) + "\n")
+    parts.append(report.provenance_text(results) + "\n")
+    report.save_text(directory, "\n".join(parts))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    report.add_arguments(parser, "saved")
+    parser.add_argument("--only", nargs="+", choices=float8.CASES, metavar="MODEL")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    with report.progress() as progress:
+        for name in args.only or (list(float8.CASES)[:1] if args.quick else float8.CASES):
+            progress.add_task(name, total=None)
+            run_case(float8.CASES[name], args)
+    write_report(args.output)
+
+
+def run_case(case, args):
+    """Adds the parts asked for to the figures of one case."""
+    seeds = args.seeds
+    if args.quick:
+        case, seeds = dataclasses.replace(case, steps=20, moments=(0,)), 1
+    images = data.digits() if case.images == "digits" else data.cifar10(args.data)
+    found = report.load_results(args.output, [case.name])
+    figures = {**(found[0] if found else {}), "name": case.name, "images": images.name}
+    figures["steps"] = case.steps
+    save = functools.partial(report.save_result, args.output, figures)
+    if "fidelity" in args.parts:
+        figures["fidelity"] = fidelity(case, images)
+        save()
+    if "training" in args.parts and (args.quick or case.name in TRAINED):
+        figures["training"] = {}
+        for way_name, runs in training(case, images, range(seeds)):
+            figures["training"][way_name] = runs
+            save()
+
+
+if __name__ == "__main__":
+    main()
