@@ -26,6 +26,7 @@ parser.add_argument("--process", type=int, default=0)
 parser.add_argument("--port", type=int, default=0)
 parser.add_argument("--model-parallel", action="store_true")
 parser.add_argument("--subclass", action="store_true", help="a model without a graph")
+parser.add_argument("--saved-activations", action="store_true", help="keep 8 bits of them")
 parser.add_argument("--plain", action="store_true", help="Keras's own loss scale")
 parser.add_argument("--count", action="store_true", help="count collectives, too")
 parser.add_argument("--nan-on", type=int, help="a process whose first batch is not finite")
@@ -82,7 +83,8 @@ def network():
     if args.plain:
         optimizer = keras.optimizers.LossScaleOptimizer(inner, 2.0**10)
     else:
-        model = als.wrap_model(model)
+        saved = "float8_e5m2" if args.saved_activations else None
+        model = als.wrap_model(model, saved_activations=saved)
         optimizer = als.AdaptiveLossScaleOptimizer(inner, 2.0**10)
     model.compile(optimizer, loss="mse")
     return model

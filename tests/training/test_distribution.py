@@ -105,6 +105,17 @@ def test_four_devices_as_one(tmp_path, one_device):
 
 @pytest.mark.long
 @pytest.mark.parametrize("parts", [(), ("--model-parallel",)], ids=["data", "model"])
+def test_saved_activations_on_four_devices(tmp_path, parts):
+    one, _ = run(tmp_path / "one", "--saved-activations")
+    four, _ = run(tmp_path / "four", "--saved-activations", *parts, devices=4)
+    np.testing.assert_allclose(four["loss"], one["loss"], rtol=0.01)
+    assert four["skipped_steps"] == one["skipped_steps"]
+    other, _ = run(tmp_path / "other", devices=4)
+    assert four["loss"] != other["loss"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("parts", [(), ("--model-parallel",)], ids=["data", "model"])
 def test_a_subclass_as_its_functional_twin(tmp_path, parts):
     functional, arrays = run(tmp_path / "functional", *parts, devices=4)
     subclass, arrays_of_subclass = run(tmp_path / "subclass", "--subclass", *parts, devices=4)

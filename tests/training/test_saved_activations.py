@@ -14,6 +14,7 @@ from tests.graphs import floats
 from tests.steps import assert_equal, assert_gradients_within, layer_stepper, randomize_scales
 from tests.training.test_layers_exact import CASES, WITH_XLA, built, training_of
 from tf_adaptive_ls.backend import routes
+from tf_adaptive_ls.training.held_call import run_again_from_8_bits
 
 FORMAT = "float8_e5m2"
 
@@ -289,3 +290,37 @@ def test_less_is_kept(mixed_float16):
 
     kept, saved = bytes_kept(None), bytes_kept(FORMAT)
     assert 0 < saved < 0.5 * kept, (saved, kept)
+
+
+@pytest.mark.skipif(ON_JAX, reason="there XLA is told by a barrier")
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_the_second_run_waits_for_gradients(jit_compile):
+    """Or all would be unpacked in the forward pass already, and kept."""
+    import tensorflow as tf
+
+    def step(x, gradient):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            again = run_again_from_8_bits(
+                layers.Layer(), lambda x: ([tf.square(x)], None), lambda tensors: tensors
+            )
+            ((y,), _) = again(x)
+        return tape.gradient(y, x, gradient)
+
+    spec = tf.TensorSpec((4,), "float16")
+    traced = tf.function(step).get_concrete_function(spec, spec)
+    (first,) = (op for op in traced.graph.get_operations() if op.type == "LeftShift")
+    behind, waiting = set(), [first]
+    while waiting:
+        op = waiting.pop()
+        behind.add(op.name)
+        waiting += [x.op for x in op.inputs]
+    assert {"x", "gradient"} <= behind
+    x = tf.constant([1.0, 2.0, np.inf, np.nan], "float16")
+    for gradient in (np.float16([1, 2, 3, 4]), np.float16([np.nan, 2, np.inf, 4])):
+        result = tf.function(step, jit_compile=jit_compile)(x, gradient)
+        expected = 2 * x * gradient
+        if np.isfinite(gradient[0]):
+            assert_array_equal(result, expected)
+        else:
+            assert not np.isfinite(result)[~np.isfinite(expected)].any()

@@ -72,10 +72,10 @@ def sgd(**kwargs):
     return keras.optimizers.SGD(0.1, momentum=0.9, **kwargs)
 
 
-def ours(strategy, build=network, inner=sgd, loss="mse", float8=None, **mode):
+def ours(strategy, build=network, inner=sgd, loss="mse", float8=None, saved=None, **mode):
     with strategy.scope():
         keras.utils.set_random_seed(3)
-        model = als.wrap_model(build(), float8=float8)
+        model = als.wrap_model(build(), float8=float8, saved_activations=saved)
         optimizer = als.AdaptiveLossScaleOptimizer(inner(), 2.0**10)
         model.compile(optimizer, loss=loss, **(GRAPH | mode))
     return model
@@ -149,6 +149,18 @@ def test_float8_on_several_devices(mixed_float16, two):
     assert deep.snapshot.saturations == before + 1
     assert model.optimizer.skipped_steps == 0
     assert_replicas_agree(model)
+
+
+@pytest.mark.parametrize("build", [network, normalised])
+def test_saved_activations_on_several_devices(mixed_float16, two, build):
+    plain, saved = (
+        ours(two, build, functools.partial(keras.optimizers.SGD, 0.01), saved=format)
+        for format in (None, "float8_e5m2")
+    )
+    losses, losses_of_saved = (fit(each).history["loss"] for each in (plain, saved))
+    assert_replicas_agree(saved)
+    np.testing.assert_allclose(losses_of_saved, losses, rtol=0.01)
+    assert losses_of_saved[1:] != losses[1:]
 
 
 @pytest.mark.filterwarnings("ignore:Loss scales do nothing")

@@ -310,7 +310,7 @@ def run_again_from(
             kept = keep(tensors)
 
             def backward(*gradients: Tensor) -> list[Tensor | None]:
-                values = restore(kept)
+                values = restore(_not_before(gradients, kept))
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(values)
                     again, _ = function(*values)
@@ -322,6 +322,28 @@ def run_again_from(
         return list(_left_to_graph(results)), others[0]
 
     return compute
+
+
+def _not_before(gradients: Sequence[Tensor], kept: Any) -> Any:
+    """What was kept, known to TensorFlow only once gradients are, if it is of 8 bits.
+
+    It would run again, and keep what comes of it, as soon as it can. XLA does not look at control
+    dependencies, but takes no number for equal to itself that may be NaN. If it is, all bits are
+    set, which is NaN in 8 bits, too.
+    """
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        return kept
+    first = tf.reshape(gradients[0], [-1])[:1]
+    known = tf.reduce_all(tf.equal(first, first))
+
+    def wait(x: Tensor) -> Tensor:
+        if x.dtype != tf.uint8:
+            return x
+        return tf.where(known, x, tf.constant(x.dtype.max, x.dtype))
+
+    return tf.nest.map_structure(wait, kept)
 
 
 def _run_again_on_jax(
