@@ -73,6 +73,7 @@ CALLS = {
         "initial_scale": 8.0,
         "rule": als.FixedRule(),
         "sample_every": 3,
+        "stochastic_rounding": True,
         "name": "o",
     },
     als.QuantileRule: lambda: {"underflow": 0.1, "headroom": 2, "forget": 0.1},

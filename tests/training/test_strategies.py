@@ -151,6 +151,25 @@ def test_float8_on_several_devices(mixed_float16, two):
     assert_replicas_agree(model)
 
 
+@pytest.mark.filterwarnings("ignore:Loss scales do nothing")
+@pytest.mark.parametrize("policy", ["float16", "bfloat16"])
+def test_stochastic_rounding_on_several_devices(two, policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        with two.scope():
+            keras.utils.set_random_seed(3)
+            model = als.wrap_model(normalised())
+            inner = keras.optimizers.AdamW(0.01, global_clipnorm=1.0)
+            optimizer = als.AdaptiveLossScaleOptimizer(inner, 2.0**7, stochastic_rounding=True)
+            model.compile(optimizer, "mse", **GRAPH)
+        losses = fit(model, epochs=4).history["loss"]
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert_replicas_agree(model)
+    assert losses[-1] < losses[0]
+    assert {v.dtype for v in inner.variables if "velocity" in v.path} == {"float32"}
+
+
 @pytest.mark.parametrize("build", [network, normalised])
 def test_saved_activations_on_several_devices(mixed_float16, two, build):
     plain, saved = (

@@ -135,9 +135,11 @@ def random_bits(seed: Tensor, shape: Any, number: int) -> Tensor:
         return keras.ops.cast(keras.ops.right_shift(bits, np.uint32(32 - number)), "int32")
     import tensorflow as tf
 
-    return tf.random.stateless_uniform(
-        shape, tf.bitcast(tf.cast(seed, "uint32"), "int32"), 0, 2**number, "int32"
-    )
+    seed = tf.bitcast(tf.cast(seed, "uint32"), "int32")
+    if number == 31:  # no int32 is above these
+        bits = tf.random.stateless_uniform(shape, seed, None, None, "int32")
+        return tf.bitwise.bitwise_and(bits, np.int32(2**31 - 1))
+    return tf.random.stateless_uniform(shape, seed, 0, 2**number, "int32")
 
 
 # As many as one block of a GPU reduces at once.

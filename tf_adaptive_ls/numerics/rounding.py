@@ -1,4 +1,4 @@
-"""Rounding to a float8 format, as numbers of a wider dtype that the format has.
+"""Rounding: to a float8 format, as numbers of a wider dtype that the format has, and to 16 bits.
 
 By integer operations on bits: XLA on a GPU may drop a chain of casts, and casts of
 TensorFlow and JAX neither saturate nor round stochastically.
@@ -91,6 +91,55 @@ def rounded(
     if factor is not None:
         result = arrays.divide_by_power_of_two(result, factor)
     return ops.cast(result, x.dtype)
+
+
+# Random bits per number of `rounded_to_16_bits`.
+NOISE_BITS_OF_16 = 31
+
+
+def rounded_to_16_bits(x: Tensor, dtype: str, noise: Tensor) -> Tensor:
+    """One of the two neighbours in a format of 16 bits, the nearer one more often.
+
+    Over all that `noise` may be the mean is `x`: exactly, if `x` is a whole multiple of 2**-31 of
+    the step between the neighbours. Any float32 number is as a bfloat16, and as a float16 any
+    that is at least 2**-32; of smaller ones what is below 2**-55 is dropped. What is larger than
+    the format's largest becomes that one. Infinities and NaN stay.
+
+    Args:
+        x: Float32 tensor.
+        dtype: "float16" or "bfloat16".
+        noise: Int32 tensor of the shape of `x`, random whole numbers in [0, 2**31).
+
+    Returns:
+        Tensor of the shape of `x`, of that dtype.
+
+    Reference: Gupta, Agrawal, Gopalakrishnan, Narayanan, "Deep Learning with Limited Numerical
+    Precision", 2015 (arXiv 1502.02551).
+    """
+    float_format = FloatFormat(dtype)
+    bits = arrays.bitcast(x, "int32")
+    magnitude = ops.bitwise_and(bits, _MAGNITUDE)
+    size = arrays.bitcast(magnitude, "float32")
+
+    # Where the format has all its bits: so many of float32's are dropped.
+    dropped = _FLOAT32.nmant - float_format.mantissa_bits
+    low = ops.bitwise_and(magnitude, np.int32(-(2**dropped)))
+    chance = ops.left_shift(magnitude - low, NOISE_BITS_OF_16 - dropped)
+    normal = low + ops.where(noise < chance, np.int32(2**dropped), np.int32(0))
+    result = arrays.bitcast(normal, "float32")
+
+    if float_format.smallest_normal > _FLOAT32.tiny:  # and where it has a fixed point
+        steps = size * np.float32(2.0**-float_format.min_exponent)
+        below = ops.floor(steps)
+        chance = ops.cast((steps - below) * np.float32(2.0**NOISE_BITS_OF_16), "int32")
+        steps = below + ops.cast(noise < chance, "float32")
+        subnormal = steps * np.float32(2.0**float_format.min_exponent)
+        result = ops.where(size < np.float32(float_format.smallest_normal), subnormal, result)
+
+    result = ops.minimum(result, np.float32(float_format.largest))
+    sign = ops.bitwise_and(bits, np.int32(~_MAGNITUDE))
+    result = arrays.bitcast(ops.bitwise_or(arrays.bitcast(result, "int32"), sign), "float32")
+    return ops.cast(ops.where(size <= _FLOAT32.max, result, x), dtype)
 
 
 def fitting_factor(peak: Tensor, float_format: FloatFormat, dtype: str = "float32") -> Tensor:

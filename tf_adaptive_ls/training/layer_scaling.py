@@ -384,7 +384,8 @@ def own_products(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def check_saved_activations(saved_activations: Any) -> None:
-    if saved_activations not in (None, packing.FORMAT):
+    is_format = isinstance(saved_activations, str) and saved_activations == packing.FORMAT
+    if saved_activations is not None and not is_format:
         raise ValueError(
             f"Expected `saved_activations` to be '{packing.FORMAT}', which has the range of "
             f"float16, or None. Received: saved_activations={saved_activations!r}."

@@ -10,10 +10,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.backend import autodiff, devices, functions, keras_internals
+from tf_adaptive_ls.backend import arrays, autodiff, devices, functions, keras_internals
 from tf_adaptive_ls.backend.types import Tensor
+from tf_adaptive_ls.backend.wide_updates import is_of_16_bits, update_in_float32
 from tf_adaptive_ls.numerics.arguments import is_number, is_whole
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
+from tf_adaptive_ls.numerics.rounding import NOISE_BITS_OF_16, rounded_to_16_bits
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule
 from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, is_known
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
@@ -77,6 +79,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             have settled. Spectra change slowly, sampling is not free; sampling on
             every step is not better (`./dev benchmark convergence --variations`),
             on every hundredth only is worse.
+        stochastic_rounding: Bool, for weights of 16 bits, such as those of Keras's policies
+            "float16" and "bfloat16". Updates are computed in float32 and rounded to one of
+            the two neighbours, more often to the nearer one, so that the mean is exact:
+            otherwise a step of less than half of the last bit would be lost. All that
+            `inner_optimizer` keeps is float32 then; it must not be built yet. Random bits
+            depend on a seed that is saved, on the number of steps taken and on the weight.
         name: String.
 
     Raises:
@@ -93,6 +101,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         initial_scale: float = INITIAL_SCALE,
         rule: ScaleRule | None = None,
         sample_every: int = 10,
+        stochastic_rounding: bool = False,
         name: str | None = None,
     ) -> None:
         inner_optimizer = _checked_inner_optimizer(inner_optimizer)
@@ -114,7 +123,18 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "Expected `sample_every` to be a whole number of steps, at least 1. "
                 f"Received: sample_every={sample_every!r}."
             )
+        if not isinstance(stochastic_rounding, bool):
+            raise ValueError(
+                "Expected `stochastic_rounding` to be True or False. "
+                f"Received: stochastic_rounding={stochastic_rounding!r}."
+            )
+        if stochastic_rounding:
+            _check_not_built(inner_optimizer)
         super().__init__(inner_optimizer, initial_scale=float(initial_scale), name=name)
+        self.stochastic_rounding = stochastic_rounding
+        self._rounding_seed: keras.Variable | None = None
+        if stochastic_rounding:
+            update_in_float32(inner_optimizer, self._rounded)
         self.rule = rule
         self.sample_every = sample_every
         # S, if a function was traced that computes with it before there were any variables.
@@ -160,10 +180,16 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         operand_formats = {layer.operand_format for layer in layers} - {None}
         for float_format in float_formats | operand_formats:
             self.rule.check(float_format)
-        super().build([v for v in var_list if not is_of_scaling(v)])
+        weights = [v for v in var_list if not is_of_scaling(v)]
+        if self.stochastic_rounding:
+            _check_can_be_rounded(weights)
+        super().build(weights)
         self.dynamic_growth_steps = _KERAS_GROWTH_STEPS
         self._steps = self._add_state("steps", np.int32(0))
         self._skipped_steps = self._add_state("skipped_steps", np.int32(0))
+        if self.stochastic_rounding:
+            seed = ops.convert_to_numpy(keras.random.SeedGenerator().state).astype("uint32")
+            self._rounding_seed = self._add_state("rounding_seed", seed)
         keeper = ScaleKeeper(
             layers,
             self.dynamic_scale,
@@ -322,6 +348,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     ) -> None:
         """Applies gradients if they are finite, and else counts that they are not."""
         touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
+        if self._rounding_seed is not None:
+            touched.append(self._rounding_seed)
         skipped = self._skipped_steps
         # Something is computed in either branch: of a conditional with an empty one XLA does not
         # make selects on a GPU, where the host would wait for it, and every weight be copied.
@@ -385,6 +413,14 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.inner_optimizer.apply(unscaled, variables)
         autodiff.leave_gradients_to_graph()
 
+    def _rounded(self, x: Tensor, dtype: str, place: int, step: Tensor) -> Tensor:
+        """A weight that was updated, with random bits of its own for every step that is taken."""
+        assert self._rounding_seed is not None
+        first, second = ops.unstack(ops.convert_to_tensor(self._rounding_seed))
+        seed = ops.stack([first + ops.cast(step, "uint32"), second + ops.cast(place, "uint32")])
+        noise = arrays.random_bits(seed, ops.shape(x), NOISE_BITS_OF_16)
+        return rounded_to_16_bits(x, dtype, noise)
+
     def _count_skipped(self, finite: Tensor) -> None:
         self._skipped_steps.assign_add(ops.cast(ops.logical_not(finite), "int32"))
 
@@ -424,6 +460,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "initial_scale": self.initial_scale,
                 "rule": keras.saving.serialize_keras_object(self.rule),
                 "sample_every": self.sample_every,
+                "stochastic_rounding": self.stochastic_rounding,
             }
         )
 
@@ -435,7 +472,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             config,
             "AdaptiveLossScaleOptimizer",
             ["inner_optimizer", "rule"],
-            ["name", "initial_scale", "sample_every"],
+            ["name", "initial_scale", "sample_every", "stochastic_rounding"],
         )
         for name in ("inner_optimizer", "rule"):
             config[name] = keras.saving.deserialize_keras_object(
@@ -475,6 +512,33 @@ def _checked_inner_optimizer(inner_optimizer: Any) -> Any:
             "that out; the first loss scale is `initial_scale`."
         )
     return inner_optimizer
+
+
+def _check_not_built(inner_optimizer: Any) -> None:
+    if getattr(inner_optimizer, "built", False):
+        raise ValueError(
+            "Expected an `inner_optimizer` that is not built yet, so that all that it keeps is in "
+            "float32. Received: stochastic_rounding=True with a "
+            f"{type(inner_optimizer).__name__} that is built. Make a new one."
+        )
+
+
+def _check_can_be_rounded(weights: list[keras.Variable]) -> None:
+    of_8_bits = [v.path for v in weights if str(v.dtype).startswith("float8")]
+    if of_8_bits:
+        raise ValueError(
+            "Expected weights of 16 or 32 bits with stochastic_rounding=True. Received: "
+            f"{', '.join(of_8_bits)}, of 8 bits, which no single step would fit. Keep weights in "
+            "float16 and compute in float8: `wrap_model(model, float8=Float8())` of a model of "
+            'policy "float16".'
+        )
+    if not any(map(is_of_16_bits, weights)):
+        warnings.warn(
+            "stochastic_rounding=True does nothing for this model: none of its weights has 16 "
+            'bits. Set the policy "float16" or "bfloat16" before you build it; under '
+            '"mixed_float16" weights are float32.',
+            stacklevel=4,
+        )
 
 
 def _check_initial_scale(scale: Any) -> None:
