@@ -20,6 +20,7 @@ from benchmarks import (
     rebuilding,
     replicas,
     report,
+    saved,
 )
 from benchmarks.strategies import OURS, REFERENCE, STRATEGIES
 from tests.backends import ON_JAX
@@ -212,3 +213,18 @@ def test_float8(tmp_path, capsys):
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
     with pytest.raises(SystemExit, match="of another steps"):
         float8.main(["--quick", "--steps", "30", *options])
+
+
+@pytest.mark.long
+def test_saved(tmp_path, capsys):
+    saved.main(["--quick", "--output", str(tmp_path)])
+    (result,) = results(tmp_path)
+    (of_moment,) = result["fidelity"].values()
+    assert list(of_moment) == saved.ORDER[1:]
+    float16, kept, float8_products = (
+        np.median(of_moment[name]["error"])
+        for name in (saved.FLOAT16, "8 bits kept", "products in float8")
+    )
+    assert float16 < kept < float8_products
+    assert list(result["training"]) == [way.name for way in saved.WAYS]
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
