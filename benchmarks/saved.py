@@ -190,6 +190,7 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=float8.CASES, metavar="MODEL")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="of training; default: by model")
     args = parser.parse_args(argv)
     with report.progress() as progress:
         for name in args.only or (list(float8.CASES)[:1] if args.quick else float8.CASES):
@@ -203,10 +204,16 @@ def run_case(case, args):
     seeds = args.seeds
     if args.quick:
         case, seeds = dataclasses.replace(case, steps=20, moments=(0,)), 1
+    if args.steps:
+        case = dataclasses.replace(case, steps=args.steps)
     images = data.digits() if case.images == "digits" else data.cifar10(args.data)
     found = report.load_results(args.output, [case.name])
     figures = {**(found[0] if found else {}), "name": case.name, "images": images.name}
-    figures["steps"] = case.steps
+    if figures.setdefault("steps", case.steps) != case.steps:
+        raise SystemExit(
+            f"Figures of {case.name} in {args.output} are of {figures['steps']} steps. Choose "
+            "another --output, or as many."
+        )
     save = functools.partial(report.save_result, args.output, figures)
     if "fidelity" in args.parts:
         figures["fidelity"] = fidelity(case, images)

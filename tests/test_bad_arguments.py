@@ -78,6 +78,7 @@ CALLS = {
     },
     als.QuantileRule: lambda: {"underflow": 0.1, "headroom": 2, "forget": 0.1},
     als.GaussianRule: lambda: {"underflow": 0.1, "headroom": 2},
+    als.RisingMinimumRule: lambda: {"minimums": ((0, 2.0),), "growth_steps": 3},
     als.FloatFormat: lambda: {"name": "float16"},
     als.LossScaleMonitor: lambda: {
         "path": None,

@@ -133,6 +133,35 @@ def test_impossible_rule_settings(rule, setting):
         rule(**setting)
 
 
+@pytest.mark.parametrize(
+    "minimums",
+    [
+        (),
+        None,
+        8.0,
+        (8.0,),
+        ((0, 3.0),),
+        ((0, 0.0),),
+        ((0, 2.0**61),),
+        ((-1, 1.0),),
+        ((0.5, 1.0),),
+        ((5, 1.0), (5, 2.0)),
+        ((5, 1.0), (3, 2.0)),
+        ((0, 1.0, 2.0),),
+    ],
+    ids=str,
+)
+def test_minimums_that_are_no_steps_and_scales(minimums):
+    with pytest.raises(ValueError, match=r"Expected `minimums` to be pairs \(steps, scale\)"):
+        als.RisingMinimumRule(minimums=minimums)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, None, True])
+def test_growth_steps_that_are_no_steps(steps):
+    with pytest.raises(ValueError, match="Expected `growth_steps`"):
+        als.RisingMinimumRule(growth_steps=steps)
+
+
 @pytest.mark.parametrize("rule", [als.QuantileRule, als.GaussianRule])
 def test_headroom_that_the_format_in_use_does_not_have(rule, mixed_float16):
     layer = scaled_dense()

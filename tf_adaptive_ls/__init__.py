@@ -14,6 +14,7 @@ from tf_adaptive_ls.numerics.scale_rules import (
     FixedRule,
     GaussianRule,
     QuantileRule,
+    RisingMinimumRule,
     ScaleRule,
 )
 from tf_adaptive_ls.numerics.spectrum import (
@@ -66,6 +67,7 @@ __all__ = [
     "NarrowReduction",
     "PartRange",
     "QuantileRule",
+    "RisingMinimumRule",
     "Run",
     "ScaleRow",
     "ScaleRule",

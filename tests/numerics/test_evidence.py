@@ -208,8 +208,20 @@ def test_gradients_of_weights_count_at_the_scale_they_were_written_at():
     assert evidence.finite and not evidence.arrived.sample.any()
 
 
+def test_gradients_of_weights_of_16_bits_count_at_s_too():
+    evidence = of_two_layers([np.float16([1.0, 4.0]), np.float32([8.0])], [0, 1], r=[5, 5])
+    assert occupied(evidence.produced.peaks[0]) == {7: 2}
+    assert occupied(evidence.arrived.peaks[0]) == {2: 1}
+    assert occupied(evidence.arrived.sample[0]) == {0: SAMPLE_SIZE / 2, 2: SAMPLE_SIZE / 2}
+    assert not evidence.arrived.peaks[1].any() and not evidence.arrived.sample[1].any()
+    evidence = of_two_layers([np.float16([1.0, np.inf])], [0], r=[5, 5])
+    assert occupied(evidence.arrived.peaks[0]) == {"nonfinite": 1}
+    assert not evidence.arrived.beyond.any()
+
+
 def test_without_a_sample_only_peaks_are_counted():
-    evidence = of_two_layers([LARGE], [0], arrived=[SMALL], produced=[SMALL], sampled=False)
+    large = LARGE.astype("float32")
+    evidence = of_two_layers([large], [0], arrived=[SMALL], produced=[SMALL], sampled=False)
     assert not evidence.arrived.sample.any() and not evidence.produced.sample.any()
     assert occupied(evidence.arrived.peaks[0]) == {-24: 1}
     # Of the least and the largest that it made; and what it set out from.

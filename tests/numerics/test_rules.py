@@ -13,7 +13,8 @@ from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 
 FLOAT16 = als.FloatFormat("float16")
 QUANTILE_RULES = [als.QuantileRule(), als.QuantileRule(1e-2, 0), als.QuantileRule(0.1, 6, 0.5)]
-RULES = [*QUANTILE_RULES, als.GaussianRule(), als.FixedRule()]
+RISING_MINIMUM = als.RisingMinimumRule(minimums=((0, 1.0), (5, 2.0**3)), growth_steps=4)
+RULES = [*QUANTILE_RULES, als.GaussianRule(), RISING_MINIMUM, als.FixedRule()]
 FOREIGN_RULES = [AmaxHistoryRule(), LogMaxRule()]
 
 
@@ -122,6 +123,41 @@ def test_the_gaussian_rule_reaches_its_target_on_normal_gradients():
     # Rounded down to a power of two, it may miss the target by a factor of two.
     lost = np.mean(np.abs(x) * 2.0 ** change(rule, x) < FLOAT16.smallest_subnormal)
     assert 1e-2 <= lost < 2.2e-2
+
+
+def log2_scales(rule, batches, log2_scale=0):
+    """What a rule makes of one scale, step by step; memory moves as the optimizer moves it."""
+    memory = nothing(rule)
+    for values in batches:
+        moved, memory = apply(rule, values, memory=memory + log2_scale)
+        memory = memory - log2_scale
+        # An overflow lowers the scale, whatever the rule says.
+        log2_scale += moved if np.isfinite(values).all() else -rule.backoff(FLOAT16)
+        yield log2_scale
+
+
+FINE, OVERFLOW = [1.0], [np.inf]
+
+
+def test_the_rising_minimum_rule_doubles_after_so_many_steps_without_an_overflow():
+    rule = als.RisingMinimumRule(growth_steps=3)
+    batches = [FINE] * 7 + [OVERFLOW] + [FINE] * 4
+    assert list(log2_scales(rule, batches)) == [0, 0, 1, 1, 1, 2, 2, 1, 1, 1, 2, 2]
+
+
+def test_the_rising_minimum_rule_does_not_stay_below_a_minimum_that_rises():
+    rule = als.RisingMinimumRule(minimums=((0, 2.0**2), (3, 2.0**5)), growth_steps=100)
+    # Steps that are skipped do not count; what they halve is back on the next.
+    batches = [FINE, OVERFLOW, FINE, FINE, FINE, FINE, OVERFLOW, OVERFLOW, FINE]
+    assert list(log2_scales(rule, batches)) == [2, 1, 2, 2, 5, 5, 4, 3, 5]
+    # What is above it stays.
+    assert list(log2_scales(rule, [FINE] * 5, log2_scale=9)) == [9] * 5
+
+
+def test_the_rising_minimum_rule_takes_pairs_of_any_kind():
+    rule = als.RisingMinimumRule(minimums=[[0, 1], (7, np.float32(8))])
+    assert rule == als.RisingMinimumRule(minimums=((0, 1.0), (7, 8.0)))
+    assert hash(rule) == hash(als.RisingMinimumRule(minimums=((0, 1.0), (7, 8.0))))
 
 
 @pytest.mark.parametrize("rule", [*RULES, *FOREIGN_RULES], ids=str)

@@ -197,6 +197,38 @@ def test_a_run_is_resumed_bit_for_bit(policy, tmp_path):
     assert_all_equal(fit(loaded), expected)
 
 
+def as_mellempudi_et_al():
+    """Operands of products in 8 bits, weights in 16, a loss scale with a rising minimum."""
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((8,))
+    x = layers.Dense(16, "relu", dtype="mixed_float16", name="first")(inputs)
+    x = layers.Dense(16, "relu", name="middle")(x)
+    outputs = layers.Dense(1, dtype="float32", name="last")(x)
+    model = als.wrap_model(keras.Model(inputs, outputs), float8=als.Float8.mellempudi())
+    rule = als.RisingMinimumRule(minimums=((0, 2.0**4), (6, 2.0**9)))
+    optimizer = als.AdaptiveLossScaleOptimizer(
+        optimizers.SGD(0.05, momentum=0.9), 1.0, rule, stochastic_rounding=True
+    )
+    model.compile(optimizer, "mse", jit_compile=JIT)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["float16"], indirect=True)
+def test_all_of_mellempudi_et_al(policy, tmp_path):
+    model = as_mellempudi_et_al()
+    fit(model, epochs=1)  # four steps
+    assert model.optimizer.loss_scale == 2.0**4
+    assert {v.dtype for v in model.get_layer("middle").weights[:2]} == {"float16"}
+    assert model.get_layer("middle").loss_scaling.float8 == als.Float8.mellempudi()
+    model.save(tmp_path / "model.keras")
+    expected = fit(model, epochs=1)
+    assert model.optimizer.loss_scale == 2.0**9
+    assert [layer.loss_scaling.log2_scale for layer in model.layers[1:3]] == [0, 0]
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_all_equal(fit(loaded, epochs=1), expected)
+    assert loaded.optimizer.loss_scale == 2.0**9
+
+
 MODES = [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}]
 
 

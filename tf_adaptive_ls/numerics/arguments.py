@@ -1,7 +1,13 @@
-"""What an argument may be: a number or a whole one, where `bool` is none; saved settings."""
+"""What an argument may be: a number, a whole one, a scale, where `bool` is none; saved settings."""
 
+import math
+import numbers
 from collections.abc import Iterable
 from typing import Any, TypeGuard
+
+# Bound of log2 scales, of layers and of the loss alike, either way. The largest
+# shift between two layers is then 2**120, which float32 holds.
+MAX_LOG2_SCALE = 60
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -12,6 +18,16 @@ def is_number(value: Any) -> TypeGuard[float]:
 def is_whole(value: Any, least: int = 0) -> TypeGuard[int]:
     """Whether an argument is an int of at least so much."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_scale_value(value: Any) -> bool:
+    """Whether an argument, which may be of NumPy, is a power of two that a scale can be."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    if not math.isfinite(value) or value <= 0:
+        return False
+    mantissa, exponent = math.frexp(value)
+    return mantissa == 0.5 and abs(exponent - 1) <= MAX_LOG2_SCALE
 
 
 def only_settings(config: dict[str, Any], kind: str, names: Iterable[str]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ and numbers of gradients that were not finite, and only these are looked at by
 
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend import arrays, devices
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
+from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, is_narrow_dtype
 from tf_adaptive_ls.numerics.layer_facts import LayerFacts
 from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, Arrived, Produced, Report, Rounded
 
@@ -42,7 +43,8 @@ class Evidence(NamedTuple):
     Attributes:
         weights_broken: Whether a gradient of a weight was not finite, `[]`.
         arrived: `Counts` of what arrived at the layer: `beyond` of all, the spectra of what
-            arrived at scale S. Peaks of zero are left out.
+            arrived at scale S, and of gradients of its weights, at S as well, that are written
+            in 16 bits. Peaks of zero are left out.
         produced: `Counts` of what the layer produced, at scale S * 2**r. `beyond` also tells of
             what it shifted to its own scale. Peaks are the largest and the smallest; and
             the largest of what it was computed from. Of zeros there is one at most, for a
@@ -108,7 +110,8 @@ def evidence_of(
 
     # The peaks of weights, at the scales that the layers wrote them at.
     peaks = ops.concatenate([spectrum.peaks(gradients), np.zeros(1, "float32")])
-    of_weights = ops.take(peaks, ownership.places, axis=0) * scales[:, None]
+    of_weights_at_s = ops.take(peaks, ownership.places, axis=0)
+    of_weights = of_weights_at_s * scales[:, None]
     largest = ops.max(of_weights, axis=1)
     smallest = ops.min(ops.where(ownership.is_weight, of_weights, beyond_all), axis=1)
     made_narrow = ops.where(np.logical_and(narrow, answerable), largest, 0.0)
@@ -128,7 +131,12 @@ def evidence_of(
     inputs_broken = ops.maximum(reports.produced.broken, reports.arrived.shifted_broken)
     produced_broken = ops.logical_or(inputs_broken > 0, ops.logical_not(weights_whole))
 
-    of_one = ops.stack([reports.arrived.at_s, reports.arrived.set_out_from, largest, smallest])
+    narrow_at_s = _are_narrow(gradients)[ownership.places]
+    largest_at_s = reports.arrived.at_s
+    if narrow_at_s.any():
+        largest_of_weights = ops.max(ops.where(narrow_at_s, of_weights_at_s, 0.0), axis=1)
+        largest_at_s = ops.maximum(largest_at_s, largest_of_weights)
+    of_one = ops.stack([largest_at_s, reports.arrived.set_out_from, largest, smallest])
     at_s, set_out, largest, smallest = ops.unstack(_counts(of_one[..., None]), 4)
     # An output that nothing uses sends zeros back on purpose.
     made = (largest * _NONZERO + smallest) * _flag(any_produced)[:, None]
@@ -138,10 +146,13 @@ def evidence_of(
         both: list[Arrived | Produced] = [reports.arrived, reports.produced]
         sampled = ops.stack([each.sample for each in both], axis=1)
         reported = _of_samples(sampled, ops.stack([each.number for each in both], axis=1))
-        drawn = ops.take(_samples(gradients), ownership.places, axis=0) * scales[:, None, None]
+        drawn_at_s = ops.take(_samples(gradients), ownership.places, axis=0)
         counted = np.logical_and(ownership.is_weight, narrow[:, None])
-        drawn = ops.sum(_counts(drawn) * counted[..., None].astype("float32"), axis=1)
-        return ops.stack([reported[:, 0], reported[:, 1] + drawn], axis=1)
+        of_weights = _sum_of_counts(drawn_at_s * scales[:, None, None], counted)
+        at_s = reported[:, 0]
+        if narrow_at_s.any():
+            at_s = at_s + _sum_of_counts(drawn_at_s, narrow_at_s)
+        return ops.stack([at_s, reported[:, 1] + of_weights], axis=1)
 
     drawn = devices.zeros_unless(sampled, samples, (len(narrow), 2, len(_NONZERO)))
     return Evidence(
@@ -182,6 +193,17 @@ def _of_samples(samples: Tensor, numbers: Tensor) -> Tensor:
     """Spectra `[…, bins]` of samples `[…, SAMPLE_SIZE]` that zeros follow after so many `[…]`."""
     padding = (SAMPLE_SIZE - numbers)[..., None] * (1 - _NONZERO)
     return ops.maximum(_counts(samples) - padding, 0.0)
+
+
+def _sum_of_counts(values: Tensor, counted: np.ndarray) -> Tensor:
+    """Spectra `[layers, bins]` of values `[layers, n, m]`, of those `[layers, n]` that count."""
+    return ops.sum(_counts(values) * counted[..., None].astype("float32"), axis=1)
+
+
+def _are_narrow(gradients: list[Tensor]) -> np.ndarray:
+    """Whether each gradient has less range than float32, and False for none, `[gradients + 1]`."""
+    dtypes = (keras.backend.standardize_dtype(gradient.dtype) for gradient in gradients)
+    return np.array([*map(is_narrow_dtype, dtypes), False])
 
 
 def _flag(condition: Any) -> Tensor:

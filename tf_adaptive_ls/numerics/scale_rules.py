@@ -12,7 +12,13 @@ from keras import ops
 
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.arguments import is_number, is_whole, only_settings
+from tf_adaptive_ls.numerics.arguments import (
+    MAX_LOG2_SCALE,
+    is_number,
+    is_scale_value,
+    is_whole,
+    only_settings,
+)
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # An exponent below any that a gradient has.
@@ -245,6 +251,76 @@ class GaussianRule(ScaleRule):
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 @dataclasses.dataclass(frozen=True)
+class RisingMinimumRule(ScaleRule):
+    """Halves and doubles scales, but not below a minimum that rises while training goes on.
+
+    The loss scaling of Mellempudi et al. (2019), section 3.1. An overflow halves a scale, and
+    `growth_steps` steps without one double it, as in Keras; a scale that is below the minimum
+    goes back to it at once. A rare overflow then cannot take away what small gradients need, and
+    these grow smaller in the course of training. The authors scale a whole model by one number.
+    Here all scales move alike until a layer overflows; that layer is then lowered alone.
+
+    ```python
+    optimizer = als.AdaptiveLossScaleOptimizer(
+        "adam", rule=als.RisingMinimumRule(minimums=((0, 2**5), (1_000, 2**13)))
+    )
+    ```
+
+    Args:
+        minimums: Pairs `(steps, scale)`: after how many steps which minimum holds, in the order
+            of steps; scales are powers of two from 2**-60 to 2**60. The default is what the
+            authors took for GNMT, which they trained for 340,000 steps.
+        growth_steps: Int >= 1. After how many steps without an overflow a scale is doubled.
+
+    Raises:
+        ValueError: If a setting is impossible.
+
+    Reference: Mellempudi et al., "Mixed Precision Training With 8-bit Floating Point", 2019
+    (arXiv 1905.12334).
+    """
+
+    minimums: tuple[tuple[int, float], ...] = ((40_000, 2.0**13), (150_000, 2.0**15))
+    growth_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        _check_minimums(self.minimums)
+        if not is_whole(self.growth_steps, 1):
+            raise ValueError(
+                "Expected `growth_steps` to be a whole number of steps, at least 1. "
+                f"Received: growth_steps={self.growth_steps!r}. Keras has 2000."
+            )
+        pairs = ((int(steps), float(scale)) for steps, scale in self.minimums)
+        object.__setattr__(self, "minimums", tuple(pairs))
+
+    def backoff(self, float_format: FloatFormat) -> int:
+        return 1
+
+    @property
+    def memory_size(self) -> int:
+        return 3
+
+    def __call__(
+        self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
+    ) -> tuple[Tensor, Tensor]:
+        # All that is remembered moves with the scale: the first number by nothing else, so that it
+        # tells the scale, and the others count from there. Whole numbers: all sums are exact.
+        start = memory[:, 0]
+        log2_scale, steps, calm = start - NOTHING_SEEN, memory[:, 1] - start, memory[:, 2] - start
+        overflowed = peaks[..., spectrum.NONFINITE] > 0
+        minimum = ops.full_like(start, -float(MAX_LOG2_SCALE))
+        for first, scale in self.minimums:
+            minimum = ops.where(steps >= first, math.log2(scale), minimum)
+        calm = ops.where(overflowed, 0.0, calm + 1)
+        grows = calm >= self.growth_steps
+        change = ops.where(grows, 1.0, 0.0)
+        change = ops.maximum(change, minimum - log2_scale)
+        steps, calm = ops.where(overflowed, steps, steps + 1), ops.where(grows, 0.0, calm)
+        kept = ops.stack([start, start + steps, start + calm], axis=-1)
+        return _if_seen(_top(samples, peaks, float_format), change, float_format), kept
+
+
+@keras.saving.register_keras_serializable("tf_adaptive_ls")
+@dataclasses.dataclass(frozen=True)
 class FixedRule(ScaleRule):
     """Leaves every scale where it is, whatever happens: a baseline."""
 
@@ -291,6 +367,21 @@ def _check_forget(value: float) -> None:
         raise ValueError(
             "Expected `forget` to be a number of binades per step, at least 0. "
             f"Received: forget={value!r}. The default is 0.01."
+        )
+
+
+def _check_minimums(value: Any) -> None:
+    try:
+        pairs = [(steps, scale) for steps, scale in value]
+    except (TypeError, ValueError):
+        pairs = []
+    steps = [pair[0] for pair in pairs]
+    usable = all(is_whole(first) and is_scale_value(scale) for first, scale in pairs)
+    if not pairs or not usable or steps != sorted(set(steps)):
+        raise ValueError(
+            "Expected `minimums` to be pairs (steps, scale): whole numbers of steps that grow from "
+            f"pair to pair, and powers of two from 2**-{MAX_LOG2_SCALE} to 2**{MAX_LOG2_SCALE}. "
+            f"Received: minimums={value!r}. Use for example ((0, 2**5), (1000, 2**13))."
         )
 
 

@@ -15,13 +15,10 @@ from keras import ops
 from tf_adaptive_ls.backend.arrays import power_of_two
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.numerics.tiny_unit import UNIT
-
-# Bound of log2 scales, of layers and of the loss alike, either way. The largest
-# shift between two layers is then 2**120, which float32 holds.
-MAX_LOG2_SCALE = 60
 
 NUM_SPECTRA = 2  # of the sample, and of the peaks
 

@@ -11,11 +11,12 @@ from keras import ops
 
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
+from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.evidence import Evidence
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts
 from tf_adaptive_ls.numerics.scale_rules import ScaleRule
-from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, LossState
+from tf_adaptive_ls.numerics.scale_state import LayerStates, LossState
 
 # By how many binades what is rounded to a narrower format may come nearer to the top of it than
 # the rule lets gradients come to the top of theirs: it saturates, and costs no step. In e4m3,

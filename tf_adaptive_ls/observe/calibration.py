@@ -12,7 +12,7 @@ import numpy as np
 
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
+from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions

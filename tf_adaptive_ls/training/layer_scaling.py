@@ -19,8 +19,8 @@ from tf_adaptive_ls.backend.keras_internals import (
 )
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import packing, report, scale_state
+from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat, narrowest
-from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.border import Border

@@ -1,7 +1,6 @@
 """`AdaptiveLossScaleOptimizer`: a loss scale, and one more for every layer."""
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +12,11 @@ from keras import ops
 from tf_adaptive_ls.backend import arrays, autodiff, devices, functions, keras_internals
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.backend.wide_updates import is_of_16_bits, update_in_float32
-from tf_adaptive_ls.numerics.arguments import is_number, is_whole
+from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE, is_scale_value, is_whole
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.rounding import NOISE_BITS_OF_16, rounded_to_16_bits
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule
-from tf_adaptive_ls.numerics.scale_state import MAX_LOG2_SCALE, LayerStates, is_known
+from tf_adaptive_ls.numerics.scale_state import LayerStates, is_known
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 from tf_adaptive_ls.training.readings import LayerSnapshot
 from tf_adaptive_ls.training.saved_config import opened, stamped
@@ -40,7 +39,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if all weight gradients are finite:
             apply gradients / S with the inner optimizer
             change of each r    = rule(what the layer produced)
-            change of log2(S)   = rule(what arrived anywhere at S in float16)
+            change of log2(S)   = rule(what arrived anywhere at S in float16, gradients of
+                float16 weights among it)
             if that was nothing but zeros: raise S to `initial_scale`
             r = r + change of r - change of log2(S)
         else:
@@ -433,7 +433,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             return  # Keras warns
         scale = float(self.dynamic_scale.numpy())
         damaged = [v.path for v in self._keeper.damaged()]
-        if not _is_usable_scale(scale) or damaged:
+        if not is_scale_value(scale) or damaged:
             raise ValueError(
                 "Expected a power of two as loss scale, and finite numbers in all that is known of "
                 f"layers. Received: a loss scale of {scale}"
@@ -542,18 +542,11 @@ def _check_can_be_rounded(weights: list[keras.Variable]) -> None:
 
 
 def _check_initial_scale(scale: Any) -> None:
-    if not (is_number(scale) or isinstance(scale, np.number)) or not _is_usable_scale(scale):
+    if not is_scale_value(scale):
         raise ValueError(
             f"Expected `initial_scale` to be a power of two from 2**-{MAX_LOG2_SCALE} to "
             f"2**{MAX_LOG2_SCALE}. Received: initial_scale={scale!r}. The default is 2.0**15."
         )
-
-
-def _is_usable_scale(scale: Any) -> bool:
-    if not math.isfinite(scale) or scale <= 0:
-        return False
-    mantissa, exponent = math.frexp(scale)
-    return mantissa == 0.5 and abs(exponent - 1) <= MAX_LOG2_SCALE
 
 
 def _check_strategy() -> None:
