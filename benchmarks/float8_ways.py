@@ -204,6 +204,11 @@ class PerTensor(layers.Wrapper):
         return autodiff.custom_gradient(identity)(tensor, self._seen[place].value)
 
 
+def rising_minimums(steps):
+    """8K after 40/340 of so many steps, 32K after 150/340: Mellempudi et al. 2019, GNMT."""
+    return ((round(steps * 40 / 340), 2.0**13), (round(steps * 150 / 340), 2.0**15))
+
+
 class RisingMinimum(keras.callbacks.Callback):
     """Mellempudi et al. 2019, section 3.1: a dynamic scale that does not fall below a minimum.
 
@@ -217,8 +222,8 @@ class RisingMinimum(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         trainer.sync_state(self.model)
         self.step += 1
-        done = self.step / self.steps
-        minimum = 2.0**15 if done > 150 / 340 else 2.0**13 if done > 40 / 340 else 1.0
+        reached = (scale for first, scale in rising_minimums(self.steps) if self.step > first)
+        minimum = max(reached, default=1.0)
         scale = self.model.optimizer.dynamic_scale
         scale.assign(max(float(scale.numpy()), minimum))
 

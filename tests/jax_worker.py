@@ -27,6 +27,7 @@ parser.add_argument("--port", type=int, default=0)
 parser.add_argument("--model-parallel", action="store_true")
 parser.add_argument("--subclass", action="store_true", help="a model without a graph")
 parser.add_argument("--saved-activations", action="store_true", help="keep 8 bits of them")
+parser.add_argument("--weights", choices=["float16", "bfloat16"], help="rounded stochastically")
 parser.add_argument("--plain", action="store_true", help="Keras's own loss scale")
 parser.add_argument("--count", action="store_true", help="count collectives, too")
 parser.add_argument("--nan-on", type=int, help="a process whose first batch is not finite")
@@ -73,7 +74,7 @@ def layers_of_network():
 
 def network():
     keras.utils.set_random_seed(1)
-    keras.config.set_dtype_policy("mixed_float16")
+    keras.config.set_dtype_policy(args.weights or "mixed_float16")
     if args.subclass:
         model = Subclass()
         model.build((None, 8))  # as it is in the other model, before anything is compiled
@@ -85,7 +86,9 @@ def network():
     else:
         saved = "float8_e5m2" if args.saved_activations else None
         model = als.wrap_model(model, saved_activations=saved)
-        optimizer = als.AdaptiveLossScaleOptimizer(inner, 2.0**10)
+        optimizer = als.AdaptiveLossScaleOptimizer(
+            inner, 2.0**10, stochastic_rounding=args.weights is not None
+        )
     model.compile(optimizer, loss="mse")
     return model
 
@@ -128,6 +131,14 @@ def collectives(model, x, y):
     return re.findall(rf"= (.*) (?:{kinds})(?:-start)?\(", text)
 
 
+def is_equal_on_devices(variable):
+    """Whether devices that hold the same part of a variable hold the same numbers."""
+    parts = {}
+    for shard in variable.value.addressable_shards:
+        parts.setdefault(str(shard.index), []).append(np.array(shard.data).astype("float32"))
+    return all(np.array_equal(one, copies[0]) for copies in parts.values() for one in copies)
+
+
 def main():
     distribute()
     model, (x, y) = network(), data()
@@ -156,6 +167,7 @@ def main():
         result["replicated"] = all(
             v.value.sharding.is_fully_replicated for v in model.variables if "scale" in v.path
         )
+        result["equal"] = all(map(is_equal_on_devices, model.variables))
         model.save(own / "model.keras")
         loaded = keras.saving.load_model(own / "model.keras")
         result["saved"] = all(
@@ -164,7 +176,9 @@ def main():
         )
     if args.count:
         result["collectives"] = collectives(model, x, y)
-    weights = [np.array(v.value) for v in model.variables if "loss_scale" not in v.path]
+    # NumPy has no bfloat16 in its files.
+    kept = [v for v in model.variables if "loss_scale" not in v.path]
+    weights = [np.array(v.value).astype("float32") for v in kept]
     state = [np.array(v.value) for v in model.optimizer.variables]
     np.savez(own / "end.npz", *weights, *state)
     (own / "end.json").write_text(json.dumps(result))

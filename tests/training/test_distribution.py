@@ -83,12 +83,13 @@ def assert_as_near_to_one_device_as_keras(several, plain, one_device):
 
     ours, keras_own = one_device
     assert distance(several, ours) <= 2 * distance(plain, keras_own) + 1e-6
-    assert several[0]["saved"]
+    assert several[0]["equal"] and several[0]["saved"]
     for name in ("loss_scale", "skipped_steps", "steps"):
         assert several[0][name] == ours[0][name], name
-    # Each device takes a part of the sample: of other elements than one device would.
+    # A scale looks at the least of its 128 gradients, sums that all but cancel: in another order
+    # they are of another binade, by half of which the scale moves.
     differences = np.subtract(several[0]["log2_scales"], ours[0]["log2_scales"])
-    assert np.all(np.abs(differences) <= 1)
+    assert np.all(np.abs(differences) <= 2)
 
 
 @pytest.mark.long
@@ -112,6 +113,26 @@ def test_saved_activations_on_four_devices(tmp_path, parts):
     assert four["skipped_steps"] == one["skipped_steps"]
     other, _ = run(tmp_path / "other", devices=4)
     assert four["loss"] != other["loss"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "several",
+    [
+        ((), {"devices": 4}),
+        (("--model-parallel",), {"devices": 4}),
+        ((), {"processes": 2}),
+    ],
+    ids=["data", "model", "processes"],
+)
+def test_weights_of_16_bits_on_several_devices(tmp_path, several, dtype):
+    options, devices = several
+    one, _ = run(tmp_path / "one", "--weights", dtype)
+    found, _ = run(tmp_path / "several", "--weights", dtype, *options, **devices)
+    np.testing.assert_allclose(found["loss"], one["loss"], rtol=0.02)
+    assert found["equal"] and found["saved"]
+    assert found["skipped_steps"] == one["skipped_steps"]
 
 
 @pytest.mark.long
