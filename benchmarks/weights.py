@@ -11,6 +11,8 @@ cosine:
                             computes in float32, and weights are rounded at random, with an exact
                             mean
 
+    * computed in float32   the optimizer computes in float32, and weights are rounded to nearest,
+                            which the library does not have: what rounding alone costs
     Mellempudi et al.       the whole of their paper: weights in float16, rounded stochastically,
                             all products but those of the first and the last layer from e5m2,
                             float32 between them, a loss scale with a rising minimum
@@ -29,7 +31,7 @@ import dataclasses
 
 import keras
 import numpy as np
-from keras import optimizers
+from keras import ops, optimizers
 
 import tf_adaptive_ls as als
 from benchmarks import data, float8, report
@@ -64,6 +66,16 @@ def stochastically(inner):
     return als.AdaptiveLossScaleOptimizer(inner, stochastic_rounding=True)
 
 
+class Nearest(als.AdaptiveLossScaleOptimizer):
+    """As with stochastic rounding, but weights are rounded to nearest."""
+
+    def __init__(self, inner):
+        super().__init__(inner, stochastic_rounding=True)
+
+    def _rounded(self, x, dtype, place, step):
+        return ops.cast(x, dtype)
+
+
 def mellempudi(steps):
     def optimizer(inner):
         rule = als.RisingMinimumRule(rising_minimums(steps))
@@ -86,6 +98,8 @@ def ways(steps, computed_wide):
             (f"{dtype}, nearest", narrow, als.AdaptiveLossScaleOptimizer),
             (f"{dtype}, stochastic", narrow, stochastically),
         ]
+    # Where the last bit is largest.
+    found.append((f"*{dtype}, computed in float32, nearest", narrow, Nearest))
     own = [Way(name, als.wrap_model, make, policy) for name, policy, make in found]
     return {way.name: way for way in (*own, mellempudi(steps))}
 
@@ -172,7 +186,7 @@ def run_case(case, args):
     """Adds the ways that are not known yet to the figures of one case."""
     steps, seeds = (20, 1) if args.quick else (case.steps, args.seeds)
     case = dataclasses.replace(case, steps=steps)
-    images = data.cifar10(args.data)
+    images = data.digits() if args.quick else data.cifar10(args.data)
     setting = {"images": images.name, "steps": steps, "batch_size": case.batch_size, "seeds": seeds}
     found = report.load_results(args.output, [case.name])
     figures = found[0] if found else {"name": case.name, **setting, "training": {}}

@@ -21,6 +21,7 @@ from benchmarks import (
     replicas,
     report,
     saved,
+    weights,
 )
 from benchmarks.strategies import OURS, REFERENCE, STRATEGIES
 from tests.backends import ON_JAX
@@ -227,4 +228,19 @@ def test_saved(tmp_path, capsys):
     )
     assert float16 < kept < float8_products
     assert list(result["training"]) == [way.name for way in saved.WAYS]
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_weights(tmp_path, capsys):
+    weights.main(["--quick", "--output", str(tmp_path)])
+    (result,) = results(tmp_path)
+    names = list(weights.ways(20, computed_wide=False))
+    for optimizer, moments in (("SGD", 1), ("AdamW", 2)):
+        found = result["training"][optimizer]
+        assert list(found) == names
+        for name, of_way in found.items():
+            of_32_bits, in_float32 = "32 bits" in name, "nearest" not in name or "*" in name
+            assert round(of_way["weights"]) == (4 if of_32_bits else 2)
+            assert round(of_way["optimizer"]) == moments * (4 if in_float32 else 2)
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out

@@ -80,6 +80,24 @@ def test_forward_is_untouched_in_float16(name, training, rng, mixed_float16):
     assert [y.dtype for y in result.outputs] == [y.dtype for y in plain.outputs]
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("policy", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["chain", "batch_norm", "nested"])
+def test_a_model_of_16_bits_computes_in_16_bits(name, policy, mode, rng):
+    """Weights as well: none is widened, and products with it."""
+    keras.config.set_dtype_policy(policy)
+    model, inputs = GRAPHS[name]()
+    plain = stepper_of(model, model, inputs, mode=mode)()
+    wrapped = als.wrap_model(model)
+    result = stepper_of(wrapped, model, inputs, mode=mode)()
+    assert_equal(result, plain)
+    assert [y.dtype for y in result.outputs] == [y.dtype for y in plain.outputs]
+    randomize_scales(wrapped, rng)
+    scaled = stepper_of(wrapped, model, inputs, mode=mode)()
+    scaled.gradients = plain.gradients
+    assert_equal(scaled, plain)
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_wrapping_and_stripping_keep_what_a_user_sees(name):
     model, inputs = GRAPHS[name]()

@@ -418,6 +418,16 @@ def autocast_scope_of_call(layer: keras.layers.Layer, casts: bool) -> Callable[.
     return lambda: AutocastScope(dtype)
 
 
+def no_autocast() -> contextlib.AbstractContextManager[Any]:
+    """A scope in which variables are read in the dtype that they have.
+
+    So they are without any scope, while one without a dtype calls all of them float32.
+    """
+    if get_autocast_scope() is None:
+        return contextlib.nullcontext()
+    return AutocastScope(None)
+
+
 def converts_inputs(layer: keras.layers.Layer) -> bool:
     """Whether a call of a layer makes tensors of the dtype it wants of what it is given.
 

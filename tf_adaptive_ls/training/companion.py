@@ -144,7 +144,7 @@ class Companion(LayerScaling):
                 return self._plain_call(self.layer.call)(*args, **kwargs)
         if keras_internals.is_symbolic() or id(self) in _running.get():
             return plain_call(*args, **kwargs)
-        with keras_internals.AutocastScope(None):  # or weights would be shifted in float16
+        with keras_internals.no_autocast():  # or weights would be shifted in float16
             return self._scaled_call(plain_call, args, kwargs)
 
     def _plain_call(self, original: Callable[..., Any]) -> Callable[..., Any]:

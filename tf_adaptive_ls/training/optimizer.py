@@ -173,7 +173,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def build(self, var_list: list[keras.Variable]) -> None:
         layers = [v.loss_scaled for v in var_list if is_scale(v)]
-        _warn_if_useless(layers)
+        if not self.stochastic_rounding:  # which is of use by itself
+            _warn_if_useless(layers)
         if layers:
             _check_strategy()
         float_formats = {layer.float_format for layer in layers}
@@ -188,8 +189,10 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._steps = self._add_state("steps", np.int32(0))
         self._skipped_steps = self._add_state("skipped_steps", np.int32(0))
         if self.stochastic_rounding:
-            seed = ops.convert_to_numpy(keras.random.SeedGenerator().state).astype("uint32")
-            self._rounding_seed = self._add_state("rounding_seed", seed)
+            with functions.outside_of_traces():
+                seed = ops.convert_to_numpy(keras.random.SeedGenerator().state).astype("uint32")
+            # Of the optimizer inside, which is all that Keras knows of while that takes a step.
+            self._rounding_seed = _added(self.inner_optimizer, "rounding_seed", seed)
         keeper = ScaleKeeper(
             layers,
             self.dynamic_scale,
@@ -210,13 +213,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 self.build(var_list)
 
     def _add_state(self, name: str, value: Tensor) -> keras.Variable:
-        return self.add_variable(
-            shape=value.shape,
-            dtype=value.dtype.name,
-            initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
-            aggregation="none",
-            name=name,
-        )
+        return _added(self, name, value)
 
     def show_on_layers(self) -> None:
         """Lets the layers show what this optimizer knows of them."""
@@ -348,8 +345,6 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     ) -> None:
         """Applies gradients if they are finite, and else counts that they are not."""
         touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
-        if self._rounding_seed is not None:
-            touched.append(self._rounding_seed)
         skipped = self._skipped_steps
         # Something is computed in either branch: of a conditional with an empty one XLA does not
         # make selects on a GPU, where the host would wait for it, and every weight be copied.
@@ -479,6 +474,19 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 config[name], custom_objects=custom_objects
             )
         return cls(**config)
+
+
+def _added(
+    optimizer: keras.optimizers.Optimizer, name: str, value: np.ndarray | np.generic
+) -> keras.Variable:
+    """A variable that an optimizer has from now on."""
+    return optimizer.add_variable(
+        shape=value.shape,
+        dtype=value.dtype.name,
+        initializer=lambda shape, dtype: ops.convert_to_tensor(value, dtype),
+        aggregation="none",
+        name=name,
+    )
 
 
 def _values(variables: Any) -> Any:
