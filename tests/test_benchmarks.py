@@ -232,6 +232,7 @@ def test_saved(tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Loss scales do nothing")
 def test_weights(tmp_path, capsys):
     weights.main(["--quick", "--output", str(tmp_path)])
     (result,) = results(tmp_path)
