@@ -118,7 +118,7 @@ CALLS = {
         "saved_activations": "float8_e5m2",
     },
     als.strip_model: lambda: {"model": model()},
-    als.plain_copy: lambda: {"model": model()},
+    als.plain_copy: lambda: {"model": model(), "dtype": "float32"},
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
     als.calibrate: lambda: {"model": model(), "batches": [(X, Y)], "batch_size": 2},
     als.forward_range: lambda: {"model": model(), "batches": [X], "room": 2, "training": True},

@@ -7,7 +7,8 @@ of `numerics`; under all of them is `backend`.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tf_adaptive_ls.models.wrapping import plain_copy, strip_model, wrap_model
+from tf_adaptive_ls.models.plain_copy import plain_copy
+from tf_adaptive_ls.models.wrapping import strip_model, wrap_model
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.scale_rules import (
     NOTHING_SEEN,

@@ -428,6 +428,11 @@ def no_autocast() -> contextlib.AbstractContextManager[Any]:
     return AutocastScope(None)
 
 
+def take_as_called(model: keras.Model, other: keras.Model) -> None:
+    """Lets a model count as called if `other` was: only then does Keras export to ONNX."""
+    model._called = other._called
+
+
 def converts_inputs(layer: keras.layers.Layer) -> bool:
     """Whether a call of a layer makes tensors of the dtype it wants of what it is given.
 

@@ -1,4 +1,4 @@
-"""`wrap_model`, `strip_model` and `plain_copy`: a model with a loss scale per layer, and back."""
+"""`wrap_model` and `strip_model`: a model with a loss scale per layer, and back."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -67,7 +67,7 @@ def wrap_model(
         ValueError: If an argument is not as said, or a layer cannot be scaled. The model is then
             as it was.
     """
-    _check_is_model(model, "wrap_model")
+    check_is_model(model, "wrap_model")
     check_layer_filter(layer_filter, "wrap")
     check_saved_activations(saved_activations)
     in_float8 = set() if float8 is None else float8_layers(model, float8)
@@ -104,7 +104,7 @@ def strip_model(model: Model) -> Model:
         ValueError: If `model` is not a model, or if `LossScaled` layers are elsewhere than in its
             graph and in those of models nested in it.
     """
-    _check_is_model(model, "strip_model")
+    check_is_model(model, "strip_model")
     if any(isinstance(part, LossScaled) for part in parts_of(model)):
         return _without_wrappers(model)
     unscale(model)
@@ -112,35 +112,6 @@ def strip_model(model: Model) -> Model:
     if model.compiled and isinstance(model.optimizer, AdaptiveLossScaleOptimizer):
         compile_like(model, model, lambda inner_optimizer, initial_scale: inner_optimizer)
     return model
-
-
-def plain_copy(model: Model) -> Model:
-    """A plain Keras model with the same weights, beside one that goes on training.
-
-    Args:
-        model: Any built `keras.Model` that can be made from its config.
-
-    Returns:
-        A model of the same class as before it was wrapped, not compiled.
-
-    Raises:
-        ValueError: If it cannot be made from its config, or is not built.
-    """
-    _check_is_model(model, "plain_copy")
-    plain_class = getattr(model, "base_class", type(model))
-    try:
-        config = model.get_config()
-        copy = type(model).from_config(config)
-        if not copy.built:
-            copy.build_from_config(model.get_build_config() or {})
-        copy.set_weights(model.get_weights())
-    except Exception as error:
-        raise ValueError(
-            f"Expected a built model that can be made anew from its config. Received: model "
-            f"'{model.name}' (of type {plain_class.__name__}): {error} Give its class a "
-            "`get_config`, or save it with `strip_model` at the end of training."
-        ) from error
-    return copy
 
 
 def _forget_functions(model: keras.Model) -> None:
@@ -209,7 +180,7 @@ def _wrappers_in_graphs(model: keras.Model) -> Iterator[int]:
         yield id(node.operation)
 
 
-def _check_is_model(model: Any, function: str) -> None:
+def check_is_model(model: Any, function: str) -> None:
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"`{function}` expected a keras.Model. Received: {model!r} (of type "
