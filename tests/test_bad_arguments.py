@@ -31,6 +31,11 @@ def model():
 
 
 @functools.cache
+def plain_model():
+    return als.plain_copy(model(), dtype="float32")
+
+
+@functools.cache
 def run():
     return als.snapshot_run(model())
 
@@ -119,6 +124,17 @@ CALLS = {
     },
     als.strip_model: lambda: {"model": model()},
     als.plain_copy: lambda: {"model": model(), "dtype": "float32"},
+    als.quantize_weights: lambda: {
+        "model": plain_model(),
+        "calibration": X,
+        "bits": 4,
+        "method": "adaround",
+        "budget": 0.1,
+        "first_and_last_bits": 8,
+        "layer_filter": None,
+        "steps": 2,
+        "verbose": False,
+    },
     als.scale_table: lambda: {"model": model(), "optimizer": model().optimizer},
     als.calibrate: lambda: {"model": model(), "batches": [(X, Y)], "batch_size": 2},
     als.forward_range: lambda: {"model": model(), "batches": [X], "room": 2, "training": True},
@@ -156,6 +172,8 @@ OTHERS = {
     als.ForwardRange,
     als.ForwardRooms,
     als.PartRange,
+    als.QuantizationReport,
+    als.QuantizedKernel,
     als.Widening,
     als.FixedRule,
     als.LayerRange,

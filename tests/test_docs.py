@@ -81,7 +81,8 @@ DOCUMENTED = {
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_the_examples_of_a_docstring(name):
+def test_the_examples_of_a_docstring(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for example in examples_of(DOCUMENTED[name].__doc__):
         exec(example, around())
 

@@ -14,7 +14,7 @@ import tf_adaptive_ls
 
 PACKAGE = pathlib.Path(tf_adaptive_ls.__file__).parent
 GROUND = "backend"
-WINGS = [GROUND, "numerics", "training", "models", "observe"]
+WINGS = [GROUND, "numerics", "training", "models", "deploy", "observe"]
 MODULES = [path for wing in WINGS for path in (PACKAGE / wing).rglob("*.py")]
 
 
@@ -38,6 +38,12 @@ def test_a_module_imports_nothing_of_a_wing_above():
         for module in imported_by(path):
             _, other, *_ = module.split(".")
             assert other in WINGS[: wing + 1], f"{name_of(path)} imports {module}"
+
+
+def test_deployment_stands_beside_training():
+    for path in (PACKAGE / "deploy").rglob("*.py"):
+        for module in imported_by(path):
+            assert module.split(".")[1] in ("backend", "numerics", "deploy"), name_of(path)
 
 
 def test_no_module_imports_itself_through_others():
@@ -80,7 +86,7 @@ def test_functions_are_short():
 
 
 def test_functions_inside_take_few_arguments():
-    public = {"loss_change", "LossChangeMonitor"}  # their options, by keyword
+    public = {"loss_change", "LossChangeMonitor", "quantize_weights"}  # their options, by keyword
     for path in MODULES:
         tree = ast.parse(path.read_text())
         theirs = [f for n in tree.body if getattr(n, "name", "") in public for f in ast.walk(n)]

@@ -1,12 +1,14 @@
 """Adaptive loss scaling for Keras: every layer finds its own float16 loss scale.
 
 Arrows between the wings only point downward: `observe` reads what `training` does, which is made
-of `numerics`; under all of them is `backend`.
+of `numerics`; under all of them is `backend`. `deploy` stands beside training.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tf_adaptive_ls.deploy.quantization import quantize_weights
+from tf_adaptive_ls.deploy.report import QuantizationReport, QuantizedKernel
 from tf_adaptive_ls.models.plain_copy import plain_copy
 from tf_adaptive_ls.models.wrapping import strip_model, wrap_model
 from tf_adaptive_ls.numerics.float_format import FloatFormat
@@ -68,6 +70,8 @@ __all__ = [
     "NarrowReduction",
     "PartRange",
     "QuantileRule",
+    "QuantizationReport",
+    "QuantizedKernel",
     "RisingMinimumRule",
     "Run",
     "ScaleRow",
@@ -86,6 +90,7 @@ __all__ = [
     "nonzero_total",
     "plain_copy",
     "quantile_exponent",
+    "quantize_weights",
     "scale_table",
     "snapshot_run",
     "strip_model",

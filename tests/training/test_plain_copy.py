@@ -176,14 +176,14 @@ def run_saved_model(folder):
     return np.asarray(loaded.serve(IMAGES))
 
 
-def run_litert(file):
+def run_litert(file, images=IMAGES):
     import tensorflow as tf
 
     interpreter = tf.lite.Interpreter(model_path=file)
     taken = interpreter.get_input_details()[0]["index"]
-    interpreter.resize_tensor_input(taken, IMAGES.shape)
+    interpreter.resize_tensor_input(taken, images.shape)
     interpreter.allocate_tensors()
-    interpreter.set_tensor(taken, IMAGES)
+    interpreter.set_tensor(taken, images)
     interpreter.invoke()
     return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
 

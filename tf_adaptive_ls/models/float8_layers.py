@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterator
 import keras
 
 from tf_adaptive_ls.backend.keras_internals import graph_of, nodes_of
+from tf_adaptive_ls.backend.layer_filter import with_path
 from tf_adaptive_ls.models.walk import is_walked, layers_inside
 from tf_adaptive_ls.training.float8.products import products_in
 from tf_adaptive_ls.training.float8.settings import Float8, check_is_float8
-from tf_adaptive_ls.training.layer_filter import with_path
 
 
 def float8_layers(model: keras.Model, float8: Float8) -> set[int]:

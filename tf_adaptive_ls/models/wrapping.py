@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 import keras
 
 from tf_adaptive_ls.backend.keras_internals import graph_of, nodes_of, parts_of
+from tf_adaptive_ls.backend.layer_filter import LayerFilter, check_layer_filter, with_path
 from tf_adaptive_ls.models.carry_over import compile_like
 from tf_adaptive_ls.models.float8_layers import float8_layers
 from tf_adaptive_ls.models.planned_model import scale, unscale
 from tf_adaptive_ls.models.walk import Choice
 from tf_adaptive_ls.training.float8.settings import Float8
-from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter, with_path
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, check_saved_activations
 from tf_adaptive_ls.training.loss_scaled import LossScaled
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer

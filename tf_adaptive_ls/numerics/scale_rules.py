@@ -10,15 +10,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from tf_adaptive_ls.backend.types import Tensor
-from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.arguments import (
+from tf_adaptive_ls.backend.arguments import (
     MAX_LOG2_SCALE,
     is_number,
     is_scale_value,
     is_whole,
     only_settings,
 )
+from tf_adaptive_ls.backend.types import Tensor
+from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # An exponent below any that a gradient has.

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from tf_adaptive_ls.backend.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.backend.arrays import power_of_two
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.numerics.tiny_unit import UNIT

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from tf_adaptive_ls.backend.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.evidence import Evidence
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.layer_facts import Flow, LayerFacts

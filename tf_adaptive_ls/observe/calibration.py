@@ -10,14 +10,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from tf_adaptive_ls.backend.arguments import MAX_LOG2_SCALE
+from tf_adaptive_ls.backend.batches import batches_of
+from tf_adaptive_ls.backend.text_table import power, powers, text_table
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
-from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE
-from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
 from tf_adaptive_ls.observe.record.snapshot import Snapshot
-from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.readings import LayerSnapshot

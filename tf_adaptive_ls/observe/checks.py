@@ -1,11 +1,9 @@
-"""Checks of arguments: what is no model that trains, no whole number, no path is refused."""
+"""Checks of arguments: what is no model that trains, and no path, is refused."""
 
 import os
 from typing import Any
 
 import keras
-
-from tf_adaptive_ls.numerics.arguments import is_whole
 
 
 def check_ready(model: Any, expected_by: str | None = None) -> None:
@@ -43,20 +41,6 @@ def _problem_of(model: Any) -> str | None:
     if not isinstance(model, keras.Model):
         return "which is not a model."
     return None if model.built else "which is not built yet. Call it on a batch of data first."
-
-
-def check_whole(name: str, value: Any, of: str = "") -> None:
-    """Raises a `ValueError` if an argument is no int from 1.
-
-    Args:
-        name: Its name.
-        value: What was given.
-        of: What it is a number of, such as " of steps".
-    """
-    if not is_whole(value, 1):
-        raise ValueError(
-            f"Expected `{name}` to be a whole number{of}, at least 1. Received: {name}={value!r}."
-        )
 
 
 def check_path(name: str, path: Any) -> None:

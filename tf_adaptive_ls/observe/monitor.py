@@ -9,9 +9,10 @@ from typing import Any
 import keras
 
 from tf_adaptive_ls.backend import devices, trainer
+from tf_adaptive_ls.backend.arguments import check_whole
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.models.found_optimizers import adaptive_optimizers
-from tf_adaptive_ls.observe.checks import check_path, check_whole
+from tf_adaptive_ls.observe.checks import check_path
 from tf_adaptive_ls.observe.forward_range.ranges import forward_range
 from tf_adaptive_ls.observe.forward_range.room_watch import RoomWatch
 from tf_adaptive_ls.observe.nonfinite import Explanation, explain_nonfinite

@@ -18,12 +18,12 @@ from keras import ops, tree
 from tf_adaptive_ls.backend import arrays, autodiff, routes
 from tf_adaptive_ls.backend.keras_internals import parts_of
 from tf_adaptive_ls.backend.routes import Route
+from tf_adaptive_ls.backend.text_table import text_table
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.observe.checks import check_ready
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
-from tf_adaptive_ls.observe.text_table import text_table
 from tf_adaptive_ls.training.call_tensors import CallTensors, is_inexact
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
 

@@ -7,11 +7,11 @@ from types import MappingProxyType
 
 import keras
 
+from tf_adaptive_ls.backend.text_table import power, powers, text_table
 from tf_adaptive_ls.models.planned_call import reasons_for_no_plan
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.observe.named_layers import named_layers, scaled_inside
 from tf_adaptive_ls.observe.narrow_reductions import NarrowReduction, advice, narrow_reductions
-from tf_adaptive_ls.observe.text_table import power, powers, text_table
 from tf_adaptive_ls.training.companion import scaling_of
 from tf_adaptive_ls.training.float8.products import products_in
 from tf_adaptive_ls.training.layer_scaling import snapshots_of

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from tf_adaptive_ls.backend import autodiff, keras_internals
+from tf_adaptive_ls.backend.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.backend.keras_internals import (
     is_plain_keras_layer,
     may_be_trained,
@@ -19,7 +20,6 @@ from tf_adaptive_ls.backend.keras_internals import (
 )
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import packing, report, scale_state
-from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat, narrowest
 from tf_adaptive_ls.numerics.spectrum import Spectrum
 from tf_adaptive_ls.training import scale_plan

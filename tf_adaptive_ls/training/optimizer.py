@@ -10,9 +10,9 @@ import numpy as np
 from keras import ops
 
 from tf_adaptive_ls.backend import arrays, autodiff, devices, functions, keras_internals
+from tf_adaptive_ls.backend.arguments import MAX_LOG2_SCALE, is_scale_value, is_whole
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.backend.wide_updates import is_of_16_bits, update_in_float32
-from tf_adaptive_ls.numerics.arguments import MAX_LOG2_SCALE, is_scale_value, is_whole
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.rounding import NOISE_BITS_OF_16, rounded_to_16_bits
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule

@@ -7,9 +7,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from tf_adaptive_ls.backend.arguments import is_number
+from tf_adaptive_ls.backend.batches import batches_of
 from tf_adaptive_ls.backend.types import Tensor
-from tf_adaptive_ls.numerics.arguments import is_number
-from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.checks import check_built
 from tf_adaptive_ls.observe.forward_range.own_runs import OwnRuns
 from tf_adaptive_ls.observe.forward_range.result import ForwardRange

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
+from tf_adaptive_ls.backend.text_table import text_table
 from tf_adaptive_ls.numerics.float_format import FloatFormat
-from tf_adaptive_ls.observe.text_table import text_table
 
 # An error of the output of a part that rounding does not explain: it makes one of 3e-4 … 1e-3.
 WRONG = 0.1

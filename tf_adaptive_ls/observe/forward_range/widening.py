@@ -8,8 +8,8 @@ from typing import Any
 import keras
 
 from tf_adaptive_ls.backend import keras_internals
+from tf_adaptive_ls.backend.batches import batches_of
 from tf_adaptive_ls.numerics.float_format import is_narrow_dtype
-from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.checks import check_built
 from tf_adaptive_ls.observe.forward_range.parts import Part, parts_of_model
 from tf_adaptive_ls.observe.forward_range.ranges import ranges_of

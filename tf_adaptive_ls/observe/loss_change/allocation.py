@@ -22,13 +22,13 @@ import numpy as np
 from keras import ops, tree
 
 from tf_adaptive_ls.backend import autodiff, functions, keras_internals
+from tf_adaptive_ls.backend.arguments import is_number, is_whole
+from tf_adaptive_ls.backend.batches import batches_of
+from tf_adaptive_ls.backend.text_table import text_table
 from tf_adaptive_ls.backend.types import Tensor
-from tf_adaptive_ls.numerics.arguments import is_number, is_whole
-from tf_adaptive_ls.observe.batches import batches_of
 from tf_adaptive_ls.observe.checks import check_ready
 from tf_adaptive_ls.observe.loss_change.quadrature import RULES
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
-from tf_adaptive_ls.observe.text_table import text_table
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
 from tf_adaptive_ls.training.neutral_scales import neutral_scales
 

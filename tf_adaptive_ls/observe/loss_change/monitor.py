@@ -8,8 +8,9 @@ from typing import Any
 import keras
 
 from tf_adaptive_ls.backend import devices, trainer
-from tf_adaptive_ls.observe.batches import batches_of
-from tf_adaptive_ls.observe.checks import check_path, check_ready, check_whole
+from tf_adaptive_ls.backend.arguments import check_whole
+from tf_adaptive_ls.backend.batches import batches_of
+from tf_adaptive_ls.observe.checks import check_path, check_ready
 from tf_adaptive_ls.observe.loss_change.allocation import (
     LossPath,
     NonfiniteLossError,

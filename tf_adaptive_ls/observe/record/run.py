@@ -7,9 +7,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from tf_adaptive_ls.backend.arguments import check_whole
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.spectrum import Spectrum, num_bins, rebinned
-from tf_adaptive_ls.observe.checks import check_path, check_whole
+from tf_adaptive_ls.observe.checks import check_path
 from tf_adaptive_ls.observe.named_layers import scaled_layers
 from tf_adaptive_ls.observe.record.float8 import Float8Record, float8_of, last_of_layer
 from tf_adaptive_ls.observe.record.forward_rooms import ForwardRooms, forward_rooms_of

@@ -5,10 +5,10 @@ from typing import Any
 
 import keras
 
-from tf_adaptive_ls.numerics.arguments import only_settings
+from tf_adaptive_ls.backend.arguments import only_settings
+from tf_adaptive_ls.backend.layer_filter import LayerFilter, check_layer_filter
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.training.float8.operand import Operand
-from tf_adaptive_ls.training.layer_filter import LayerFilter, check_layer_filter
 
 E4M3, E5M2 = FORMATS = ("float8_e4m3fn", "float8_e5m2")
 ROUNDINGS = ("nearest", "stochastic")

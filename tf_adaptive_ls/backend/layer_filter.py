@@ -22,7 +22,19 @@ def with_path(
     except ValueError:  # of some callables written in C
         parameters = []
     required = [each for each in parameters if each.default is each.empty]
-    return layer_filter if len(required) == 2 else lambda layer, path: layer_filter(layer)
+    if len(required) == 2:
+        return layer_filter
+
+    def of_layer(layer: keras.layers.Layer, path: str) -> bool:
+        try:
+            return layer_filter(layer)
+        except TypeError as error:
+            raise ValueError(
+                "Expected `layer_filter` to be a function that takes a layer, or a layer and its "
+                f"path. Received: layer_filter={layer_filter!r}, which for '{path}' raises: {error}"
+            ) from error
+
+    return of_layer
 
 
 def check_layer_filter(layer_filter: Any, what: str) -> None:

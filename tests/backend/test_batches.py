@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import tf_adaptive_ls as als
 from tests.graphs import floats
-from tf_adaptive_ls.observe.batches import batches_of
+from tf_adaptive_ls.backend.batches import batches_of
 
 X, Y, W = floats(10, 4), floats(10, 2, seed=1), np.ones(10, "float32")
 

@@ -20,6 +20,20 @@ def is_whole(value: Any, least: int = 0) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def check_whole(name: str, value: Any, of: str = "") -> None:
+    """Raises a `ValueError` if an argument is no int from 1.
+
+    Args:
+        name: Its name.
+        value: What was given.
+        of: What it is a number of, such as " of steps".
+    """
+    if not is_whole(value, 1):
+        raise ValueError(
+            f"Expected `{name}` to be a whole number{of}, at least 1. Received: {name}={value!r}."
+        )
+
+
 def is_scale_value(value: Any) -> bool:
     """Whether an argument, which may be of NumPy, is a power of two that a scale can be."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):

@@ -1,4 +1,4 @@
-from tf_adaptive_ls.observe.text_table import power, powers, text_table
+from tf_adaptive_ls.backend.text_table import power, powers, text_table
 
 
 def test_columns_are_aligned_and_nothing_is_markup():

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from tf_adaptive_ls.observe.checks import check_whole
+from tf_adaptive_ls.backend.arguments import check_whole
 
 
 def batches_of(data: Any, batch_size: int = 32) -> Iterator[Any]:

@@ -1,0 +1,92 @@
+"""A model like another: made anew from its config, also in float32, with its weights."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from tf_adaptive_ls.backend.keras_internals import parts_of, take_as_called
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+_POLICIES = (*FLOATS, "mixed_float16", "mixed_bfloat16")
+
+
+def made_anew(
+    model: Any,
+    plain_class: Any = None,
+    dtype: str | None = None,
+    plain: Callable[[Any], Any] = lambda copy: copy,
+) -> Any:
+    """A model like `model`, from its config, with its weights.
+
+    Classes of layers in it need not be registered.
+
+    Args:
+        model: A built `keras.Model`.
+        plain_class: The class of the copy; that of the model if left out.
+        dtype: "float32" for layers that keep and compute float32. `None` keeps their dtypes.
+        plain: Function of the copy before it gets its weights; returns what is to be used.
+
+    Raises:
+        Exception: Of any kind, if Keras cannot make it.
+    """
+    plain_class = plain_class or type(model)
+    policy = keras.config.dtype_policy()
+    try:
+        config = _arguments_of(plain_class, plain_class.get_config(model))
+        if dtype is not None:
+            config = _in_float32(config)
+            keras.config.set_dtype_policy(dtype)
+        with keras.saving.custom_object_scope(_classes_in(model)):
+            copy = plain_class.from_config(config)
+        build_config = model.get_build_config() or {}
+        if not copy.built:
+            copy.build_from_config(build_config)
+        copy = plain(copy)
+        weights = [w for w in model.weights if not hasattr(w, "loss_scaled")]
+        if len(copy.weights) < len(weights) and "input_shape" in build_config:
+            # Its `build` leaves layers to their first call.
+            copy(keras.KerasTensor(build_config["input_shape"]))
+        copy.set_weights([ops.convert_to_numpy(w) for w in weights])
+    finally:
+        keras.config.set_dtype_policy(policy)
+    take_as_called(copy, model)
+    return copy
+
+
+def layers_of_other_dtypes(model: keras.Model) -> dict[str, str]:
+    """The policies of layers that keep or compute floats, but not of float32, by name."""
+    return {
+        part.name: part.dtype_policy.name
+        for part in parts_of(model)
+        if {part.compute_dtype, part.variable_dtype} & set(FLOATS) - {"float32"}
+    }
+
+
+def _arguments_of(plain_class: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what Keras adds to the config of a class whose `__init__` does not take it."""
+    parameters = inspect.signature(plain_class.__init__).parameters.values()
+    if "layers" in config or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return config
+    taken = {p.name for p in parameters}
+    added = {"trainable", "dtype"}
+    return {key: value for key, value in config.items() if key in taken or key not in added}
+
+
+def _classes_in(model: keras.Model) -> dict[str, type]:
+    return {type(part).__name__: type(part) for part in parts_of(model) if part is not model}
+
+
+def _in_float32(config: Any, names_dtype: bool = False) -> Any:
+    """A config in which whatever names a floating dtype, or a policy of one, names float32."""
+    if isinstance(config, dict):
+        return {
+            key: _in_float32(value, names_dtype or key in ("dtype", "dtype_policy"))
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return type(config)(_in_float32(value, names_dtype) for value in config)
+    is_name = names_dtype and isinstance(config, str) and config in _POLICIES
+    return "float32" if is_name else config

@@ -1,0 +1,1 @@
+"""After training: weights in few bits, in plain Keras models."""

@@ -1,0 +1,102 @@
+"""Batch normalisations folded into the layers before them, as they act in inference."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from tf_adaptive_ls.backend.keras_internals import graph_of, layers_in, node_of, nodes_of
+from tf_adaptive_ls.deploy.graphs import is_graph, rebuilt
+from tf_adaptive_ls.deploy.kernels import CONVOLUTIONS, DENSE, DEPTHWISE, SEPARABLE, TRANSPOSED
+
+FOLDABLE = (*CONVOLUTIONS, *TRANSPOSED, *DEPTHWISE, *SEPARABLE, *DENSE)
+
+
+def folded(model: keras.Model) -> keras.Model:
+    """A model without the batch normalisations that the layers before them can do.
+
+    The layer before takes over factor and offset, if nothing else uses its outputs and it has no
+    activation. Outputs are the same but for rounding.
+
+    Args:
+        model: A model whose layers may be reused. Its graph, and those of models in it, are gone
+            through; what is not a graph stays.
+    """
+    if not is_graph(model):
+        return model
+    parts: dict[int, list[Any]] = {}
+    for node, normalisation in _pairs(model):
+        layer = node.operation
+        parts[id(layer)] = [_with(layer, normalisation, node.input_tensors[0].shape)]
+        parts[id(normalisation)] = []
+    return rebuilt(model, parts)
+
+
+def _pairs(model: Any) -> Iterator[tuple[Any, Any]]:
+    """Pairs of the call of a layer, and the normalisation of its outputs."""
+    graph: Any = graph_of(model)
+    for each in layers_in(graph):
+        if is_graph(each):
+            yield from _pairs(each)
+    nodes = nodes_of(graph)
+    calls = Counter(id(node.operation) for node in nodes)
+    uses = Counter(id(x) for node in nodes for x in node.input_tensors)
+    uses.update(id(x) for x in graph.outputs)
+    for node in nodes:
+        if not isinstance(node.operation, layers.BatchNormalization):
+            continue
+        (x,) = node.input_tensors
+        above = node_of(x)
+        before = getattr(above, "operation", None)
+        if (
+            isinstance(before, FOLDABLE)
+            and calls[id(before)] == calls[id(node.operation)] == uses[id(x)] == 1
+            and before.activation is keras.activations.linear
+            and _axis(before, len(x.shape)) == node.operation.axis % len(x.shape)
+        ):
+            yield above, node.operation
+
+
+def _axis(layer: Any, rank: int) -> int | None:
+    """The axis of the outputs of a layer in which its channels are, and nothing else."""
+    if isinstance(layer, layers.EinsumDense):
+        last = layer.equation[-1]
+        channels = set(layer.equation.split("->")[1]) - set(layer.equation.split(",")[0])
+        return rank - 1 if channels == {last} else None
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
+
+
+def _with(layer: Any, normalisation: Any, input_shape: tuple[Any, ...]) -> Any:
+    """The layer, with a normalisation in its last kernel and its bias."""
+    mean, variance = _wide(normalisation.moving_mean), _wide(normalisation.moving_variance)
+    gamma, beta = _wide(normalisation.gamma, 1.0), _wide(normalisation.beta)
+    factor = gamma / np.sqrt(variance + normalisation.epsilon)
+    config = layer.get_config()
+    if isinstance(layer, layers.EinsumDense):
+        config["bias_axes"] = layer.equation[-1]
+    else:
+        config["use_bias"] = True
+    made = type(layer).from_config(config)
+    made.build(input_shape)
+    offset = beta + (_wide(layer.bias) - mean) * factor
+    *others, kernel = [w.numpy() for w in layer.weights if w is not layer.bias]
+    made.set_weights([*others, _scaled(layer, kernel, factor), offset])
+    return made
+
+
+def _wide(variable: Any, otherwise: float = 0.0) -> Any:
+    return otherwise if variable is None else variable.numpy().astype(np.float64)
+
+
+def _scaled(layer: Any, kernel: Any, factor: Any) -> Any:
+    if isinstance(layer, DEPTHWISE):
+        return kernel * np.reshape(factor, kernel.shape[-2:])
+    if isinstance(layer, TRANSPOSED):
+        return kernel * factor[:, None]
+    if isinstance(layer, layers.EinsumDense):
+        labels = layer.equation.split("->")[0].split(",")[1]
+        return kernel * np.reshape(factor, [-1 if n == layer.equation[-1] else 1 for n in labels])
+    return kernel * factor

@@ -1,0 +1,68 @@
+"""Second moments of what a kernel is multiplied with: how far errors of weights reach outputs."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+
+
+class Moments:
+    """Sums up products of a kernel's inputs, so that the error of any weights can be told.
+
+    The squared error of a channel's outputs, over all positions, for an error `e` of its weights is
+    e^T (X^T X) e, with X the rows of inputs. While there are fewer rows than inputs, they are kept
+    as they are.
+
+    Args:
+        groups: Of the kernel.
+        inputs: Of a channel of the kernel.
+    """
+
+    def __init__(self, groups: int, inputs: int) -> None:
+        self._kept: list[Floats] = []
+        self._root: Floats | None = None
+        self._gram: Floats | None = None
+        self._shape = groups, inputs
+        self.positions = 0
+
+    def add(self, rows: Floats) -> None:
+        """Adds rows of inputs, float32 of shape (groups, positions, inputs)."""
+        self.positions += rows.shape[1]
+        self._kept.append(rows)
+        if self._gram is not None or self.positions > self._shape[1]:
+            for each in self._kept:
+                product = np.matmul(each.transpose(0, 2, 1), each).astype(np.float64)
+                self._gram = product if self._gram is None else self._gram + product
+            self._kept = []
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all inputs are."""
+        parts = self._kept if self._gram is None else [self._gram]
+        return all(bool(np.isfinite(part).all()) for part in parts)
+
+    def times(self, weights: Floats) -> Floats:
+        """Half the gradient of `squares`: float64 of the shape of weights."""
+        weights = weights.astype(np.float64)
+        if not self.positions:
+            return weights
+        if self._gram is not None:
+            return np.matmul(weights, self._gram)
+        products = np.zeros(weights.shape)
+        for rows in self._kept:
+            outputs = np.matmul(weights, rows.transpose(0, 2, 1))
+            products += np.matmul(outputs, rows)
+        return products
+
+    def squares(self, weights: Floats) -> Floats:
+        """Sums over positions of the squared outputs of weights.
+
+        Without any rows, as for inputs that are independent and of variance 1.
+
+        Args:
+            weights: Shape (groups, channels, inputs).
+
+        Returns:
+            Float64 of shape (groups, channels).
+        """
+        return np.maximum((self.times(weights) * weights).sum(axis=-1), 0)

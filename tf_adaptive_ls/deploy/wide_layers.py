@@ -1,0 +1,137 @@
+"""Points as layers: more channels, each on its grid, and a layer of ones and zeros that adds up."""
+
+from typing import Any
+
+import numpy as np
+from keras import layers, ops
+from numpy.typing import NDArray
+
+from tf_adaptive_ls.deploy.grids import Points
+from tf_adaptive_ls.deploy.kernels import (
+    CONVOLUTIONS,
+    DEPTHWISE,
+    SEPARABLE,
+    TRANSPOSED,
+    ConvolutionKernel,
+    Kernel,
+    kernels_of,
+)
+
+Array = NDArray[Any]
+
+_DIMENSIONS = {1: layers.Conv1D, 2: layers.Conv2D, 3: layers.Conv3D}
+_DEPTHWISE = {1: layers.DepthwiseConv1D, 2: layers.DepthwiseConv2D}
+
+
+def can_be_wide(layer: Any) -> bool:
+    """Whether the points of a layer's kernels can be channels of their own."""
+    kinds = (*CONVOLUTIONS, *TRANSPOSED, *DEPTHWISE, *SEPARABLE, layers.Dense)
+    return type(layer) in kinds and getattr(layer, "groups", 1) == 1
+
+
+def split(layer: Any) -> list[Any]:
+    """The two convolutions that a separable one is; any other layer alone."""
+    if not isinstance(layer, SEPARABLE):
+        return [layer]
+    dimensions = len(layer.kernel_size)
+    config = layer.get_config()
+    shared = ("kernel_size", "strides", "padding", "data_format", "dilation_rate", "dtype")
+    first = _DEPTHWISE[dimensions](
+        **{name: config[name] for name in shared},
+        depth_multiplier=layer.depth_multiplier,
+        use_bias=False,
+        name=f"{layer.name}_depthwise",
+    )
+    first.build(_shape(layer, layer.depthwise_kernel.shape[-2]))
+    first.set_weights([layer.depthwise_kernel.numpy()])
+    second = _sums(layer, np.asarray(layer.pointwise_kernel.numpy()), layer.name)
+    return [first, second]
+
+
+def wide(layer: Any, points: Points) -> list[Any]:
+    """The layers that run in the place of one, so that each kernel is on one grid per channel.
+
+    Args:
+        layer: See `can_be_wide`. Not a separable convolution.
+        points: Of its kernel.
+    """
+    (kernel,) = kernels_of(layer)
+    shape = kernel.matrix(kernel.variable.numpy()).shape
+    channels = shape[1]
+    of_points = (points.integers * points.scales[..., None]).astype("float32")
+    of_points = of_points.reshape(-1, *shape)
+    used = (points.scales != 0).reshape(-1, *shape[:2])
+    if isinstance(layer, DEPTHWISE):
+        return _wide_depthwise(layer, kernel, of_points, used.any(axis=2))
+    extra = [(j, c) for j in range(1, len(used)) for c in range(channels) if used[j, 0, c]]
+    rows = [*of_points[0, 0], *(of_points[j, 0, c] for j, c in extra)]
+    config = layer.get_config() | {"use_bias": False, "activation": "linear"}
+    config["units" if isinstance(layer, layers.Dense) else "filters"] = len(rows)
+    made = type(layer).from_config(config)
+    made.build(_shape(layer, _inputs(layer)))
+    made.set_weights([_kernel(kernel, np.stack(rows)[None])])
+    adds = np.concatenate([np.eye(channels), np.eye(channels)[[c for _, c in extra]]])
+    return [made, _sums(layer, adds, f"{layer.name}_points")]
+
+
+def _wide_depthwise(layer: Any, kernel: Kernel, of_points: Array, used: Array) -> list[Any]:
+    """Inputs come as often as they have points."""
+    groups, channels = of_points.shape[1:3]
+    extra = [(j, g) for j in range(1, len(used)) for g in range(groups) if used[j, g]]
+    taken = [*range(groups), *(g for _, g in extra)]
+    matrix = np.stack([*of_points[0], *(of_points[j, g] for j, g in extra)])
+    config = layer.get_config() | {"use_bias": False, "activation": "linear"}
+    made = type(layer).from_config(config)
+    made.build(_shape(layer, len(taken)))
+    made.set_weights([_kernel(kernel, matrix)])
+    adds = np.kron(np.eye(groups)[taken], np.eye(channels))
+    axis = 1 if layer.data_format == "channels_first" else -1
+    return [
+        lambda x: ops.take(x, taken, axis=axis),
+        made,
+        _sums(layer, adds, f"{layer.name}_points"),
+    ]
+
+
+def _kernel(kernel: Kernel, matrix: Array) -> Array:
+    """A kernel with another number of channels."""
+    if isinstance(kernel, ConvolutionKernel):
+        return kernel.kernel(matrix)
+    return matrix[0].T  # of Dense
+
+
+def _sums(layer: Any, adds: Array, name: str) -> Any:
+    """A layer that adds up channels, and has bias and activation of another.
+
+    Args:
+        layer: The other.
+        adds: Shape (channels, sums), or with axes of length 1 in front.
+        name: Of the layer.
+    """
+    options = {
+        "use_bias": layer.use_bias,
+        "activation": layer.activation,
+        "name": name,
+        "dtype": layer.dtype_policy,
+    }
+    if isinstance(layer, layers.Dense):
+        made = layers.Dense(adds.shape[-1], **options)
+    else:
+        dimensions = len(layer.kernel_size)
+        adds = adds.reshape((1,) * dimensions + adds.shape[-2:])
+        options["data_format"] = layer.data_format
+        made = _DIMENSIONS[dimensions](adds.shape[-1], 1, **options)
+    made.build(_shape(layer, adds.shape[-2]))
+    made.set_weights([adds, *([layer.bias.numpy()] if layer.use_bias else [])])
+    return made
+
+
+def _inputs(layer: Any) -> int:
+    return int(layer.kernel.shape[-1 if isinstance(layer, TRANSPOSED) else -2])
+
+
+def _shape(layer: Any, channels: int) -> tuple[int | None, ...]:
+    """Of inputs of a layer like another, of so many channels."""
+    sizes = (None,) * (0 if isinstance(layer, layers.Dense) else len(layer.kernel_size))
+    first = getattr(layer, "data_format", None) == "channels_first"
+    return (None, channels, *sizes) if first else (None, *sizes, channels)
