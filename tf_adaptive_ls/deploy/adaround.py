@@ -1,5 +1,7 @@
 """AdaRound: which weights are rounded up, learnt from what a layer is given."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,16 +38,16 @@ def rounded(weights: Floats, points: Points, moments: Moments, steps: int) -> Po
         those that were given.
     """
     q = np.array([largest_integer(int(bits)) for bits in points.bits]).reshape(weights.shape[:2])
-    scales = points.scales[0].astype(np.float64).reshape(weights.shape[:2])
+    scales = points.scales[0].reshape(weights.shape[:2])
     scales = scales[..., None]
     divisor = np.where(scales == 0, 1, scales)
-    position = weights.astype(np.float64) / divisor
+    position = weights / divisor
     down = np.floor(position)
     v = _inverse(position - down)
     mean, square = np.zeros_like(v), np.zeros_like(v)
     # In units of the power of an average channel: the penalty weighs the same in every layer.
-    power = moments.squares(weights).mean() or 1.0
-    limit = q[..., None]
+    power = np.float32(moments.squares(weights).mean() or 1.0)
+    limit = q[..., None].astype(np.float32)
     for step in range(steps):
         h, slope = _stretched(v)
         integers = np.clip(down + h, -limit, limit)
@@ -91,6 +93,6 @@ def _penalty_gradient(h: Floats, progress: float) -> Floats | float:
     # From the first exponent to the last along half a cosine.
     done = (progress - WARM_UP) / (1 - WARM_UP)
     first, last = EXPONENTS
-    beta = last + 0.5 * (first - last) * (1 + np.cos(np.pi * done))
+    beta = last + 0.5 * (first - last) * (1 + math.cos(math.pi * done))
     centred = 2 * h - 1
     return -PENALTY * 2 * beta * np.sign(centred) * np.abs(centred) ** (beta - 1)

@@ -1,5 +1,7 @@
 """Second moments of what a kernel is multiplied with: how far errors of weights reach outputs."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +22,8 @@ class Moments:
 
     def __init__(self, groups: int, inputs: int) -> None:
         self._kept: list[Floats] = []
-        self._root: Floats | None = None
-        self._gram: Floats | None = None
+        self._gram: Any = None  # float64, of shape (groups, inputs, inputs)
+        self._narrow: tuple[int, Floats] | None = None  # the same in float32, of so many positions
         self._shape = groups, inputs
         self.positions = 0
 
@@ -42,17 +44,23 @@ class Moments:
         return all(bool(np.isfinite(part).all()) for part in parts)
 
     def times(self, weights: Floats) -> Floats:
-        """Half the gradient of `squares`: float64 of the shape of weights."""
-        weights = weights.astype(np.float64)
+        """Half the gradient of `squares`: of the shape and dtype of weights."""
         if not self.positions:
             return weights
         if self._gram is not None:
-            return np.matmul(weights, self._gram)
-        products = np.zeros(weights.shape)
+            return np.matmul(weights, self._gram_as(weights.dtype))
+        products = np.zeros_like(weights)
         for rows in self._kept:
             outputs = np.matmul(weights, rows.transpose(0, 2, 1))
             products += np.matmul(outputs, rows)
         return products
+
+    def _gram_as(self, dtype: Any) -> Floats:
+        if dtype == np.float64:
+            return self._gram
+        if self._narrow is None or self._narrow[0] != self.positions:
+            self._narrow = self.positions, self._gram.astype(dtype)
+        return self._narrow[1]
 
     def squares(self, weights: Floats) -> Floats:
         """Sums over positions of the squared outputs of weights.
@@ -65,4 +73,5 @@ class Moments:
         Returns:
             Float64 of shape (groups, channels).
         """
+        weights = weights.astype(np.float64)
         return np.maximum((self.times(weights) * weights).sum(axis=-1), 0)
