@@ -367,19 +367,6 @@ def test_zeros_stay_zeros():
         np.testing.assert_array_equal(report.kernels[0].output_error, 0)
 
 
-@pytest.mark.skipif(ON_JAX, reason="Keras exports it from TensorFlow")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
-def test_litert_computes_the_same(model, tmp_path):
-    from tests.training.test_plain_copy import run_litert
-
-    quantized, _ = als.quantize_weights(model, IMAGES, 4, method="multipoint", budget=0.2, **QUICK)
-    file = str(tmp_path / "model.tflite")
-    quantized.export(file, format="litert", verbose=False)
-    expected = quantized.predict(IMAGES, verbose=0)
-    np.testing.assert_allclose(run_litert(file, IMAGES), expected, rtol=1e-3, atol=1e-4)
-
-
 def test_ops_between_layers():
     x = inputs = keras.Input((8, 4))
     x = layers.Dense(6, "relu")(x)

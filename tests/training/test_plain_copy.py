@@ -176,14 +176,13 @@ def run_saved_model(folder):
     return np.asarray(loaded.serve(IMAGES))
 
 
-def run_litert(file, images=IMAGES):
-    import tensorflow as tf
-
-    interpreter = tf.lite.Interpreter(model_path=file)
+def run_litert(file):
+    litert = pytest.importorskip("ai_edge_litert.interpreter")
+    interpreter = litert.Interpreter(model_path=file)
     taken = interpreter.get_input_details()[0]["index"]
-    interpreter.resize_tensor_input(taken, images.shape)
+    interpreter.resize_tensor_input(taken, IMAGES.shape)
     interpreter.allocate_tensors()
-    interpreter.set_tensor(taken, images)
+    interpreter.set_tensor(taken, IMAGES)
     interpreter.invoke()
     return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
 
@@ -208,7 +207,6 @@ FORMATS = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
 @pytest.mark.parametrize("form", FORMATS)
 def test_exported(form, tmp_path):
