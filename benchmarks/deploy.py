@@ -27,7 +27,7 @@ import numpy as np
 from keras import layers
 
 import tf_adaptive_ls as als
-from benchmarks import data, report, zoo
+from benchmarks import compute, data, report, zoo
 
 BITS = (8, 4, 3, 2)
 BUDGETS = (0.0, 0.05, 0.1, 0.2)
@@ -132,7 +132,7 @@ def trained(network, images, steps, file, progress):
     model.compile(
         keras.optimizers.AdamW(schedule, weight_decay=1e-2),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True) if single else None,
-        jit_compile=True,
+        jit_compile=bool(compute.gpu_names()),  # XLA's gradients of depthwise ones crawl on a CPU
     )
     if not single:
         model.compute_loss = lambda x, y, y_pred, sample_weight=None, training=True: network.loss(

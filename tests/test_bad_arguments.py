@@ -36,6 +36,11 @@ def plain_model():
 
 
 @functools.cache
+def quantization_report():
+    return als.quantize_weights(plain_model(), X, method="mse", verbose=False)[1]
+
+
+@functools.cache
 def run():
     return als.snapshot_run(model())
 
@@ -146,6 +151,7 @@ CALLS = {
         "training": True,
     },
     plots.plot_forward_range: lambda: {"result": als.forward_range(model(), [X]), "dark": True},
+    plots.plot_quantization: lambda: {"report": quantization_report(), "dark": True},
     plots.plot_forward_rooms: lambda: {"run": run_with_rooms(), "dark": True},
     als.explain_nonfinite: lambda: {
         "model": model(),

@@ -239,6 +239,20 @@ def test_the_report_tells_errors_of_outputs():
     assert report.not_quantized == ("conv2d/bias",)
 
 
+def test_a_picture(model):
+    from tf_adaptive_ls import plots
+
+    _, report = als.quantize_weights(model, IMAGES, method="mixed", budget=0.1, **QUICK)
+    axes, sizes = plots.plot_quantization(report).axes
+    dots = [each.get_offsets() for each in axes.collections]
+    for dot, kernel in zip(dots, report.kernels, strict=True):
+        np.testing.assert_allclose(dot[:, 0], kernel.output_error)
+    shown = [bar.get_width() * 1024 for bar in sizes.patches[len(dots) :]]
+    np.testing.assert_allclose(shown, [kernel.bytes.sum() for kernel in report.kernels])
+    with pytest.raises(ValueError, match=r"`quantize_weights` returned\. Received: 'report'"):
+        plots.plot_quantization("report")
+
+
 def test_rounding_is_learnt(model):
     """Outputs of layers get nearer, on grids that stay; and the same again in another run."""
     reports = []
@@ -376,3 +390,15 @@ def test_ops_between_layers():
         model, normal(8, 8, 4), 4, method="multipoint", budget=0.5, **QUICK
     )
     assert error_of(quantized, model, normal(8, 8, 4)) < 0.2
+
+
+def test_any_size_of_images():
+    x = inputs = keras.Input((None, None, 3))
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same")(x))
+    x = layers.SeparableConv2D(4, 3)(layers.DepthwiseConv2D(3)(x))
+    model = randomised(keras.Model(inputs, layers.GlobalAveragePooling2D()(x)))
+    quantized, report = als.quantize_weights(
+        model, [IMAGES, normal(8, 12, 9, 3)], 4, method="multipoint", budget=0.5, **QUICK
+    )
+    assert report.kernels[0].positions == 16 * 64 + 8 * 12 * 9
+    assert error_of(quantized, model, normal(4, 20, 20, 3)) < 0.2

@@ -40,6 +40,7 @@ try:
         plot_loss_change_layers,
         plot_loss_change_map,
     )
+    from tf_adaptive_ls.observe.quantization_plots import plot_quantization
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("matplotlib"):
         raise
@@ -54,6 +55,7 @@ __all__ = [
     "plot_loss_change",
     "plot_loss_change_layers",
     "plot_loss_change_map",
+    "plot_quantization",
     "plot_scales",
     "plot_spectra",
     "plot_training",
