@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import (
     convergence,
+    deploy,
     fidelity,
     float8,
     float8_speed,
@@ -245,3 +246,26 @@ def test_weights(tmp_path, capsys):
             assert round(of_way["weights"]) == (4 if of_32_bits else 2)
             assert round(of_way["optimizer"]) == moments * (4 if in_float32 else 2)
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_deploy(tmp_path, capsys):
+    arguments = ["--quick", "--output", str(tmp_path)]
+    deploy.main(arguments)
+    (result,) = results(tmp_path)
+    assert list(result["rows"]) == [
+        "4 nearest 0.0 128 0",
+        "4 mse 0.0 128 0",
+        "4 multipoint 0.1 128 0",
+        "4 mixed 0.1 128 0",
+        "4 adaround 0.0 128 0",
+        "4 adaround 0.1 128 0",
+    ]
+    for name, row in result["rows"].items():
+        share = row["bytes"] / result["rows"]["4 mse 0.0 128 0"]["bytes"]
+        assert (1.05 < share <= 1.1) if " 0.1 " in name else share == 1
+        assert row["bytes"] < row["float32_bytes"] / 4
+    assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
+    before = (tmp_path / "vgg_not_normalised.json").read_text()
+    deploy.main(arguments)  # nothing is measured again
+    assert json.loads(before)["rows"] == results(tmp_path)[0]["rows"]
