@@ -181,7 +181,9 @@ def measure(network, figures, images, args, save, progress):
     """Adds the rows that are not there yet."""
     file = args.output / "networks" / f"{network.name}.weights.h5"
     model = trained(network, images, figures["steps"], file, progress)
-    test = network.examples(images.x_test[: args.images], images.y_test[: args.images])
+    # At random: files may be sorted by class.
+    chosen = np.random.default_rng(0).permutation(len(images.x_test))[: args.images]
+    test = network.examples(images.x_test[chosen], images.y_test[chosen])
     figures.setdefault("float32", network.measure(model, *test))
     rows = figures.setdefault("rows", {})
     left = [

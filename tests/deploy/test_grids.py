@@ -50,7 +50,7 @@ def test_nearest_is_within_half_a_step(weights, bits):
 
 @pytest.mark.parametrize("name", METHODS)
 @given(weights=WEIGHTS, bits=st.sampled_from((2, 4)))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 def test_every_point_reaches_both_ends_of_the_grid_or_is_zero(name, weights, bits):
     """So a converter that takes the largest weight for the last integer finds the same grid."""
     found = METHODS[name](weights, bits)
@@ -60,7 +60,7 @@ def test_every_point_reaches_both_ends_of_the_grid_or_is_zero(name, weights, bit
 
 
 @given(weights=WEIGHTS, bits=st.sampled_from((2, 4)))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 def test_the_best_scale_and_more_points_are_never_worse(weights, bits):
     nearest, best, two, three = (
         squares(method(weights, bits).values - weights) for method in METHODS.values()
@@ -72,7 +72,7 @@ def test_the_best_scale_and_more_points_are_never_worse(weights, bits):
 
 
 @given(weights=WEIGHTS, bits=st.sampled_from((2, 4)))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 def test_points_leave_no_more_than_halving_steps_would(weights, bits):
     """At the largest scale, each point leaves half a step of what the ones before it left."""
     q = 2 ** (bits - 1) - 1
@@ -96,7 +96,7 @@ def test_two_points_of_four_bits_hold_sixteenths_exactly(rng):
 
 
 @given(weights=arrays.arrays(np.float32, (1, 2), elements=FLOATS))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_the_best_scale_of_two_weights_of_two_bits(weights):
     """Against all pairs of integers, each at the scale that is best for it."""
     smallest = squares(weights)[0]
