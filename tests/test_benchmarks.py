@@ -14,6 +14,7 @@ from benchmarks import (
     float8,
     float8_speed,
     forward,
+    halp,
     import_time,
     loss_change,
     others,
@@ -269,3 +270,17 @@ def test_deploy(tmp_path, capsys):
     before = (tmp_path / "vgg_not_normalised.json").read_text()
     deploy.main(arguments)  # nothing is measured again
     assert json.loads(before)["rows"] == results(tmp_path)[0]["rows"]
+
+
+@pytest.mark.long
+def test_halp(tmp_path, capsys):
+    arguments = ["--quick", "--output", str(tmp_path)]
+    halp.main(arguments)
+    lenet, convex = sorted(results(tmp_path), key=lambda result: result["name"])
+    assert list(convex["ways"]) == list(halp.digits.WAYS)
+    assert all(len(found["0"]["norms"]) == 2 for found in convex["ways"].values())
+    assert list(lenet["ways"]) == list(halp.LENET_WAYS)
+    assert (tmp_path / "halp.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text() in printed
+    assert [halp.passes(halp.LENET, way, 15) for way in ("SGD", "SVRG")] == [15, 45]

@@ -58,6 +58,18 @@ def test_examples_run_and_say_what_was_seen(name, tmp_path, capsys, monkeypatch)
     assert type(model) is keras.Model or type(model).__module__.startswith("keras.")
 
 
+def test_halp(tmp_path, capsys):
+    path = tmp_path / "made" / "halp.png"
+    main_of("halp")(["--tiny", "--output", str(path)])
+    printed = capsys.readouterr().out
+    found = re.findall(r"^(.*?) +(\S+)  (\S+)%$", printed, re.MULTILINE)
+    assert [name for name, _, _ in found] == ["SGD", "SGD, 8 bits", "SVRG"] + [
+        f"HALP, {bits} bits" for bits in (2, 4, 8, 16)
+    ]
+    assert all(0 < float(norm) < 1 and float(accuracy) > 50 for _, norm, accuracy in found)
+    assert path.stat().st_size > 1000
+
+
 @pytest.mark.long
 def test_several_processes(tmp_path, capfd):
     record = tmp_path / "run"

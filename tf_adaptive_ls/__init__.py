@@ -1,7 +1,7 @@
 """Adaptive loss scaling for Keras: every layer finds its own float16 loss scale.
 
 Arrows between the wings only point downward: `observe` reads what `training` does, which is made
-of `numerics`; under all of them is `backend`. `deploy` stands beside training.
+of `numerics`; under all of them is `backend`. `deploy` and `halp` stand beside training.
 """
 
 import importlib
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tf_adaptive_ls.deploy.quantization import quantize_weights
 from tf_adaptive_ls.deploy.report import QuantizationReport, QuantizedKernel
+from tf_adaptive_ls.halp.bit_centered import BitCentered
+from tf_adaptive_ls.halp.recenter import Recenter
 from tf_adaptive_ls.models.plain_copy import plain_copy
 from tf_adaptive_ls.models.wrapping import strip_model, wrap_model
 from tf_adaptive_ls.numerics.float_format import FloatFormat
@@ -52,6 +54,7 @@ __all__ = [
     "NOTHING_SEEN",
     "AdaptiveLossScaleOptimizer",
     "Allocation",
+    "BitCentered",
     "Calibration",
     "Explanation",
     "FixedRule",
@@ -72,6 +75,7 @@ __all__ = [
     "QuantileRule",
     "QuantizationReport",
     "QuantizedKernel",
+    "Recenter",
     "RisingMinimumRule",
     "Run",
     "ScaleRow",

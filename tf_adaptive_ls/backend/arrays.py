@@ -26,6 +26,15 @@ def is_sparse(x: Tensor) -> bool:
     return hasattr(x, "indices")
 
 
+def dense(x: Tensor) -> Tensor:
+    """A gradient with all its rows, also those that are zero."""
+    if not is_sparse(x):
+        return x
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(x)
+
+
 def has_known_rank(x: Tensor) -> bool:
     """Whether it is known how many axes a tensor has; in a graph of TensorFlow it need not be."""
     return x.shape is not None and getattr(x.shape, "rank", 0) is not None

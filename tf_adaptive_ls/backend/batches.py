@@ -1,5 +1,6 @@
 """Batches of what `fit` takes as data."""
 
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -33,6 +34,32 @@ def batches_of(data: Any, batch_size: int = 32) -> Iterator[Any]:
         "Expected data as for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`, or an iterable of "
         f"such batches. Received: {data!r:.200} (of type {type(data).__name__})."
     )
+
+
+def check_repeatable(data: Any) -> None:
+    """Raises a `ValueError` for data that can be iterated over only once."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            "Expected `data` to be batches `(x, y)` that can be iterated over again and again, "
+            f"such as a list. Received: data={data!r} (of type {type(data).__name__})."
+        )
+
+
+def fingerprint(batch: Any) -> int:
+    """A number that tells sets of examples apart: add it up over batches.
+
+    The sum does not depend on the order of examples, nor on how they are batched.
+    """
+    columns: list[list[bytes]] = []
+    for leaf in tree.flatten(batch):
+        if leaf is not None:
+            columns.append([_bytes_of(row) for row in np.asarray(leaf)])
+    return sum(zlib.crc32(b"".join(row)) for row in zip(*columns, strict=True))
+
+
+def _bytes_of(row: Any) -> bytes:
+    row = np.asarray(row)
+    return repr(row.tolist()).encode() if row.dtype == object else row.tobytes()
 
 
 def _is_of_arrays(data: Any) -> bool:

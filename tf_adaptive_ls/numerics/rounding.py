@@ -1,4 +1,4 @@
-"""Rounding: to a float8 format, as numbers of a wider dtype that the format has, and to 16 bits.
+"""Rounding: to a float8 format, as numbers of a wider dtype, to 16 bits, and to whole numbers.
 
 By integer operations on bits: XLA on a GPU may drop a chain of casts, and casts of
 TensorFlow and JAX neither saturate nor round stochastically.
@@ -93,7 +93,7 @@ def rounded(
     return ops.cast(result, x.dtype)
 
 
-# Random bits per number of `rounded_to_16_bits`.
+# Random bits per number of `rounded_to_16_bits` and `rounded_to_integers`.
 NOISE_BITS_OF_16 = 31
 
 
@@ -140,6 +140,30 @@ def rounded_to_16_bits(x: Tensor, dtype: str, noise: Tensor) -> Tensor:
     sign = ops.bitwise_and(bits, np.int32(~_MAGNITUDE))
     result = arrays.bitcast(ops.bitwise_or(arrays.bitcast(result, "int32"), sign), "float32")
     return ops.cast(ops.where(size <= _FLOAT32.max, result, x), dtype)
+
+
+def rounded_to_integers(x: Tensor, bits: int, noise: Tensor) -> Tensor:
+    """One of the two neighboring integers, the nearer one more often; saturates at `bits` bits.
+
+    Over all values of `noise` the mean is `x`: exactly, if `x` is a multiple of 2**-31 and within
+    the range of the integers. NaN becomes 0.
+
+    Args:
+        x: Float32 tensor.
+        bits: An int in 2 … 16. Integers are from -2**(bits - 1) to 2**(bits - 1) - 1.
+        noise: Int32 tensor of the shape of `x`, random integers in [0, 2**31).
+
+    Returns:
+        Int32 tensor of the shape of `x`.
+    """
+    largest = 2 ** (bits - 1)
+    size = ops.minimum(ops.abs(x), np.float32(largest))
+    below = ops.floor(size)
+    chance = ops.cast((size - below) * np.float32(2.0**NOISE_BITS_OF_16), "int32")
+    whole = ops.cast(below, "int32") + ops.cast(noise < chance, "int32")
+    whole = ops.where(x < 0, -whole, whole)
+    whole = ops.clip(whole, np.int32(-largest), np.int32(largest - 1))
+    return ops.where(ops.isnan(x), np.int32(0), whole)
 
 
 def fitting_factor(peak: Tensor, float_format: FloatFormat, dtype: str = "float32") -> Tensor:

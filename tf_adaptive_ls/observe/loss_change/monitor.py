@@ -2,14 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from tf_adaptive_ls.backend import devices, trainer
 from tf_adaptive_ls.backend.arguments import check_whole
-from tf_adaptive_ls.backend.batches import batches_of
+from tf_adaptive_ls.backend.batches import batches_of, check_repeatable
 from tf_adaptive_ls.observe.checks import check_path, check_ready
 from tf_adaptive_ls.observe.loss_change.allocation import (
     LossPath,
@@ -73,11 +72,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         batches_of(data, batch_size)
-        if isinstance(data, Iterator):
-            raise ValueError(
-                "Expected `data` to be batches `(x, y)` that can be iterated over again and again, "
-                f"such as a list. Received: data={data!r} (of type {type(data).__name__})."
-            )
+        check_repeatable(data)
         check_whole("every", every, " of steps")
         for name, place in (("path", path), ("tensorboard", tensorboard)):
             if place is not None:
