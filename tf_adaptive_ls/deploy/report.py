@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tf_adaptive_ls.backend.text_table import text_table
+from tf_adaptive_ls.backend.tables import Shown, Table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,8 +43,8 @@ class QuantizedKernel:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizationReport:
-    """What `quantize_weights` made of a model. Prints as a table.
+class QuantizationReport(Shown):
+    """What `quantize_weights` made of a model. Prints as a table, and is one in a notebook.
 
     Attributes:
         kernels: A `QuantizedKernel` for each kernel that was quantized, in the order of calls.
@@ -75,7 +75,7 @@ class QuantizationReport:
             "float32_bytes": self.float32_bytes,
         }
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str | Table]:
         columns = {
             "kernel": "left",
             "shape": "left",
@@ -86,12 +86,13 @@ class QuantizationReport:
             "output error": "right",
             "worst channel": "right",
         }
-        table = text_table(columns, [_row(each) for each in self.kernels])
+        table = Table(columns, [_row(each) for each in self.kernels])
         share = self.bytes / self.float32_bytes
-        return (
-            f"{table}\nAll weights: {self.bytes:,.0f} bytes, {share:.1%} of float32; "
+        summary = (
+            f"All weights: {self.bytes:,.0f} bytes, {share:.1%} of float32; "
             f"{self.other_bytes:,} of these are not quantized."
         )
+        return [table, summary]
 
 
 def _row(kernel: QuantizedKernel) -> tuple[str, ...]:

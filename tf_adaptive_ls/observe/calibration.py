@@ -12,7 +12,7 @@ import numpy as np
 
 from tf_adaptive_ls.backend.arguments import MAX_LOG2_SCALE
 from tf_adaptive_ls.backend.batches import batches_of
-from tf_adaptive_ls.backend.text_table import power, powers, text_table
+from tf_adaptive_ls.backend.tables import Shown, Table, power, powers
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.observe.named_layers import scaled_layers
@@ -61,8 +61,8 @@ class LayerRange:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-    """What `calibrate` found.
+class Calibration(Shown):
+    """What `calibrate` found. Prints as a table, and is one in a notebook.
 
     Attributes:
         layers: A `LayerRange` per scaled layer.
@@ -82,7 +82,11 @@ class Calibration:
     batches: int
     narrow_reductions: tuple[NarrowReduction, ...] = ()
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "layers"."""
+        return dataclasses.asdict(self)
+
+    def _parts(self) -> list[str | Table]:
         columns = {
             "layer": "left",
             "class": "left",
@@ -94,7 +98,7 @@ class Calibration:
             "format": "left",
             "lost by one scale": "right",
         }
-        rows = (
+        rows = [
             (
                 layer.name,
                 layer.layer_class,
@@ -107,12 +111,12 @@ class Calibration:
                 f"{layer.lost_by_one_scale} binades" if layer.lost_by_one_scale else "",
             )
             for layer in self.layers
-        )
+        ]
         state = "Settled" if self.settled else "Not settled yet"
         text = f"{state} after {self.batches} batches; loss scale S: {power(self.log2_loss_scale)}."
         if self.log2_one_scale is not None:
             text += f" One scale for all layers could be {power(self.log2_one_scale)} at most."
-        return f"{text}\n\n{text_table(columns, rows)}{advice(self.narrow_reductions)}"
+        return [text, Table(columns, rows), advice(self.narrow_reductions)]
 
 
 def calibrate(model: keras.Model, batches: Any, *, batch_size: int = 32) -> Calibration:

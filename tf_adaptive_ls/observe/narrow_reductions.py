@@ -70,7 +70,7 @@ def advice(reductions: tuple[NarrowReduction, ...]) -> str:
     """What to do about `narrow_reductions`, to be put below a table; empty if there are none."""
     lines = [f"  {each.name}: {each.reason}" for each in reductions]
     heading = 'Better computed in float32, by `dtype="float32"`:'
-    return "\n".join(["", "", heading, *lines]) if lines else ""
+    return "\n".join([heading, *lines]) if lines else ""
 
 
 def _reasons_of(layer: keras.layers.Layer) -> Iterator[str]:

@@ -18,7 +18,7 @@ from keras import ops, tree
 from tf_adaptive_ls.backend import arrays, autodiff, routes
 from tf_adaptive_ls.backend.keras_internals import parts_of
 from tf_adaptive_ls.backend.routes import Route
-from tf_adaptive_ls.backend.text_table import text_table
+from tf_adaptive_ls.backend.tables import Shown, Table
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
@@ -60,7 +60,7 @@ class TensorReading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """Which tensor of a training step was the first to hold Inf or NaN.
 
     Attributes:
@@ -71,18 +71,22 @@ class Explanation:
     first: TensorReading | None
     trail: tuple[TensorReading, ...]
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "trail"."""
+        return dataclasses.asdict(self)
+
+    def _parts(self) -> list[str | Table]:
         if self.first is None:
-            return "Every tensor of this training step is finite."
+            return ["Every tensor of this training step is finite."]
         text = f"{_sentence(self.first)}\n{_advice(self.first)}"
         readings = [*self.trail[-_SHOWN:], self.first]
         columns = {"phase": "left", "layer": "left", "tensor": "left", "dtype": "left"}
         columns |= {"largest": "right", "Inf": "right", "NaN": "right"}
-        rows = (
+        rows = [
             (r.phase, r.layer, r.tensor, r.dtype, f"{r.largest:.3g}", f"{r.infs}", f"{r.nans}")
             for r in readings
-        )
-        return f"{text}\n\n{text_table(columns, rows)}"
+        ]
+        return [text, Table(columns, rows)]
 
 
 def _sentence(first: TensorReading) -> str:

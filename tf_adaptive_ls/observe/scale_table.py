@@ -4,10 +4,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import keras
 
-from tf_adaptive_ls.backend.text_table import power, powers, text_table
+from tf_adaptive_ls.backend.tables import Shown, Table, power, powers
 from tf_adaptive_ls.models.planned_call import reasons_for_no_plan
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.observe.named_layers import named_layers, scaled_inside
@@ -58,8 +59,10 @@ class ScaleRow:
     saved_bytes: int | None = None
 
 
-class ScaleTable(list[ScaleRow]):
-    """A list of `ScaleRow` that prints as an aligned table.
+class ScaleTable(Shown, list[ScaleRow]):
+    """A list of `ScaleRow` that prints as a table, and is one in a notebook.
+
+    `pandas.DataFrame` takes it, too.
 
     Args:
         rows: The rows.
@@ -78,15 +81,27 @@ class ScaleTable(list[ScaleRow]):
         self.narrow_reductions = narrow_reductions
         self.without_plan = without_plan
 
-    def __str__(self) -> str:
+    @property
+    def scaled(self) -> "ScaleTable":
+        """The table of the layers that are scaled alone."""
+        rows = (row for row in self if row.log2_scale is not None)
+        return ScaleTable(rows, self.narrow_reductions, self.without_plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "layers"."""
+        return {
+            "layers": [dataclasses.asdict(row) for row in self],
+            "narrow_reductions": [dataclasses.asdict(each) for each in self.narrow_reductions],
+            "without_plan": dict(self.without_plan),
+        }
+
+    def _parts(self) -> list[str | Table]:
         columns = columns_of(self)
-        text = text_table(columns, (cells_of(row, columns) for row in self))
-        text += advice(self.narrow_reductions)
-        if not self.without_plan:
-            return text
+        table = Table(columns, [cells_of(row, columns) for row in self])
         heading = "Gradients return to the loss scale between the layers of:"
         lines = [f"  {name}: {reason}" for name, reason in self.without_plan.items()]
-        return "\n".join([text, "", heading, *lines])
+        without = "\n".join([heading, *lines]) if lines else ""
+        return [table, advice(self.narrow_reductions), without]
 
 
 # Names of columns, and the side that their cells are aligned to.

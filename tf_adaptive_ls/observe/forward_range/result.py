@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
 
-from tf_adaptive_ls.backend.text_table import text_table
+from tf_adaptive_ls.backend.tables import Shown, Table
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 # An error of the output of a part that rounding does not explain: it makes one of 3e-4 … 1e-3.
@@ -70,7 +71,7 @@ class PartRange:
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardRange:
+class ForwardRange(Shown):
     """How near the parts of a model come to the end of their dtypes in the forward pass.
 
     Prints as a table of the parts that compute in a dtype with less range than float32, those with
@@ -96,14 +97,18 @@ class ForwardRange:
         narrow = [part for part in self.parts if FloatFormat(part.float_format).is_narrow]
         return sorted(narrow, key=lambda part: (not part.verdicts, part.room))
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "parts"."""
+        return dataclasses.asdict(self)
+
+    def _parts(self) -> list[str | Table]:
         parts = self._sorted()
         if not parts:
-            return "No part of this model computes in a dtype with less range than float32."
+            return ["No part of this model computes in a dtype with less range than float32."]
         columns = {"part": "left", "class": "left", "dtype": "left", "largest in": "right"}
         columns |= {"out": "right", "room": "right", "error": "right", "verdict": "left"}
         columns |= {"e4m3": "right", "e5m2": "right"}
-        return "\n".join([text_table(columns, map(_row, parts)), "", self._summary()])
+        return [Table(columns, list(map(_row, parts))), self._summary()]
 
     def _summary(self) -> str:
         number, times = len(self.flagged), f"{2**self.room:g} times as large"

@@ -24,7 +24,7 @@ from keras import ops, tree
 from tf_adaptive_ls.backend import autodiff, functions, keras_internals
 from tf_adaptive_ls.backend.arguments import is_number, is_whole
 from tf_adaptive_ls.backend.batches import batches_of
-from tf_adaptive_ls.backend.text_table import text_table
+from tf_adaptive_ls.backend.tables import Shown, Table
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.observe.checks import check_ready
 from tf_adaptive_ls.observe.loss_change.quadrature import RULES
@@ -40,7 +40,7 @@ class NonfiniteLossError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Allocation:
+class Allocation(Shown):
     """How a change of the loss is divided among the weights of a model.
 
     All figures are in units of the loss; what is negative has lowered it.
@@ -93,7 +93,12 @@ class Allocation:
             units[owner] = units.get(owner, 0.0) + by_unit
         return units
 
-    def __str__(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values but for `weights`: JSON takes them, and `pandas.Series` "layers"."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "weights"]
+        return {name: getattr(self, name) for name in names}
+
+    def _parts(self) -> list[str | Table]:
         change = self.loss_after - self.loss_before
         columns = {"layer": "left", "allocated": "right", "standard error": "right"}
         rows = [
@@ -102,12 +107,12 @@ class Allocation:
         ]
         if self.statistics:
             rows.append(("(moving statistics)", f"{self.statistics:+.3g}", ""))
-        return (
+        text = (
             f"Loss {self.loss_before:.6g} to {self.loss_after:.6g}, a change of {change:+.3g}, "
             f"allocated but for {self.error:.1g} (batches: {self.batches}, intervals: "
-            f"{self.intervals}). {self.helping:.1%} of weights have helped.\n\n"
-            f"{text_table(columns, rows)}"
+            f"{self.intervals}). {self.helping:.1%} of weights have helped."
         )
+        return [text, Table(columns, rows)]
 
 
 def loss_change(
