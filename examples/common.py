@@ -30,12 +30,12 @@ def parser(description, epochs, batch_size, output):
     return result
 
 
-def begin(args):
-    """Sets the seed and float16, before a model is built."""
+def begin(args, policy="mixed_float16"):
+    """Sets the seed and the dtype policy, before a model is built."""
     if args.tiny:
         args.epochs = 1
     keras.utils.set_random_seed(args.seed)
-    keras.config.set_dtype_policy("mixed_float16")
+    keras.config.set_dtype_policy(policy)
 
 
 def whole_batches(args, *arrays):
@@ -45,10 +45,10 @@ def whole_batches(args, *arrays):
 
 
 def say(model, optimizer):
-    """Prints what became of the scales."""
+    """Prints the scales of all layers that have one."""
     print(f"Skipped steps: {optimizer.skipped_steps} of {optimizer.steps}")
     print(f"Loss scale S: 2^{math.log2(optimizer.loss_scale):g}\n")
-    print(als.scale_table(model, optimizer))
+    print(als.scale_table(model, optimizer).scaled)
 
 
 def save(model, path):

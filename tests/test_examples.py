@@ -24,7 +24,13 @@ def main_of(name):
 
 # What each says in the end, after two steps or as many as said.
 SAYS = {
-    "digits": ("Test accuracy:", "Skipped steps: 0 of 2", "block3_conv2"),
+    "digits": (
+        "Test accuracy:",
+        "float16, one loss scale",
+        "scale",
+        "Skipped steps: 0 of 2",
+        "block3_conv2",
+    ),
     "deploy": ("Test accuracy, 4 bits:", "block3_conv2/kernel", "3x3x64x64"),
     "cifar10": ("Test accuracy:", "Skipped steps: 0 of 2", "conv2d_18"),
     "language": ("Bits per letter", "It writes:", "def ", "Skipped steps: 0 of 2"),

@@ -41,22 +41,22 @@ def quantize_weights(
     steps: int = 2000,
     verbose: bool = True,
 ) -> tuple[keras.Model, QuantizationReport]:
-    """Rounds the weights of a trained model to few bits, each channel on a grid of its own.
+    """Quantizes the weights of a trained model to few bits, with a scale for each channel.
 
-    The result is a plain Keras model that computes in float32 with these weights. Batch
-    normalisations are folded into the layers before them where that is possible: in Sequential
-    and Functional models.
+    The result is a plain Keras model that computes in float32 with the quantized weights. In
+    Sequential and Functional models, batch normalization is first folded into the layer before it.
 
-    | method | weights of a channel | source |
+    | method | how a channel is quantized | source |
     |---|---|---|
-    | "nearest" | the largest is the last of the grid | min-max |
-    | "mse" | the scale with the smallest squared error of weights | |
-    | "multipoint" | as "mse", a sum of two or three where the budget goes | Liu et al., AAAI 2021 |
-    | "mixed" | as "mse", in 8 bits where the budget goes | |
-    | "adaround" | as "mixed", and rounding up or down is learnt | Nagel et al., ICML 2020 |
+    | "nearest" | its largest weight becomes the largest integer | min-max |
+    | "mse" | with the scale that has the smallest squared error of the weights | |
+    | "multipoint" | as "mse", or as a sum of two or three integers | Liu et al., AAAI 2021 |
+    | "mixed" | as "mse", or in 8 bits | |
+    | "adaround" | as "mixed"; whether to round up or down is learned | Nagel et al., ICML 2020 |
 
-    The budget goes to the channels with the largest error of outputs on calibration data, relative
-    to the outputs of their layer, for each byte that they cost.
+    With a budget, some channels get several integers, or 8 bits. The budget goes to the channels
+    with the largest output error on calibration data, relative to the outputs of the layer, per
+    byte.
 
     ```python
     plain = als.plain_copy(model, dtype="float32")
@@ -66,26 +66,27 @@ def quantize_weights(
     ```
 
     Args:
-        model: A built, plain `keras.Model`; see `strip_model`. It stays as it is.
-        calibration: Inputs, or data as for `fit`, whose targets are not used. About a hundred
-            examples do.
-        bits: 2 … 8, of each weight. Integers are from -q to q, with q = 2^(bits - 1) - 1.
-        method: See above.
-        budget: Bytes more than those of `bits` bits per weight, as a share of these: 0.1 for 10 %.
-            Only "multipoint", "mixed" and "adaround" spend it.
-        first_and_last_bits: Of the layers that are called first and last. `None` for `bits`.
-        layer_filter: Function `layer -> bool` or `(layer, path) -> bool`. Layers for which it is
-            false stay in float32. `path` is the layer's name, behind those of what it is inside
-            of: `"encoder/dense_1"`.
-        steps: Of the optimizer that learns rounding for each kernel, with "adaround".
+        model: A built, plain `keras.Model`; see `plain_copy`. It is not changed.
+        calibration: Inputs, or data as for `fit`, whose targets are ignored. About a hundred
+            examples are enough.
+        bits: 2 … 8, per weight. Integers are from -q to q, with q = 2^(bits - 1) - 1.
+        method: One of the methods above.
+        budget: Additional bytes, as a share of the bytes that `bits` bits per weight take: 0.1 for
+            10 %. Only "multipoint", "mixed" and "adaround" use it.
+        first_and_last_bits: Bits of the layers that are called first and last. `None` for `bits`.
+        layer_filter: Function `layer -> bool` or `(layer, path) -> bool`. Layers for which it
+            returns false stay in float32. `path` is the name of the layer after the names of the
+            models and layers that contain it: `"encoder/dense_1"`.
+        steps: Number of optimizer steps per kernel with "adaround".
         verbose: Whether to show progress.
 
     Returns:
         The quantized model, and a `QuantizationReport`.
 
     Raises:
-        ValueError: If an argument is not as said, the model has no layer that can be quantized, or
-            layers of this library. If weights or what calibration gives layers are not finite.
+        ValueError: If an argument is not as described, if the model has no layer that can be
+            quantized or has layers of this library, or if weights or inputs of layers are not
+            finite.
     """
     _check_model(model)
     _check_arguments(bits, method, budget, first_and_last_bits, steps)

@@ -1,4 +1,4 @@
-"""What quantization made of a model, per layer and channel."""
+"""Reports of `quantize_weights`: errors and bytes, per layer and channel."""
 
 import dataclasses
 from typing import Any
@@ -11,20 +11,21 @@ from tf_adaptive_ls.backend.tables import Shown, Table
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedKernel:
-    """One kernel of a layer.
+    """The quantization of one kernel.
 
     Attributes:
         name: Path of the weight.
-        shape: Of the weight.
-        bits: Int array of shape (channels,): bits of the integers of each channel.
-        points: Int array of shape (channels,): how many multiples of integers are summed up.
-        bytes: Float array of shape (channels,): of integers, packed, and of scales in float32.
-        weight_error: Float array of shape (channels,): norm of the error of weights, as a share of
-            the norm of the weights.
-        output_error: Float array of shape (channels,): root mean square of the error of outputs on
-            the calibration data, as a share of the root mean square of the outputs of the layer.
-        positions: On how many positions of inputs outputs were compared; 0 if the layer was not
-            seen, and its inputs were taken to be independent.
+        shape: Shape of the weight.
+        bits: Int array `[channels]`. Bits per integer.
+        points: Int array `[channels]`. Number of integers, each with a scale, whose sum is the
+            weight.
+        bytes: Float array `[channels]`. Size of packed integers and float32 scales.
+        weight_error: Float array `[channels]`. Norm of the error of the weights, relative to the
+            norm of the weights.
+        output_error: Float array `[channels]`. Root mean square of the error of the outputs on the
+            calibration data, relative to the root mean square of all outputs of the layer.
+        positions: Number of input positions on which outputs were compared. 0 if calibration did
+            not reach the layer; its inputs were then assumed to be independent.
     """
 
     name: str
@@ -37,19 +38,25 @@ class QuantizedKernel:
     positions: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values: JSON and `pandas.DataFrame` take them."""
+        """Plain Python values, for JSON and `pandas.DataFrame`."""
         fields = dataclasses.asdict(self)
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizationReport(Shown):
-    """What `quantize_weights` made of a model. Prints as a table, and is one in a notebook.
+    """The report of `quantize_weights`. Prints as a table; notebooks show it as HTML.
+
+    ```python
+    plain = als.plain_copy(model, dtype="float32")
+    _, report = als.quantize_weights(plain, x, bits=4, method="mse", verbose=False)
+    print(report.bytes / report.float32_bytes)
+    ```
 
     Attributes:
-        kernels: A `QuantizedKernel` for each kernel that was quantized, in the order of calls.
+        kernels: A `QuantizedKernel` for each quantized kernel, in the order of calls.
         not_quantized: Paths of the other weights, which stay in float32.
-        other_bytes: Of these.
+        other_bytes: Size of these other weights.
     """
 
     kernels: tuple[QuantizedKernel, ...]
@@ -58,16 +65,19 @@ class QuantizationReport(Shown):
 
     @property
     def bytes(self) -> float:
-        """Of all weights, with integers packed."""
+        """Size of all weights in bytes, with packed integers."""
         return float(sum(each.bytes.sum() for each in self.kernels) + self.other_bytes)
 
     @property
     def float32_bytes(self) -> int:
-        """Of all weights in float32."""
+        """Size of all weights in float32, in bytes."""
         return 4 * sum(int(np.prod(each.shape)) for each in self.kernels) + self.other_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "kernels"."""
+        """Plain Python values, for JSON.
+
+        `pandas.DataFrame` accepts the value of "kernels".
+        """
         return {
             "kernels": [each.to_dict() for each in self.kernels],
             "not_quantized": list(self.not_quantized),

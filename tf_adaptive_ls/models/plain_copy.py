@@ -11,10 +11,10 @@ Model = TypeVar("Model", bound=keras.Model)
 
 
 def plain_copy(model: Model, dtype: str | None = None) -> Model:
-    """A plain Keras model with the same weights, beside one that goes on training.
+    """Makes a plain Keras model with the same weights. The wrapped model can continue to train.
 
-    With `dtype="float32"` the copy is the *float32 twin* of a `mixed_float16` model: all layers
-    keep and compute float32, so the copy gives the outputs of a model that was built in float32
+    With `dtype="float32"`, the copy is the *float32 twin* of a `mixed_float16` model: all of its
+    layers store and compute float32. It gives the same outputs as a model that was built in float32
     with these weights. LiteRT, ONNX and `quantize("int8")` need such a model.
 
     ```python
@@ -23,15 +23,15 @@ def plain_copy(model: Model, dtype: str | None = None) -> Model:
     ```
 
     Args:
-        model: Any built `keras.Model` that can be made from its config.
+        model: Any built `keras.Model` that can be created from its config.
         dtype: "float32" for a copy in float32. `None` keeps the dtype of every layer.
 
     Returns:
-        A model of the same class as before it was wrapped, not compiled.
+        A model of the original class, not compiled.
 
     Raises:
-        ValueError: If the model cannot be made from its config, is not built, or if `dtype` is
-            neither `None` nor "float32". If a layer insists on another dtype.
+        ValueError: If the model is not built or cannot be created from its config, if `dtype` is
+            neither `None` nor "float32", or if a layer insists on another dtype.
     """
     check_is_model(model, "plain_copy")
     if not (dtype is None or (isinstance(dtype, str) and dtype == "float32")):

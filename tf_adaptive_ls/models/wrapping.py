@@ -27,19 +27,20 @@ def wrap_model(
     plan: bool = True,
     saved_activations: str | None = None,
 ) -> Model:
-    """Gives every layer with trainable weights a loss scale of its own.
+    """Gives every layer with trainable weights its own loss scale.
 
-    The model is changed and returned. Its class (by `isinstance`), attributes, methods,
-    `train_step` and `compile`, its layers, weights and their names stay; what scales a layer is the
-    layer's attribute `loss_scaling`. Models inside it, and layers of an author's own that are made
-    of layers, are gone into; any other layer, Keras's composites among them, is scaled as a whole.
-    Layers that are built or made later are scaled when they are first called.
+    The model is changed in place and returned. Its class (by `isinstance`), attributes, methods,
+    `train_step`, `compile`, layers, weights and names stay the same. Each scaled layer gets an
+    attribute `loss_scaling`. Layers inside of nested models, and inside of your own layers, are
+    scaled one by one; any other layer, such as `MultiHeadAttention`, is scaled as a whole. Layers
+    that are built or created later are scaled when they are first called.
 
-    Gradients travel from layer to layer at scales of their own where the model's call can be
-    traced on symbolic tensors (see `scale_plan`), else at the loss scale; `scale_table` says why.
+    If the model can be called on symbolic tensors, gradients travel between layers at the scales of
+    the layers. Otherwise they return to the loss scale S between layers, and `scale_table` says
+    why.
 
-    A compiled model is compiled anew, with an `AdaptiveLossScaleOptimizer` around a copy of its
-    optimizer and of that one's state, unless its class has a `compile` of its own.
+    A compiled model is compiled again, with an `AdaptiveLossScaleOptimizer` around a copy of its
+    optimizer and the optimizer's state, unless the model's class overrides `compile`.
 
     ```python
     model = als.wrap_model(build_model())
@@ -47,25 +48,24 @@ def wrap_model(
     ```
 
     Args:
-        model: Any `keras.Model`, built or not. Layers in it that are scaled already stay so.
-        layer_filter: Function `layer -> bool` or `(layer, path) -> bool`. Layers for
-            which it is false are not scaled; gradients pass them at the optimizer's
-            loss scale. `path` is the layer's name, behind those of the models and layers that it
-            is inside of, as in `scale_table`: `"encoder/dense_1"`.
-        float8: A `Float8`, to compute matrix products and convolutions from numbers of 8
-            bits. Layers that are scaled already stay as they are.
-        plan: Whether gradients may travel at scales of layers, from one to the next. Without it
-            they return to the loss scale between any two.
-        saved_activations: "float8_e5m2" to keep for the backward pass the inputs of layers in 8
-            bits, and nothing else of them, and to run layers there once more on these. The
-            forward pass stays the same. `None` keeps what Keras keeps.
+        model: Any `keras.Model`, built or not. Layers that are already scaled stay as they are.
+        layer_filter: Function `layer -> bool` or `(layer, path) -> bool`. Layers for which it
+            returns false are not scaled, and gradients pass them at the loss scale S. `path` is the
+            name of the layer after the names of the models and layers that contain it, as in
+            `scale_table`: `"encoder/dense_1"`.
+        float8: A `Float8`, to compute matmuls and convolutions from float8 operands. Layers that
+            are already scaled stay as they are.
+        plan: Whether gradients may travel between layers at the scales of the layers.
+        saved_activations: "float8_e5m2" to save only the inputs of layers for the backward pass,
+            in 8 bits, and to compute the rest again there. The forward pass does not change.
+            `None` saves what Keras saves.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If an argument is not as said, or a layer cannot be scaled. The model is then
-            as it was.
+        ValueError: If an argument is not as described, or a layer cannot be scaled. The model is
+            then unchanged.
     """
     check_is_model(model, "wrap_model")
     check_layer_filter(layer_filter, "wrap")
@@ -85,14 +85,19 @@ def wrap_model(
 
 
 def strip_model(model: Model) -> Model:
-    """Undoes `wrap_model`: takes all scales out of a model again.
+    """Undoes `wrap_model`: removes all scales from a model.
 
-    The model is changed and returned: a plain Keras model with the weights as they are, which can
-    be saved, exported and loaded without this library. If it is compiled it is compiled anew, with
+    The model is changed in place and returned: a plain Keras model with the current weights, which
+    can be saved, exported and loaded without this library. A compiled model is compiled again, with
     a copy of the inner optimizer and its state.
 
-    A model in whose graph `LossScaled` layers stand is left as it was; what is returned is another
-    one, around the same layers.
+    If the graph of the model contains `LossScaled` layers, the model is unchanged, and another
+    model around the same layers is returned.
+
+    ```python
+    plain = als.strip_model(model)
+    plain.save("plain.keras")
+    ```
 
     Args:
         model: Any `keras.Model`.
@@ -101,8 +106,8 @@ def strip_model(model: Model) -> Model:
         The plain model.
 
     Raises:
-        ValueError: If `model` is not a model, or if `LossScaled` layers are elsewhere than in its
-            graph and in those of models nested in it.
+        ValueError: If `model` is not a model, or if it contains `LossScaled` layers outside of its
+            graph and the graphs of nested models.
     """
     check_is_model(model, "strip_model")
     if any(isinstance(part, LossScaled) for part in parts_of(model)):

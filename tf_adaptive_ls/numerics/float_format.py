@@ -15,14 +15,19 @@ _finfo: Any = ml_dtypes.finfo
 
 @dataclasses.dataclass(frozen=True)
 class FloatFormat:
-    """A floating-point format and the binades it reaches.
+    """A floating-point format and its range in binades.
 
-    A *binade* is the set of magnitudes in `[2**e, 2**(e + 1))`; it is named by
-    its exponent `e`. Every figure is derived from `ml_dtypes.finfo`.
+    A *binade* is the set of magnitudes in `[2**e, 2**(e + 1))`; its name is the exponent `e`. All
+    figures are derived from `ml_dtypes.finfo`.
+
+    ```python
+    float16 = als.FloatFormat("float16")
+    print(float16.min_exponent, float16.max_exponent)  # -24 15
+    ```
 
     Args:
-        name: String. A dtype name that `ml_dtypes.finfo` knows, such as
-            `"float16"`, `"bfloat16"`, `"float32"` or `"float8_e5m2"`.
+        name: String. A dtype name that `ml_dtypes.finfo` knows, such as `"float16"`, `"bfloat16"`,
+            `"float32"` or `"float8_e5m2"`.
 
     Raises:
         ValueError: If `name` is not a floating-point dtype.
@@ -61,7 +66,7 @@ class FloatFormat:
 
     @property
     def overflow(self) -> float:
-        """Smallest power of two that is too large."""
+        """Smallest power of two that overflows."""
         return 2.0 ** (self.max_exponent + 1)
 
     @property
@@ -76,12 +81,12 @@ class FloatFormat:
 
     @property
     def mantissa_bits(self) -> int:
-        """Bits of a normal value behind its first."""
+        """Number of bits after the leading bit of a normal value."""
         return self.min_normal_exponent - self.min_exponent
 
     @property
     def is_narrow(self) -> bool:
-        """Whether it lacks the range of float32, so that gradients need a scale."""
+        """Whether it has less range than float32, so that gradients need a loss scale."""
         return self.max_exponent < FloatFormat("float32").max_exponent
 
     @property

@@ -27,7 +27,7 @@ NOTHING_SEEN = -1024.0
 
 @dataclasses.dataclass(frozen=True)
 class ScaleRule(abc.ABC):
-    """How far to move each layer's log2 scale, given what was seen at it.
+    """Decides how far to move the log2 scale of each layer, from its gradients.
 
     To write your own rule, subclass it as a frozen dataclass; every field is then saved with the
     optimizer. This rule keeps the largest gradient `headroom` binades below the top of the format:
@@ -113,35 +113,38 @@ class ScaleRule(abc.ABC):
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 @dataclasses.dataclass(frozen=True)
 class QuantileRule(ScaleRule):
-    """Puts a layer's gradients in the middle of the format's normal range.
+    """Moves the gradients of a layer to the middle of the normal range of its format.
 
-    With `q` the binade of the `underflow` quantile of a layer's non-zero gradients,
-    and `p` that of its largest one, now or in the past:
+    With `q` the binade of the `underflow` quantile of the non-zero gradients of the layer, and `p`
+    the binade of the largest gradient, now or in the past:
 
         p      = max(binade of the largest gradient, last p - forget)
         spare  = (largest binade) - (smallest normal binade) - (p - q)
         above  = max(spare // 2, headroom)
         change = (largest binade) - above - p
 
-    so that what the format has to spare is shared between growth, which would
-    overflow, and shrinking, which would lose precision. Where there is too little to
-    share, the largest gradient keeps `headroom` binades from overflow, and the tail
-    goes into the subnormals. On steps without a sample only that `headroom` is kept.
+    Unused binades of the format are thus divided equally between growth, which would overflow, and
+    shrinking, which would lose precision. If there are too few, the largest gradient keeps
+    `headroom` binades of distance from overflow, and the smallest gradients become subnormal. On
+    steps without a sample, the rule only maintains `headroom`.
 
-    A gradient that is not finite counts as one of the next binade. What overflows on its way,
-    where nothing looks, and is small when it is seen, is so remembered, too.
+    A gradient that is not finite counts as one of the next binade. Overflows between taps are
+    thereby remembered, even if the gradients that the taps see are small.
 
-    Zeros are left out of `q`: a ReLU makes them on purpose. A tensor that is zero
-    everywhere has vanished, for all one can tell: the layer then moves up by all the
-    room that `headroom` leaves.
+    Zeros do not count for `q`, because a ReLU produces them on purpose. A tensor that is zero
+    everywhere may have underflowed completely, so the layer then raises its scale as far as
+    `headroom` allows.
+
+    ```python
+    optimizer = als.AdaptiveLossScaleOptimizer("adam", rule=als.QuantileRule(headroom=7))
+    ```
 
     Args:
-        underflow: Float in (0, 1). Share of the non-zero gradients that counts as
-            the tail.
-        headroom: Int >= 0. Binades kept free above the largest gradient at least,
-            for the next batches to differ in.
-        forget: Float >= 0. Binades per step by which the largest gradient of the
-            past is taken to have shrunk.
+        underflow: Float in (0, 1). Share of the non-zero gradients that counts as the tail.
+        headroom: Int >= 0. Minimum number of binades between the largest gradient and overflow, for
+            differences between batches.
+        forget: Float >= 0. Number of binades per step by which the largest past gradient is
+            reduced.
 
     Raises:
         ValueError: If a setting is impossible.
@@ -197,20 +200,23 @@ class QuantileRule(ScaleRule):
 class GaussianRule(ScaleRule):
     """The rule of Zhao, Vogel and Ahmed (2019), for comparison.
 
-    Takes the gradients as normal with mean zero and the measured second moment
-    `s**2`, and the scale `a` for which a share `underflow` of them lies below the
-    smallest representable value `u`, P(|x| < u) = erf(u / (a s sqrt(2))):
+    It assumes that gradients are normal with mean zero and the measured second moment `s**2`. The
+    scale `a` is such that a share `underflow` of them is below the smallest representable value
+    `u`, P(|x| < u) = erf(u / (a s sqrt(2))):
 
         a = u / (sqrt(2) erfinv(underflow) s)          (arXiv 1910.12385, section 3)
 
-    rounded down to a power of two, at least 1, and limited by the room there is.
-    Real gradients have heavier tails than that, so that more of them underflow
-    than asked for.
+    The result is rounded down to a power of two, at least 1, and limited by `headroom`. Real
+    gradients have heavier tails, so more of them underflow than specified.
+
+    ```python
+    optimizer = als.AdaptiveLossScaleOptimizer("adam", rule=als.GaussianRule(underflow=1e-3))
+    ```
 
     Args:
-        underflow: Float in (0, 1). Share of gradients that may underflow if they
-            are normal; the authors use 1e-3.
-        headroom: Int >= 0. Binades kept free above the largest gradient.
+        underflow: Float in (0, 1). Share of normal gradients that may underflow. The authors use
+            1e-3.
+        headroom: Int >= 0. Number of binades between the largest gradient and overflow.
 
     Raises:
         ValueError: If a setting is impossible.
@@ -252,13 +258,14 @@ class GaussianRule(ScaleRule):
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 @dataclasses.dataclass(frozen=True)
 class RisingMinimumRule(ScaleRule):
-    """Halves and doubles scales, but not below a minimum that rises while training goes on.
+    """Halves and doubles scales, but not below a minimum that rises during training.
 
-    The loss scaling of Mellempudi et al. (2019), section 3.1. An overflow halves a scale, and
-    `growth_steps` steps without one double it, as in Keras; a scale that is below the minimum
-    goes back to it at once. A rare overflow then cannot take away what small gradients need, and
-    these grow smaller in the course of training. The authors scale a whole model by one number.
-    Here all scales move alike until a layer overflows; that layer is then lowered alone.
+    This is the loss scaling of Mellempudi et al. (2019), section 3.1. An overflow halves a scale,
+    and `growth_steps` steps without an overflow double it, as in Keras. A scale below the minimum
+    returns to it at once. A rare overflow therefore cannot lower the scale so far that small
+    gradients are lost, and gradients become smaller during training. The authors use one scale for
+    the whole model. Here, all scales move together until a layer overflows; then only that layer
+    lowers its scale.
 
     ```python
     optimizer = als.AdaptiveLossScaleOptimizer(
@@ -267,10 +274,10 @@ class RisingMinimumRule(ScaleRule):
     ```
 
     Args:
-        minimums: Pairs `(steps, scale)`: after how many steps which minimum holds, in the order
-            of steps; scales are powers of two from 2**-60 to 2**60. The default is what the
-            authors took for GNMT, which they trained for 340,000 steps.
-        growth_steps: Int >= 1. After how many steps without an overflow a scale is doubled.
+        minimums: Pairs `(steps, scale)`: the number of steps after which a minimum holds, in
+            ascending order. Scales are powers of two from 2**-60 to 2**60. The default is what the
+            authors used for GNMT, which they trained for 340,000 steps.
+        growth_steps: Int >= 1. Number of steps without an overflow after which a scale is doubled.
 
     Raises:
         ValueError: If a setting is impossible.
@@ -322,7 +329,15 @@ class RisingMinimumRule(ScaleRule):
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 @dataclasses.dataclass(frozen=True)
 class FixedRule(ScaleRule):
-    """Leaves every scale where it is, whatever happens: a baseline."""
+    """Leaves every scale as it is.
+
+    Use it as a baseline, or to set scales yourself:
+
+    ```python
+    optimizer = als.AdaptiveLossScaleOptimizer("adam", rule=als.FixedRule())
+    model.layers[0].loss_scaling.log2_scale = 5
+    ```
+    """
 
     def backoff(self, float_format: FloatFormat) -> int:
         return 0

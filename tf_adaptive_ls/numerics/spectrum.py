@@ -133,14 +133,17 @@ def shifted(counts: Tensor, binades: int) -> Tensor:
 
 
 def nonzero_total(counts: Tensor) -> Tensor:
-    """How many finite, non-zero values `counts[..., bins]` holds, `[...]`."""
+    """Number of finite, non-zero values of spectra `counts[..., bins]`, `[...]`.
+
+    See `ScaleRule` for an example.
+    """
     return ops.sum(counts[..., 1:NONFINITE], axis=-1)
 
 
 def top_exponent(counts: Tensor, float_format: FloatFormat) -> Tensor:
-    """Highest occupied binade of `counts[..., bins]`, `[...]`.
+    """Highest occupied binade of spectra `counts[..., bins]`, `[...]`.
 
-    `min_exponent - 1` where there is no finite, non-zero value.
+    `min_exponent - 1` where there is no finite, non-zero value. See `ScaleRule` for an example.
     """
     exponents = np.asarray(float_format.exponents, "float32")
     occupied = counts[..., 1:NONFINITE] > 0
@@ -148,7 +151,12 @@ def top_exponent(counts: Tensor, float_format: FloatFormat) -> Tensor:
 
 
 def quantile_exponent(counts: Tensor, share: float, float_format: FloatFormat) -> Tensor:
-    """Lowest binade that more than `share` of the non-zero values do not exceed.
+    """Lowest binade with more than `share` of the non-zero values in it or below it.
+
+    ```python
+    samples = als.snapshot_run(model, optimizer).spectra[-1]
+    print(als.quantile_exponent(samples, 0.5, als.FloatFormat("float16")))
+    ```
 
     Args:
         counts: Spectra `[..., bins]`.
@@ -156,8 +164,7 @@ def quantile_exponent(counts: Tensor, share: float, float_format: FloatFormat) -
         float_format: The `FloatFormat` of the bins.
 
     Returns:
-        Exponents `[...]`; `max_exponent + 1` where there is no finite, non-zero
-        value.
+        Exponents `[...]`; `max_exponent + 1` where there is no finite, non-zero value.
     """
     exponents = np.asarray(float_format.exponents, "float32")
     up_to = ops.cumsum(counts[..., 1:NONFINITE], axis=-1)
@@ -167,10 +174,16 @@ def quantile_exponent(counts: Tensor, share: float, float_format: FloatFormat) -
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectrum:
-    """A spectrum as a person reads it.
+    """A histogram of magnitudes by binade, with readings.
+
+    ```python
+    figure = als.snapshot_run(model, optimizer)
+    spectrum = als.Spectrum(figure.spectra[-1, 0], als.FloatFormat("float16"))
+    print(spectrum.binades, spectrum.zeros)
+    ```
 
     Args:
-        counts: Float32 array `[bins]`, see the module.
+        counts: Float32 array `[bins]`: zeros, each binade of the format, non-finite values.
         float_format: The `FloatFormat` of the bins.
     """
 
@@ -179,22 +192,22 @@ class Spectrum:
 
     @property
     def zeros(self) -> float:
-        """Count of zeros: structural ones (a ReLU's) and underflow together."""
+        """Number of zeros: from underflow, and on purpose, such as a ReLU's."""
         return float(self.counts[ZERO])
 
     @property
     def nonfinite(self) -> float:
-        """Count of infinities and NaNs."""
+        """Number of infinities and NaN."""
         return float(self.counts[NONFINITE])
 
     @property
     def nonzero(self) -> float:
-        """Count of finite, non-zero values."""
+        """Number of finite, non-zero values."""
         return float(np.sum(self.counts[1:NONFINITE]))
 
     @property
     def binades(self) -> tuple[int, int] | None:
-        """Lowest and highest occupied binade, or `None` if all is zero."""
+        """Lowest and highest occupied binade. `None` if all values are zero."""
         occupied = np.flatnonzero(self.counts[1:NONFINITE])
         if not occupied.size:
             return None
@@ -203,18 +216,18 @@ class Spectrum:
 
     @property
     def subnormal_share(self) -> float:
-        """Share of the non-zero values that lack full precision, `nan` if none."""
+        """Share of the non-zero values that are subnormal. NaN if there are none."""
         normal = self.float_format.min_normal_exponent - self.float_format.min_exponent
         return self._share(np.sum(self.counts[1 : 1 + normal]))
 
     @property
     def underflow_share(self) -> float:
-        """Estimated share of values lost to underflow, `nan` if nothing was seen.
+        """Estimated share of values that became zero by underflow. NaN if no values were seen.
 
-        Zeros cannot be counted: most are no loss but a ReLU's. What is lost is
-        inferred from the lowest binade, which rounding fills from
-        `[u/2, 3u/2)` (u the smallest subnormal) while `[0, u/2)` becomes zero:
-        half as wide, so half as many, for any density that is even near zero.
+        Counting zeros would not work, because a ReLU produces many. The estimate uses the lowest
+        binade: rounding fills it from `[u/2, 3u/2)`, with u the smallest subnormal, and makes `[0,
+        u/2)` zero. The second interval is half as wide, so it holds about half as many values, for
+        any density that is nearly constant close to zero.
         """
         lost = 0.5 * float(self.counts[1])
         return lost / (self.nonzero + lost) if self.nonzero else float("nan")

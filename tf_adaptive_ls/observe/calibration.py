@@ -1,4 +1,4 @@
-"""`calibrate`: finds the scales of a model before it is trained."""
+"""`calibrate`: finds the scales of a model before training."""
 
 import contextlib
 import dataclasses
@@ -34,19 +34,19 @@ _TAIL = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class LayerRange:
-    """What one layer's gradients need.
+    """The range of the gradients of one layer, and what one loss scale would lose.
 
     Attributes:
         name, layer_class: As in `scale_table`.
-        log2_total: log2 of the scale S * 2**r that it settled at.
-        binades: Lowest and highest binade of its gradients, without any scale, but
-            for the smallest 0.1 %. `None` if all were zero.
-        underflow: Estimated share of its gradients lost at that scale.
-        subnormal: Share of them without full precision.
-        float_format: The name of the format that it computes in.
-        fits: Whether that holds all but 0.1 % of them.
-        lost_by_one_scale: How many of its binades would be lost under a single scale
-            for all layers, as large as can be without any overflow.
+        log2_total: log2 of the scale S * 2**r that the layer settled at.
+        binades: Lowest and highest binade of the gradients, without any scale and without the
+            smallest 0.1 %. `None` if all gradients were zero.
+        underflow: Estimated share of gradients that become zero at that scale.
+        subnormal: Share of gradients that lose precision because they are subnormal.
+        float_format: Name of the format that the layer computes in.
+        fits: Whether the format holds all but 0.1 % of the gradients.
+        lost_by_one_scale: Number of binades that would be lost under the largest single loss scale
+            that overflows in no layer.
     """
 
     name: str
@@ -62,17 +62,23 @@ class LayerRange:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration(Shown):
-    """What `calibrate` found. Prints as a table, and is one in a notebook.
+    """The result of `calibrate`. Prints as a table; notebooks show it as HTML.
+
+    ```python
+    model.compile(als.AdaptiveLossScaleOptimizer("adam"), loss=loss_fn)
+    calibration = als.calibrate(model, (x, y))
+    losing = [layer.name for layer in calibration.layers if layer.lost_by_one_scale]
+    ```
 
     Attributes:
-        layers: A `LayerRange` per scaled layer.
-        log2_loss_scale: log2 of the S that suits the loss. `calibrate` leaves that of
-            the model's optimizer alone.
-        log2_one_scale: log2 of the largest single scale for all layers under which
-            nothing overflows; `None` if all gradients were zero.
-        settled: Whether the scales had come to rest.
-        batches: How many batches it took.
-        narrow_reductions: What no scale can help, see `NarrowReduction`.
+        layers: A `LayerRange` for each scaled layer.
+        log2_loss_scale: log2 of the loss scale S that suits the loss. `calibrate` does not change
+            the S of the model's optimizer.
+        log2_one_scale: log2 of the largest single loss scale under which no layer overflows. `None`
+            if all gradients were zero.
+        settled: Whether scales had stopped changing.
+        batches: Number of batches used.
+        narrow_reductions: Operations that no loss scale can help, see `NarrowReduction`.
     """
 
     layers: tuple[LayerRange, ...]
@@ -83,7 +89,10 @@ class Calibration(Shown):
     narrow_reductions: tuple[NarrowReduction, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "layers"."""
+        """Plain Python values, for JSON.
+
+        `pandas.DataFrame` accepts the value of "layers".
+        """
         return dataclasses.asdict(self)
 
     def _parts(self) -> list[str | Table]:
@@ -120,25 +129,29 @@ class Calibration(Shown):
 
 
 def calibrate(model: keras.Model, batches: Any, *, batch_size: int = 32) -> Calibration:
-    """Finds every layer's scale without training.
+    """Finds the scale of each layer without training.
 
-    Runs batches forward and backward, samples all gradients and moves the scales, until
-    they have settled or the batches end. Only the scales of layers change: weights,
-    statistics, seeds, metrics and everything in the optimizer are as before. Where the
-    loss itself needs a scale other than the optimizer's, the result says which.
+    Runs batches forward and backward and updates the scales until they have settled or there are no
+    more batches. Only the scales of layers change. Weights, statistics, seeds, metrics and the
+    optimizer stay the same. If the loss needs another S than the optimizer has, the result says so.
+
+    ```python
+    model.compile(als.AdaptiveLossScaleOptimizer("adam"), loss=loss_fn)
+    print(als.calibrate(model, (x, y)))
+    ```
 
     Args:
-        model: A built model with `LossScaled` layers, compiled with an
-            `AdaptiveLossScaleOptimizer`, whose rule is used.
-        batches: As for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`, or an iterable of such
-            batches, such as a `tf.data.Dataset`. Twenty batches are usually enough.
-        batch_size: Int. How many examples at a time, of arrays.
+        model: A built model with scaled layers, compiled with an `AdaptiveLossScaleOptimizer`,
+            whose rule is used.
+        batches: Data as for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`, or an iterable of
+            such batches, such as a `tf.data.Dataset`. Twenty batches are usually enough.
+        batch_size: Int. The batch size, if `batches` are arrays.
 
     Returns:
         A `Calibration`, which prints as a table.
 
     Raises:
-        ValueError: If `model` is not as said, or if there are no batches.
+        ValueError: If `model` is not as described, or if there are no batches.
     """
     _check_ready(model)
     named = scaled_layers(model)

@@ -27,11 +27,19 @@ _NAMED = 5
 
 
 class StuckTrainingError(RuntimeError):
-    """Training skips every step.
+    """Raised by `LossScaleMonitor` when every step is skipped.
+
+    ```python
+    model.compile(optimizer, loss=loss_fn)
+    try:
+        model.fit(x, y, verbose=0, callbacks=[als.LossScaleMonitor(stuck_after=20)])
+    except als.StuckTrainingError as error:
+        print(error.explanation)
+    ```
 
     Attributes:
-        explanation: An `Explanation` of the batch after those, `None` if it could not
-            be run.
+        explanation: An `Explanation` of the batch after the skipped ones. `None` if it could not be
+            run.
     """
 
     def __init__(self, message: str, explanation: Explanation | None = None) -> None:
@@ -40,50 +48,56 @@ class StuckTrainingError(RuntimeError):
 
 
 class LossScaleMonitor(keras.callbacks.Callback):
-    """Shows and records loss scales while a model trains, and never lets it get stuck.
+    """Shows and records loss scales during training, and ends training that only skips steps.
 
-    To the `logs` of Keras it adds
+    It adds the following to the `logs` of Keras:
 
-        loss_scale      S
-        skipped_steps   how many steps were skipped so far
-        underflow       share of its gradients that the worst layer loses to underflow
-        float8_flushed  the same of those that it rounds to float8, if any layer does
-        forward_room    with `batch`: by how many binades, or doublings, the largest value of
-                        the forward pass may still grow before it overflows
+        loss_scale      the loss scale S
+        skipped_steps   total number of skipped steps
+        underflow       largest share of gradients that any layer loses to underflow
+        float8_flushed  largest share of gradients that any layer rounds to zero in float8
+        forward_room    with `batch`: by how many binades (factors of two) the largest value of the
+                        forward pass can grow before it overflows
 
-    so that the progress bar and `History` show them, and every callback that comes
-    after it in the list, such as `CSVLogger`. It reads figures off the device every so
-    many steps, between two of them, and never waits for one otherwise.
+    The progress bar, `History`, and every callback after it in the list, such as `CSVLogger`, show
+    these figures. The monitor reads them from the device between two steps, and otherwise never
+    waits for the device.
+
+    ```python
+    model.compile(optimizer, loss=loss_fn)
+    monitor = als.LossScaleMonitor("run.jsonl", every=1)
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor]).history
+    print(history["loss_scale"], history["skipped_steps"])
+    ```
 
     Args:
-        path: File to append records to, for `load_run`, `plots` and
-            `python -m tf_adaptive_ls`, about 150 bytes per layer each. None are kept by
-            default. If it cannot be written, is written by another process, or is the
-            record of a model with other layers, training goes on without it, with a
-            warning.
-        every: Int >= 1. Steps from one record to the next. There is one more when
-            `fit` ends.
-        batch: One small batch of data, as `fit` takes them: inputs `x`, or `(x, y)`, such as
-            `(x_train[:8], y_train[:8])`. With it the room of the forward pass is measured and
-            recorded, of every layer and operation between layers; a warning says what comes
-            within four binades of overflow, or is heading for it, and what overflows inside, as
-            `forward_range` says it. Training is the same with it as without, bit for bit. None
-            is measured by default.
-        tensorboard: Directory for TensorBoard: scalars per layer, and histograms of
-            log2 of its gradients.
-        optimizer: The `AdaptiveLossScaleOptimizer` to watch, or a dict of several by name. Those
-            that are attributes of the model, or in lists or dicts that are, are found without:
-            that of `compile`, or `d_optimizer` and `g_optimizer` of a GAN. Where there are
-            several, names of figures, files and directories begin or end with theirs:
+        path: File to append records to, for `load_run`, `plots` and `python -m tf_adaptive_ls`. A
+            record takes about 150 bytes per layer. Default: no file. If the file cannot be written,
+            is being written by another process, or is the record of a model with other layers,
+            training continues without it, with a warning.
+        every: Int >= 1. Number of steps between two records. There is one more record when `fit`
+            ends.
+        batch: One small batch of data, as for `fit`: inputs `x`, or `(x, y)`, such as
+            `(x_train[:8], y_train[:8])`. With it, the monitor measures the room of the forward pass
+            of every layer, and of every operation between layers. It warns about parts that have
+            less than four binades of room or will overflow soon, and about overflows inside of
+            layers, as `forward_range` does. Training does not change, bit for bit.
+        tensorboard: Directory for TensorBoard: scalars per layer, and histograms of the log2 of its
+            gradients.
+        optimizer: The `AdaptiveLossScaleOptimizer` to monitor, or a dict of several by name. By
+            default, the monitor finds all that are attributes of the model, or in lists or dicts
+            that are: the one of `compile`, or `d_optimizer` and `g_optimizer` of a GAN. If there
+                are
+            several, their names become part of the names of figures, files and directories:
             `d_optimizer_loss_scale`, "run-d_optimizer.jsonl".
-        stuck_after: Int >= 1, or `None` for never. After so many steps skipped in a row
-            the next batch is not trained on but looked into, and `fit` raises a
-            `StuckTrainingError` that says what is not finite and since when. Weights
-            are then as they were after the last step that was not skipped.
+        stuck_after: Int >= 1, or `None` for never. After this many skipped steps in a row, `fit`
+            does not train on the next batch, but raises a `StuckTrainingError` that says what is
+            not finite, and since when. The weights are those after the last step that was not
+            skipped.
 
     Raises:
-        ValueError: If an argument is not as said; from `fit`, if the model has no
-            `AdaptiveLossScaleOptimizer`, or its outputs for `batch` are not finite in float32.
+        ValueError: If an argument is not as described. From `fit`, if the model has no
+            `AdaptiveLossScaleOptimizer`, or if its outputs for `batch` are not finite in float32.
     """
 
     # Batches end here without waiting for the device.

@@ -18,11 +18,13 @@ _OPERATIONS = {"Softmax": "softmax", "LogSoftmax": "softmax", "Logsumexp": "logs
 
 @dataclasses.dataclass(frozen=True)
 class NarrowReduction:
-    """Something that a scale cannot help, since it is lost forward, or fixed to the loss.
+    """A float16 operation that loses precision in the forward pass.
+
+    No loss scale can help it.
 
     Attributes:
-        name: The name of the layer or operation, as in `scale_table`.
-        reason: What it computes in a narrow format.
+        name: Name of the layer or operation, as in `scale_table`.
+        reason: What it computes in a narrow dtype.
     """
 
     name: str

@@ -1,9 +1,4 @@
-"""`explain_nonfinite`: where in a training step infinities and NaNs come from.
-
-The step is run once more, operation by operation, with probes on every tensor that
-enters or leaves a layer. A probe is a `gradient_tap` that shifts nothing; what it has
-to tell about a gradient leaves the backward pass as the "gradient" of a dummy input.
-"""
+"""`explain_nonfinite`: finds the first Inf or NaN of a training step."""
 
 import contextlib
 import dataclasses
@@ -33,16 +28,15 @@ _SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class TensorReading:
-    """What was seen of one tensor.
+    """One tensor of a training step.
 
     Attributes:
         phase: "input", "weights", "forward", "loss" or "backward".
-        layer: Name of the layer, as in `scale_table`; empty for none.
+        layer: Name of the layer, as in `scale_table`. Empty if there is none.
         tensor: What the tensor is to that layer.
         dtype: Name of its dtype.
-        largest: Its largest finite magnitude. Gradients bear the scale that they
-            travel at.
-        infs, nans: How many of its elements are infinite, or no number.
+        largest: Its largest finite magnitude. For gradients, this includes the loss scale.
+        infs, nans: Number of infinite elements, and of NaN.
     """
 
     phase: str
@@ -55,24 +49,33 @@ class TensorReading:
 
     @property
     def kind(self) -> str:
-        """Which of "Inf", "NaN" or "Inf and NaN" it holds; empty if all is finite."""
+        """Which of "Inf", "NaN" or "Inf and NaN" it contains. Empty if all elements are finite."""
         return " and ".join(name for name, n in (("Inf", self.infs), ("NaN", self.nans)) if n)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation(Shown):
-    """Which tensor of a training step was the first to hold Inf or NaN.
+    """The first tensor of a training step that contains Inf or NaN. Prints as advice and a table.
+
+    ```python
+    model.compile(optimizer, loss=loss_fn)
+    explanation = als.explain_nonfinite(model, x, y)
+    assert explanation.first is None  # all tensors are finite
+    ```
 
     Attributes:
-        first: Its `TensorReading`, `None` if all were finite.
-        trail: `TensorReading`s of those before it, in the order of computation.
+        first: Its `TensorReading`, or `None` if all tensors are finite.
+        trail: The `TensorReading`s before it, in the order of computation.
     """
 
     first: TensorReading | None
     trail: tuple[TensorReading, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "trail"."""
+        """Plain Python values, for JSON.
+
+        `pandas.DataFrame` accepts the value of "trail".
+        """
         return dataclasses.asdict(self)
 
     def _parts(self) -> list[str | Table]:
@@ -139,25 +142,29 @@ def _advice(first: TensorReading) -> str:
 def explain_nonfinite(
     model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
 ) -> Explanation:
-    """Finds the first tensor of a training step that holds Inf or NaN.
+    """Finds the first tensor of a training step that contains Inf or NaN.
 
-    Runs one batch forward and backward, operation by operation, at the scales as they
-    are, and looks at data, weights, what enters and leaves every layer, the loss, and
-    all gradients, in that order. Nothing is updated: neither weights nor statistics,
-    seeds, metrics or scales. What overflows only by the way in which a compiler fuses
-    operations is not seen.
+    Runs one batch forward and backward, operation by operation, at the current scales. It checks
+    the data, the weights, inputs and outputs of every layer, the loss, and all gradients, in this
+    order. Nothing changes: neither weights nor statistics, seeds, metrics or scales. It cannot see
+    overflows that only happen because a compiler fuses operations.
+
+    ```python
+    model.compile(optimizer, loss=loss_fn)
+    print(als.explain_nonfinite(model, x, y))
+    ```
 
     Args:
-        model: A built `keras.Model`, compiled; the loss is that of its `compute_loss`.
+        model: A built and compiled `keras.Model`. The loss is that of its `compute_loss`.
         x: One batch of inputs, as for `fit`.
         y: The targets of that batch.
         sample_weight: The weights of its examples.
 
     Returns:
-        An `Explanation`, which prints as a sentence, what to try, and a table.
+        An `Explanation`, which prints as a sentence, advice, and a table.
 
     Raises:
-        ValueError: If `model` is not as said, or `x` is no batch.
+        ValueError: If `model` is not as described, or `x` is not one batch.
     """
     check_ready(model, "explain_nonfinite")
     batches = isinstance(x, Iterable) and not isinstance(x, Collection) and not hasattr(x, "shape")

@@ -1,4 +1,4 @@
-"""`scale_table`: what every layer's gradients do, at a glance."""
+"""`scale_table`: the scale of each layer, and what its gradients look like."""
 
 import dataclasses
 import math
@@ -23,27 +23,26 @@ from tf_adaptive_ls.training.saved_bytes import saved_bytes
 
 @dataclasses.dataclass(frozen=True)
 class ScaleRow:
-    """One layer of a model.
+    """One layer in a `ScaleTable`.
 
     Attributes:
-        name: The layer's name, behind those of the models it is nested in.
-        layer_class: The name of its class.
-        log2_scale: r, `None` if the layer is not scaled.
-        log2_total: log2 of the scale S * 2**r that it works at, `None` if the layer
-            is not scaled or the optimizer is not known.
-        binades: Lowest and highest binade that its gradients were last seen to
-            occupy, without any scale, `None` if none were seen.
-        underflow: Estimated share of its gradients still lost to underflow, `None`
-            if none were seen.
-        note: Why the layer is not scaled; empty if it is.
-        float8: The formats of 8 bits that it computes products from: that of inputs and
-            kernels, and that of gradients. Or why it does not, if other layers do.
-        flushed: Share of its gradients that are zero in that format, `None` if none were
-            seen.
-        saturations: On how many steps one was larger than that holds, `None` likewise.
-        saved_bytes: How many bytes of each example it keeps in 8 bits for the backward pass, as
-            `saved_activations` has it; `None` if none, or if it was not trained yet. What one
-            layer returns and the next takes both keep, but compiled with XLA it is there once.
+        name: Name of the layer, after the names of the models that contain it.
+        layer_class: Name of the class of the layer.
+        log2_scale: The int r of the scale 2**r, or `None` if the layer is not scaled.
+        log2_total: log2 of the total scale S * 2**r, or `None` if the layer is not scaled or the
+            optimizer is unknown.
+        binades: Lowest and highest binade of the gradients of the layer, without any scale, in
+            the last sample. `None` if no gradients were seen.
+        underflow: Estimated share of gradients that become zero in float16 at this scale. `None`
+            if no gradients were seen.
+        note: Why the layer is not scaled. Empty if it is scaled.
+        float8: The float8 formats of inputs and kernels, and of gradients. Or the reason why the
+            layer does not use float8, if other layers do.
+        flushed: Share of gradients that become zero in float8. `None` if no gradients were seen.
+        saturations: Number of steps on which a gradient saturated in float8. `None` likewise.
+        saved_bytes: Number of bytes per example that the layer saves in 8 bits for the backward
+            pass, see `saved_activations` of `wrap_model`. `None` if it saves none, or has not been
+            trained yet. Two adjacent layers may count the same tensor; XLA keeps it once.
     """
 
     name: str
@@ -60,15 +59,21 @@ class ScaleRow:
 
 
 class ScaleTable(Shown, list[ScaleRow]):
-    """A list of `ScaleRow` that prints as a table, and is one in a notebook.
+    """A list of `ScaleRow`. Prints as a table; notebooks show it as HTML.
 
-    `pandas.DataFrame` takes it, too.
+    ```python
+    table = als.scale_table(model, optimizer)
+    print(table.scaled)
+    worst = max(row.underflow or 0 for row in table)
+    ```
+
+    `pandas.DataFrame(table)` works as well.
 
     Args:
-        rows: The rows.
-        narrow_reductions: Tuple of `NarrowReduction`, told below the table.
-        without_plan: Dict by the names of models and layers between whose layers gradients return
-            to the loss scale, of the reasons; told below the table.
+        rows: Iterable of `ScaleRow`.
+        narrow_reductions: Tuple of `NarrowReduction`, printed below the table.
+        without_plan: Dict of reasons why gradients return to the loss scale S between layers, by
+            the name of the model or layer that contains them. Printed below the table.
     """
 
     def __init__(
@@ -83,12 +88,15 @@ class ScaleTable(Shown, list[ScaleRow]):
 
     @property
     def scaled(self) -> "ScaleTable":
-        """The table of the layers that are scaled alone."""
+        """The same table, with only those layers that are scaled."""
         rows = (row for row in self if row.log2_scale is not None)
         return ScaleTable(rows, self.narrow_reductions, self.without_plan)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "layers"."""
+        """Plain Python values, for JSON.
+
+        `pandas.DataFrame` accepts the value of "layers".
+        """
         return {
             "layers": [dataclasses.asdict(row) for row in self],
             "narrow_reductions": [dataclasses.asdict(each) for each in self.narrow_reductions],
@@ -121,8 +129,13 @@ SAVED_COLUMNS = {"kept in 8 bits": "right"}
 
 
 def columns_of(rows: ScaleTable) -> dict[str, str]:
-    """`COLUMNS`, and the others that any row has something to show in."""
+    """The columns that have cells.
+
+    These are `COLUMNS`, without "not scaled because" if all rows are scaled, and optional ones.
+    """
     columns = dict(COLUMNS)
+    if rows and not any(row.note for row in rows):
+        del columns["not scaled because"]
     if any(row.float8 for row in rows):
         columns |= FLOAT8_COLUMNS
     if any(row.saved_bytes is not None for row in rows):
@@ -151,19 +164,23 @@ def cells_of(row: ScaleRow, columns: Iterable[str]) -> list[str]:
 def scale_table(
     model: keras.layers.Layer, optimizer: AdaptiveLossScaleOptimizer | None = None
 ) -> ScaleTable:
-    """What every layer's gradients do, and which layers have no scale, and why.
+    """Shows the scale of each layer, what its gradients look like, and why a layer has no scale.
+
+    ```python
+    print(als.scale_table(model, optimizer))
+    ```
 
     Args:
         model: Any `keras.Model` or layer.
-        optimizer: The `AdaptiveLossScaleOptimizer` that it is trained with, if the
-            model was not compiled with one.
+        optimizer: The `AdaptiveLossScaleOptimizer` of the model. Defaults to the one that the model
+            was compiled with.
 
     Returns:
-        A `ScaleTable`: a list of one `ScaleRow` per layer, in the model's order. Below it
-        stands what the model computes in float16 that had better be float32.
+        A `ScaleTable`: a list with one `ScaleRow` per layer, in the order of the model. Below the
+        table, it lists float16 operations that should compute in float32.
 
     Raises:
-        ValueError: If `model` or `optimizer` is not as said.
+        ValueError: If `model` or `optimizer` is not as described.
     """
     if not isinstance(model, keras.layers.Layer):
         raise ValueError(

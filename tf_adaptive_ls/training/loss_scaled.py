@@ -1,4 +1,4 @@
-"""`LossScaled`: a layer around a layer, which runs it at a loss scale of its own."""
+"""`LossScaled`: a layer around another layer, with a loss scale for it."""
 
 import functools
 from typing import Any
@@ -21,36 +21,38 @@ _OPTIONAL = ("name", "trainable", "float8", "saved_activations")
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 class LossScaled(LayerScaling, keras_internals.StandIn):
-    """Runs the backward pass of a layer at a loss scale of its own.
+    """A layer that runs the backward pass of another layer at its own loss scale.
 
-    With S the scale of the surroundings (the optimizer's loss scale, or that of
-    an enclosing wrapper) the layer works at S * 2**r. Everything that crosses
-    its `Border` is shifted there, and nothing else is touched. Forward, a call is
-    a call of `layer`: same signature, outputs, masks and updates, bit for bit.
+    With S the scale outside (the loss scale of the optimizer, or the scale of an enclosing
+    `LossScaled`), the layer works at S * 2**r. All tensors that cross the `Border` of the layer are
+    multiplied by a power of two there. In the forward pass, a call of this layer is a call of
+    `layer`: same signature, outputs, masks and updates, bit for bit.
 
-    `AdaptiveLossScaleOptimizer` chooses r from what the backward pass saw; under
-    any other optimizer it becomes and stays 0, and nothing is known of gradients.
+    `AdaptiveLossScaleOptimizer` chooses r from the gradients. Under any other optimizer, r is 0.
+
+    ```python
+    layer = als.LossScaled(keras.layers.Dense(8))
+    y = layer(x)
+    ```
 
     Args:
-        layer: The `keras.layers.Layer` to scale. It keeps its weights, and lends
-            the wrapper its name.
-        name: String, defaults to `layer.name`.
-        trainable: Boolean, whether the scale can be chosen. Whether weights are trained is the
-            layer's own.
-        float8: A `Float8`, with which all matrix products and convolutions of the layer
-            are computed from numbers of 8 bits; its `layer_filter` says nothing here.
-        saved_activations: "float8_e5m2" to keep the layer's inputs for the backward pass in 8
-            bits, and nothing else, and to run the layer there once more on these. The forward
-            pass is the same. `None` keeps what Keras keeps.
+        layer: The `keras.layers.Layer` to scale. It keeps its weights. Attributes that `LossScaled`
+            does not have are those of `layer`.
+        name: String. Defaults to `layer.name`.
+        trainable: Boolean. Whether the scale can change. Whether weights are trained is up to
+            `layer`.
+        float8: A `Float8`, to compute all matmuls and convolutions of the layer from float8
+            operands. Its `layer_filter` has no effect here.
+        saved_activations: "float8_e5m2" to save only the inputs of the layer for the backward pass,
+            in 8 bits, and to run the layer again there. The forward pass does not change. `None`
+            saves what Keras saves.
 
     Raises:
-        ValueError: If `layer` is not a layer, is a `LossScaled` layer, or is inside
-            one already; if `float8` is not a `Float8`, or there is nothing to use it for.
+        ValueError: If `layer` is not a layer, is a `LossScaled` layer, or is already inside of one;
+            if `float8` is not a `Float8`, or the layer has no matmuls or convolutions.
 
-    Attributes that it has not are those of `layer`.
-
-    A layer made in a `keras.RematScope` is run once more in the backward pass, with all
-    that is inside it, instead of keeping its intermediate results.
+    A layer that is created in a `keras.RematScope` is run again in the backward pass, with
+    everything inside of it, instead of saving its intermediate results.
 
     Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
     Training", 2019 (arXiv 1910.12385).
@@ -96,7 +98,7 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
 
     @property
     def casts_inputs(self) -> bool:
-        """Whether `layer` casts what it is given to the dtype that it computes in."""
+        """Whether `layer` casts its inputs to the dtype that it computes in."""
         return self.layer.autocast
 
     @property

@@ -9,11 +9,10 @@ _neutral = contextvars.ContextVar("neutral_scales", default=False)
 
 @contextlib.contextmanager
 def neutral_scales() -> Iterator[None]:
-    """Makes every scaled layer that is called inside it transparent.
+    """Context manager in which scaled layers behave like plain layers.
 
-    Such a call is exactly a call of the plain layer: gradients pass at the scale
-    of the surroundings, nothing is measured, and derivatives of any order are
-    right. Use it around forward passes whose gradients are differentiated again:
+    Gradients pass a layer at the scale of its surroundings, nothing is measured, and derivatives of
+    any order are right. Use it around forward passes whose gradients are differentiated again:
 
     ```python
     with tf.GradientTape() as tape:
@@ -23,7 +22,7 @@ def neutral_scales() -> Iterator[None]:
     penalty = (tf.norm(tape.gradient(score, x)) - 1) ** 2
     ```
 
-    In compiled code it counts when the code is traced.
+    In compiled code, it takes effect when the code is traced.
     """
     token = _neutral.set(True)
     try:

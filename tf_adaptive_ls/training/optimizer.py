@@ -31,34 +31,34 @@ _KERAS_GROWTH_STEPS = 2000
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
-    """A `LossScaleOptimizer` that also chooses the scales of `LossScaled` layers.
+    """A `LossScaleOptimizer` that also chooses the loss scale of each scaled layer.
 
-    On every step, with S the loss scale, r the log2 scale of a layer, and
-    `gradients` those of S * loss:
+    With S the loss scale, r the log2 scale of a layer, and `gradients` the gradients of
+    S * loss, each step does the following:
 
         if all weight gradients are finite:
             apply gradients / S with the inner optimizer
-            change of each r    = rule(what the layer produced)
-            change of log2(S)   = rule(what arrived anywhere at S in float16, gradients of
-                float16 weights among it)
-            if that was nothing but zeros: raise S to `initial_scale`
+            change of each r    = rule(gradients that the layer produced)
+            change of log2(S)   = rule(float16 gradients that arrived anywhere at scale S, and
+                gradients of float16 weights)
+            if these were all zero: raise S to `initial_scale`
             r = r + change of r - change of log2(S)
         else:
             skip the step
-            lower r of each layer that made finite gradients non-finite, unless
-                those that arrived at a later layer were not finite already
-            if there is no such layer, or nothing was ever sampled, or it was lowered in vain:
-                lower S, and if no layer saw what overflowed remember not to raise it as far again
+            lower r of each layer that made finite gradients non-finite, unless the
+                gradients that arrived at a later layer were non-finite already
+            if there is no such layer, or nothing was ever sampled, or lowering r did not help:
+                lower S; if no layer saw the overflow, remember not to raise S as far again
         sample the next step if it is the `sample_every`-th, if this one was skipped,
             or if a scale moved further than a sample can be trusted
 
-    The rule is told the largest gradient of every step, and on some a sample of all. Of steps
-    skipped in a row it remembers the first: scales are soon back when what no scale could
-    help has passed.
-    A change of S by the rule is taken back from every r, so that it moves no layer.
-    Scales stay whole powers of two, S and every 2**r within 2**-60 … 2**60.
+    The rule sees the largest gradient of every step, and on some steps a sample of all
+    gradients. If several steps are skipped in a row, the rule remembers the state before the
+    first of them, so that scales recover quickly when the overflow had another cause.
+    A change of S is removed from every r, so that it does not change the scale of any layer.
+    Scales are powers of two; S and every 2**r stay within 2**-60 … 2**60.
 
-    Use it in `compile`, or in a custom loop through `scale_loss` and `apply`:
+    Use it in `compile`, or in a custom training loop with `scale_loss` and `apply`:
 
     ```python
     with tf.GradientTape() as tape:
@@ -67,28 +67,27 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     optimizer.apply(tape.gradient(loss, variables), variables)
     ```
 
-    For a model without `LossScaled` layers it is Keras's `LossScaleOptimizer`.
+    For a model without scaled layers, it works like Keras's `LossScaleOptimizer`.
 
     Args:
-        inner_optimizer: The `keras.optimizers.Optimizer` that updates the weights,
-            or its name. Clipping, weight decay, averaging and accumulation are its
-            business, and see unscaled gradients of weights alone.
+        inner_optimizer: A `keras.optimizers.Optimizer`, or its name. It updates the weights.
+            Its clipping, weight decay, averaging and accumulation work on unscaled
+            gradients.
         initial_scale: Float, a power of two. The first S.
-        rule: A `ScaleRule`, defaults to `QuantileRule()`.
-        sample_every: Int >= 1. Steps from one sample to the next once the scales
-            have settled. Spectra change slowly, sampling is not free; sampling on
-            every step is not better (`./dev benchmark convergence --variations`),
-            on every hundredth only is worse.
-        stochastic_rounding: Bool, for weights of 16 bits, such as those of Keras's policies
-            "float16" and "bfloat16". Updates are computed in float32 and rounded to one of
-            the two neighbours, more often to the nearer one, so that the mean is exact:
-            otherwise a step of less than half of the last bit would be lost. All that
-            `inner_optimizer` keeps is float32 then; it must not be built yet. Random bits
-            depend on a seed that is saved, on the number of steps taken and on the weight.
+        rule: A `ScaleRule`. Defaults to `QuantileRule()`.
+        sample_every: Int >= 1. Number of steps between two samples once the scales have
+            settled. Sampling on every step is not better (`./dev benchmark convergence
+            --variations`); sampling only on every hundredth step is worse.
+        stochastic_rounding: Bool, for weights of 16 bits, as under Keras's policies "float16"
+            and "bfloat16". The inner optimizer then computes in float32, and new weights are
+            rounded to one of their two neighbors, to the nearer one more often, so that the
+            mean is exact. Without it, updates smaller than half of the last bit are lost.
+            The inner optimizer must not be built yet; all its variables are float32. Random
+            bits depend on a saved seed, on the number of steps taken, and on the weight.
         name: String.
 
     Raises:
-        ValueError: If an argument is not as said, or if `inner_optimizer` scales
+        ValueError: If an argument is not as described, or if `inner_optimizer` scales
             losses itself.
 
     Reference: Zhao, Vogel, Ahmed, "Adaptive Loss Scaling for Mixed Precision
@@ -143,32 +142,32 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     @property
     def loss_scale(self) -> float:
-        """S, the scale of the loss: a float, readable between steps."""
+        """The loss scale S, a float. Read it between steps."""
         return float(self.dynamic_scale.numpy()) if self.built else self.initial_scale
 
     @property
     def scaled_layers(self) -> list[LayerScaling]:
-        """The `LossScaled` layers whose scales it chooses; known once it is built."""
+        """The scaled layers of the model. Empty before the optimizer is built."""
         return list(self._keeper.layers) if self.built else []
 
     @property
     def steps(self) -> int:
-        """How many steps were taken or skipped so far: an int, readable between steps."""
+        """Number of steps so far, including skipped ones. Read it between steps."""
         return int(self._steps.numpy()) if self.built else 0
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped so far: an int, readable between steps."""
+        """Number of skipped steps so far. Read it between steps."""
         return int(self._skipped_steps.numpy()) if self.built else 0
 
     @property
     def last_step_skipped(self) -> bool:
-        """Whether the last step was skipped: a bool, readable between steps."""
+        """Whether the last step was skipped. Read it between steps."""
         return self.skipped_in_a_row > 0
 
     @property
     def skipped_in_a_row(self) -> int:
-        """How many steps up to the last were skipped: an int, readable between steps."""
+        """Number of steps skipped in a row up to now. Read it between steps."""
         return int(self._keeper.skipped_in_a_row.numpy()) if self.built else 0
 
     def build(self, var_list: list[keras.Variable]) -> None:
@@ -233,7 +232,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return [snapshot(layer) for layer in layers]
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """S times the loss: what gradients are to be computed of.
+        """Multiplies a loss by S. Compute gradients of the result.
 
         Args:
             loss: Scalar tensor.
@@ -242,7 +241,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             A scalar tensor.
 
         Raises:
-            ValueError: In a function that JAX compiles, if S would become a constant of it.
+            ValueError: In a function that JAX compiles, if S would become a constant.
         """
         self._any_loss_scaled = True
         scale = self.dynamic_scale if self.built else self._scale_before_built()
@@ -282,12 +281,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         Args:
             grads: List of gradients, one per variable.
-            trainable_variables: List of variables, those of the `LossScaled`
-                layers among them: all of `model.trainable_variables`. Defaults to
-                those that the optimizer was built with.
+            trainable_variables: List of all `model.trainable_variables`, which include the
+                variables of the scales. Defaults to the variables that the optimizer was built
+                with.
 
         Raises:
-            ValueError: If no variables are given to an optimizer not built yet.
+            ValueError: If the optimizer is not built and no variables are given.
         """
         if trainable_variables is None:
             if not self.built:

@@ -12,18 +12,19 @@ from tf_adaptive_ls.numerics.spectrum import Spectrum
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerSnapshot:
-    """What is known of a layer that is scaled, between steps.
+    """The state of one scaled layer, between steps.
 
     Attributes:
         log2_scale: The int r.
-        log2_sampled_at: log2 of the scale S * 2**r that `spectrum` was taken at.
-        overflows: On how many steps the layer made finite gradients non-finite.
+        log2_sampled_at: log2 of the scale S * 2**r at which `spectrum` was sampled.
+        overflows: Number of steps on which the layer made finite gradients non-finite.
         spectrum: `Spectrum` of the last sample of its input and weight gradients.
-        peaks: `Spectrum` of the largest of each of them on that step, `None` if not known.
-        operands: `Spectrum` of the last sample of gradients that the layer rounds to float8,
-            before that, in the binades of float16. `None` if it rounds none.
-        operand_format: The `FloatFormat` that it rounds them to.
-        saturations: On how many steps one of them was larger than that holds.
+        peaks: `Spectrum` of the largest value of each of these gradients on that step. `None` if
+            not known.
+        operands: `Spectrum` of the last sample of gradients before quantization to float8, in the
+            binades of float16. `None` if the layer does not use float8.
+        operand_format: The `FloatFormat` that these gradients are quantized to.
+        saturations: Number of steps on which one of them saturated.
     """
 
     log2_scale: int
@@ -66,9 +67,9 @@ class LayerSnapshot:
 
     @property
     def flushed_share(self) -> float:
-        """Share of the gradients that float8 rounds to zero, `nan` if none were seen.
+        """Share of the gradients that become zero in float8. NaN if none were seen.
 
-        Those below half its smallest number, if to nearest.
+        These are the gradients below half of the smallest float8 number, for rounding to nearest.
         """
         if self.operands is None or self.operand_format is None or not self.operands.nonzero:
             return float("nan")
@@ -78,7 +79,7 @@ class LayerSnapshot:
 
     @property
     def binades(self) -> tuple[int, int] | None:
-        """Lowest and highest binade of the gradients themselves, `None` if all are zero."""
+        """Lowest and highest binade of the gradients without any scale. `None` if all are zero."""
         if self.spectrum.binades is None:
             return None
         low, high = self.spectrum.binades

@@ -24,21 +24,21 @@ def forward_range(
 ) -> ForwardRange:
     """Finds the parts of a model that overflow in the forward pass.
 
-    A loss scale helps gradients only. What passes 65504 in float16 on the way forward is infinite,
-    whatever the loss scale, or silently wrong: `x * rsqrt(mean(x**2))` is zero once the
-    square overflows.
+    A loss scale only helps gradients. An activation above 65504 is infinite in float16, whatever
+    the loss scale, or the result is silently wrong: `x * rsqrt(mean(x**2))` is zero once the square
+    overflows.
 
-    The model computes in float32. Every part, a layer at any depth or an operation between
-    layers, is then run once more by itself in the dtype that it has, on the inputs that it has in
-    float32; what layers inside it return is taken from float32 as well. So an overflow is found
-    where it is made, and none hides behind another. A part is flagged for
+    The model runs in float32. Each part, a layer at any depth or an operation between layers, then
+    runs again by itself in its own dtype, on its float32 inputs; results of layers inside of it are
+    taken from float32. So each overflow is found where it happens, and none hides another. A part
+    is flagged with
 
-        entry    it casts inputs to its dtype that are too large for that,
-        output   its outputs are too large,
-        inside   what it returns is not finite, or more than 10 % wrong,
+        entry    if it casts inputs to a dtype that they are too large for,
+        output   if its outputs are too large,
+        inside   if its result is not finite, or more than 10 % wrong,
 
-    each with the values as they are, or `2**room` times as large. The model is left as it is:
-    neither weights nor statistics nor seeds change.
+    at the values as they are, or at values `2**room` times as large. The model does not change:
+    neither weights nor statistics nor seeds.
 
     ```python
     print(als.forward_range(model, [(x[:32], y[:32])]))
@@ -46,17 +46,17 @@ def forward_range(
 
     Args:
         model: A built `keras.Model`, wrapped or not, compiled or not.
-        batches: Data as for `fit`: arrays `(x, y)`, or an iterable of batches. A few batches
-            will do, but only what they contain is seen.
-        room: By how many binades values shall be able to grow, a number from 0 to 16.
+        batches: Data as for `fit`: arrays `(x, y)`, or an iterable of batches. A few batches are
+            enough, but overflows on other data are not seen.
+        room: Number of binades by which values must be able to grow, from 0 to 16.
         training: Whether layers run as in training.
 
     Returns:
         A `ForwardRange`, which prints as a table.
 
     Raises:
-        ValueError: If an argument is not as said, there is no batch, or the model's outputs are not
-            finite in float32 either.
+        ValueError: If an argument is not as described, if there is no batch, or if the outputs of
+            the model are not finite in float32 either.
     """
     check_built(model, "forward_range")
     return ranges_of(model, batches, room, training)

@@ -1,4 +1,4 @@
-"""What `forward_range` returns."""
+"""The result of `forward_range`."""
 
 import dataclasses
 import math
@@ -15,28 +15,27 @@ ENTRY, OUTPUT, INSIDE = "entry", "output", "inside"
 
 @dataclasses.dataclass(frozen=True)
 class PartRange:
-    """The range of one part of a model: of a layer, or of an operation between layers.
+    """The range of one part of a model: a layer, or an operation between layers.
 
     Attributes:
-        name: Its path through the model.
+        name: Its path in the model.
         kind: Name of its class.
         float_format: Name of the dtype that it computes in.
-        calls: How often it was called, in all batches.
+        calls: Number of calls, over all batches.
         largest_in: Largest magnitude of its floating-point inputs, in float32.
         largest_out: Largest finite magnitude of its outputs, in float32.
         casts: Whether it casts its inputs to the dtype that it computes in.
-        returns_narrow: Whether its outputs have a dtype with less range than float32. Of a model
-            that is a graph this is told of what is in it.
-        error: Relative error of its own output in that dtype, `norm(narrow - wide) / norm(wide)`,
-            when it alone computes in it; infinite if the output is not finite. `None` if it was
-            not run so: it does not compute in a narrow dtype, or its inputs or outputs are
-            beyond it anyway.
+        returns_narrow: Whether its outputs have a dtype with less range than float32. For a
+            Functional model, its layers tell instead.
+        error: Relative error of its own output, `norm(narrow - wide) / norm(wide)`, when it alone
+            computes in its dtype. Infinite if the output is not finite. `None` if it was not run
+            alone: because its dtype is not narrow, or because inputs or outputs overflow anyway.
         error_grown: The same at inputs that are up to `2**room` times as large.
-        verdicts: Where it overflows, or would at values `2**room` times as large: a tuple of
-            "entry", "output" and "inside".
-        problem: Why it could not be run by itself; empty if it could.
-        multiplications: How many it took in all calls, by weights and in attention; 0 of what is
-            made of other parts.
+        verdicts: Where it overflows, or would overflow at values `2**room` times as large: a tuple
+            of "entry", "output" and "inside".
+        problem: Why it could not be run alone. Empty if it could.
+        multiplications: Number of multiplications by weights and in attention, in all calls. 0 for
+            a part that is made of other parts.
     """
 
     name: str
@@ -55,9 +54,9 @@ class PartRange:
 
     @property
     def room(self) -> float:
-        """By how many binades what goes in and comes out may grow before it overflows.
+        """Number of binades by which inputs and outputs can grow before they overflow.
 
-        Infinite for what does not compute in a narrow dtype, or if all is zero.
+        Infinite if the dtype is not narrow, or if all values are zero.
         """
         if not FloatFormat(self.float_format).is_narrow:
             return math.inf
@@ -66,22 +65,27 @@ class PartRange:
         return _room(self.float_format, max(largest_in, largest_out))
 
     def room_of_inputs(self, dtype: str) -> float:
-        """By how many binades its inputs may grow in another dtype, such as "float8_e4m3fn"."""
+        """Number of binades by which inputs can grow in another dtype, such as "float8_e4m3fn"."""
         return _room(dtype, self.largest_in)
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardRange(Shown):
-    """How near the parts of a model come to the end of their dtypes in the forward pass.
+    """How close each part of a model comes to overflow in the forward pass.
 
-    Prints as a table of the parts that compute in a dtype with less range than float32, those with
-    a verdict first, then by their room. The columns "e4m3" and "e5m2" are the room of inputs if
-    they were cast to these dtypes without a scale.
+    Prints as a table of the parts whose dtype has less range than float32: parts with a verdict
+    first, then by room. The columns "e4m3" and "e5m2" are the room of inputs if they were cast to
+    these dtypes without a scale. Notebooks show the table as HTML.
+
+    ```python
+    result = als.forward_range(model, [x])
+    print(result.flagged)
+    ```
 
     Attributes:
         parts: A `PartRange` for each part that was called, in the order of the model.
-        room: How many binades were asked for.
-        finite: Whether the outputs of the model are finite when it runs as it is.
+        room: The number of binades that was asked for.
+        finite: Whether the outputs of the model are finite in its own dtypes.
     """
 
     parts: tuple[PartRange, ...]
@@ -90,7 +94,7 @@ class ForwardRange(Shown):
 
     @property
     def flagged(self) -> tuple[PartRange, ...]:
-        """The parts with a verdict, those with least room first."""
+        """The parts with a verdict, those with the least room first."""
         return tuple(part for part in self._sorted() if part.verdicts)
 
     def _sorted(self) -> list[PartRange]:
@@ -98,7 +102,10 @@ class ForwardRange(Shown):
         return sorted(narrow, key=lambda part: (not part.verdicts, part.room))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values: JSON takes them, and `pandas.DataFrame` those of "parts"."""
+        """Plain Python values, for JSON.
+
+        `pandas.DataFrame` accepts the value of "parts".
+        """
         return dataclasses.asdict(self)
 
     def _parts(self) -> list[str | Table]:

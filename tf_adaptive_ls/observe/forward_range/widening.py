@@ -24,13 +24,19 @@ _MOST_ROUNDS = 10
 class Widening:
     """What `widen` has changed in a model.
 
+    ```python
+    widening = als.widen(model, [x])
+    print(widening.names)
+    widening.undo()
+    ```
+
     Attributes:
-        reasons: Dict of why, by the name of each part that computes in float32 now.
-        unmended: Dict of why not, by the name of each part that still overflows.
-        rounds: How often the model was looked at.
-        share_narrow: Share of the model's multiplications, by weights and in attention, that
-            are still computed in a narrow dtype, from 0 to 1, of those that were; `None` if
-            parts were widened by name.
+        reasons: Dict of reasons, by the name of each part that computes in float32 now.
+        unmended: Dict of reasons, by the name of each part that still overflows.
+        rounds: Number of times that the model was searched.
+        share_narrow: Share of the multiplications by weights and in attention that are still
+            computed in a narrow dtype, of those that were. From 0 to 1; `None` if parts were
+            widened by name.
     """
 
     reasons: dict[str, str]
@@ -41,11 +47,11 @@ class Widening:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The parts that compute in float32 now: what `widen(model, names=…)` takes."""
+        """The parts that compute in float32 now, for `widen(model, names=…)`."""
         return tuple(self.reasons)
 
     def undo(self) -> None:
-        """Makes all parts compute in the dtypes that they had."""
+        """Restores the dtypes of all parts."""
         while self._undo:
             self._undo.pop()()
         self.reasons.clear()
@@ -73,16 +79,15 @@ def widen(
 ) -> Widening:
     """Makes the parts of a model that overflow in the forward pass compute in float32.
 
-    `forward_range` is asked which these are, again and again until it finds none; all others
-    stay as they are. A layer of Keras is widened with all that is inside it; an operation between
-    layers by widening the layer with the fewest multiplications that it takes tensors from;
-    what an author's layer does between the layers inside it by the cheapest of these that
-    suffice.
+    It calls `forward_range` repeatedly until no part is flagged. All other parts stay as they are.
+    A Keras layer is widened with everything inside of it. For an operation between layers, the
+    input layer with the fewest multiplications is widened. For your own layer that computes between
+    its sublayers, the cheapest sufficient sublayers are widened.
 
-    Layers are changed in place, by their dtype policies: weights, optimizer and wrapping stay, and
-    the policies are saved with the model. Only layers that an author's layer makes in its
-    constructor without a `dtype` have the global policy again when the model is loaded: widen
-    them by name then.
+    Layers are changed in place, by dtype policies. Weights, the optimizer and loss scales stay the
+    same, and the policies are saved with the model. One exception: layers that your own layer
+    creates in its constructor without a `dtype` have the global policy again when the model is
+    loaded; widen them by name then.
 
     ```python
     widening = als.widen(model, [(x[:32], y[:32])])
@@ -92,15 +97,15 @@ def widen(
     Args:
         model: A built `keras.Model`, wrapped or not, compiled or not.
         batches: Data as for `fit`: arrays `(x, y)`, or an iterable of batches.
-        room: By how many binades values shall be able to grow, a number from 0 to 16.
-        names: In place of `batches`: names of the parts to widen, as of `Widening.names`.
+        room: Number of binades by which values must be able to grow, from 0 to 16.
+        names: Instead of `batches`: names of the parts to widen, as in `Widening.names`.
         training: Whether layers run as in training.
 
     Returns:
-        A `Widening`, which can undo all that was done.
+        A `Widening`, which can undo all changes.
 
     Raises:
-        ValueError: If an argument is not as said. Nothing is changed then.
+        ValueError: If an argument is not as described. The model is then unchanged.
     """
     check_built(model, "widen")
     if (names is None) == (batches is None):

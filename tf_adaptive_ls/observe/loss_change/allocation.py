@@ -36,29 +36,30 @@ DTYPES = ("float32", "as trained")
 
 
 class NonfiniteLossError(ValueError):
-    """The loss, or a gradient of it, is not finite somewhere along the path."""
+    """The loss, or a gradient of it, is not finite at some point of the path."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Allocation(Shown):
-    """How a change of the loss is divided among the weights of a model.
+    """The change of a loss, divided among the weights of a model. Prints as a table.
 
-    All figures are in units of the loss; what is negative has lowered it.
+    All figures are in units of the loss. A negative share has lowered the loss. Notebooks show the
+    table as HTML.
 
     Attributes:
         loss_before, loss_after: The loss at both ends of the path, in float32.
-        error: |change of the loss - all that is allocated|.
-        layers: What the trainable weights of each layer were given, by its name as in
+        error: |change of the loss - sum of all shares|.
+        layers: Dict of the shares of layers (of their trainable weights), by name as in
             `scale_table`.
-        standard_errors: That of each of these as an estimate for all data that the batches
-            were drawn from; NaN if there was but one batch.
-        statistics: What all other weights were given: the moving statistics of
-            normalisation, which no gradient has moved.
-        helping: The share of trainable weights whose move has lowered the loss, of those that
-            were given anything; NaN if none was.
-        weights: Arrays of what every single weight was given, by the path of its tensor.
-        intervals: The most intervals that a batch has taken.
-        batches: The number of batches.
+        standard_errors: Dict of their standard errors, as estimates for all data that the batches
+            were drawn from. NaN if there was only one batch.
+        statistics: Share of all other weights: the moving statistics of normalization, which
+            gradients do not move.
+        helping: Share of trainable weights that have lowered the loss, among those with a non-zero
+            share. NaN if there are none.
+        weights: Dict of arrays with the share of every single weight, by the path of its tensor.
+        intervals: Largest number of intervals that any batch needed.
+        batches: Number of batches.
     """
 
     loss_before: float
@@ -74,15 +75,15 @@ class Allocation(Shown):
 
     @property
     def tensors(self) -> dict[str, float]:
-        """What every weight tensor was given, by its path."""
+        """Dict of the shares of weight tensors, by path."""
         return {path: float(values.sum()) for path, values in self.weights.items()}
 
     @property
     def units(self) -> dict[str, np.ndarray]:
-        """What the units of every layer were given: sums over all axes but the last.
+        """Dict of the shares of units: arrays of sums over all axes but the last.
 
-        A dict of arrays by the path of the layer that has the weights. Tensors of one layer
-        and one last axis, such as a kernel and its bias, are added up.
+        The key is the path of the layer. Tensors of one layer with the same last axis, such as a
+        kernel and its bias, are added.
         """
         units: dict[str, np.ndarray] = {}
         for path, values in self.weights.items():
@@ -94,7 +95,10 @@ class Allocation(Shown):
         return units
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values but for `weights`: JSON takes them, and `pandas.Series` "layers"."""
+        """Plain Python values except `weights`, for JSON.
+
+        `pandas.Series` accepts the value of "layers".
+        """
         names = [field.name for field in dataclasses.fields(self) if field.name != "weights"]
         return {name: getattr(self, name) for name in names}
 
@@ -129,38 +133,43 @@ def loss_change(
 ) -> Allocation:
     """Divides the change of the loss between two points of training among the weights.
 
-    Loss Change Allocation, see Lan et al. 2019 (arXiv 1909.01440). The loss is that of
-    `model.compute_loss` in inference, regularizers included: without dropout, and with the
-    moving statistics of `BatchNormalization`, which are coordinates of the path, too. On a part
-    of the data the allocation is exact for the loss of that part, and an estimate of the rest's.
+    This is Loss Change Allocation (Lan et al. 2019, arXiv 1909.01440). The loss is that of
+    `model.compute_loss` at inference, with regularizers, without dropout, and with the moving
+    statistics of `BatchNormalization`, which are also coordinates of the path. For the data that
+    you pass, the allocation is exact; for other data, it is an estimate.
 
-    Nothing of the model changes, nor of its optimizer: weights, statistics, seeds, metrics, scales.
+    The model and its optimizer do not change: weights, statistics, seeds, metrics, scales.
+
+    ```python
+    model.compile(optimizer, loss=loss_fn)
+    before = model.get_weights()
+    model.fit(x, y, epochs=2, verbose=0)
+    print(als.loss_change(model, before, model.get_weights(), (x, y)))
+    ```
 
     Args:
         model: A built and compiled `keras.Model`.
-        before: Its weights at the one point, as `model.get_weights()` returns them. Loss scales
-            among them do not matter: they are taken as they are now.
-        after: Its weights at the other point.
+        before: Its weights at the first point, as `model.get_weights()` returns them.
+        after: Its weights at the second point.
         data: As for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`, or an iterable of such
-            batches, such as a list, a `tf.data.Dataset` or a `keras.utils.PyDataset`. Batches
-            weigh by their number of examples.
-        tolerance: Float > 0. For each batch the path is divided further, into 2, 4, 8 …
-            intervals, until all that is allocated in float32 differs from the change of the loss
-            by no more than this.
-        max_intervals: Int, a power of two, at least 2. No more of them.
-        dtype: "float32", or "as trained": with the gradients by trainable weights in the
-            precision and at the scales that training uses. What is missing then is what was
-            lost to underflow. The loss is still taken in float32.
-        rule: How the integral along the path is taken: by Simpson, as in the paper, or for
-            comparison by the "trapezoid" or to "first order", both in one interval.
-        batch_size: Int. How many examples at a time, of arrays.
+            batches, such as a list, a `tf.data.Dataset` or a `keras.utils.PyDataset`. Batches are
+            weighted by their number of examples.
+        tolerance: Float > 0. For each batch, the path is divided into 2, 4, 8 … intervals until the
+            sum of all shares differs from the change of the loss by no more than this.
+        max_intervals: Int, a power of two, at least 2. Largest number of intervals.
+        dtype: "float32", or "as trained" for gradients of trainable weights in the precision and at
+            the scales of training. The difference between both was lost to underflow. The loss is
+            taken in float32 in either case.
+        rule: Quadrature along the path: "simpson", as in the paper, or for comparison "trapezoid"
+            or "first order", both with one interval.
+        batch_size: Int. The batch size, if `data` are arrays.
 
     Returns:
         An `Allocation`, which prints as a table.
 
     Raises:
-        ValueError: If an argument is not as said; if the loss or a gradient is not finite at
-            some point of the path.
+        ValueError: If an argument is not as described, or if the loss or a gradient is not finite
+            at some point of the path.
     """
     check_settings(tolerance, max_intervals)
     for name, value, choices in (("dtype", dtype, DTYPES), ("rule", rule, tuple(RULES))):

@@ -23,36 +23,44 @@ from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 
 class LossChangeMonitor(keras.callbacks.Callback):
-    """Divides the change of the loss among the layers of a model while it trains.
+    """Divides the change of the loss among the layers of a model during training.
 
-    By default along *chords*, from one record to the next: they add up to the whole change of
-    the loss since `fit` began. What weights did in between is blurred: for the true share of
-    weights that help, take single steps.
+    By default, it follows *chords*, straight lines from the weights at one record to those at the
+    next. Chords add up to the whole change of the loss since `fit` began. They do not see weights
+    that move back and forth: for the true share of weights that help, use `single_steps=True`.
 
-    Training is the same with it as without, bit for bit. A record takes three times forward and
-    backward over `data`, five where the path is curved, in float32.
+    Training does not change, bit for bit. A record takes three forward and backward passes over
+    `data` in float32, or five where the path is curved.
 
-    To the `logs` of Keras it adds `loss_change_error`, that of the last record.
+    It adds `loss_change_error`, the error of the last record, to the `logs` of Keras.
+
+    ```python
+    model.compile(optimizer, loss=loss_fn)
+    monitor = als.LossChangeMonitor([(x, y)], "changes.jsonl", every=1)
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
+    print(als.load_run("changes.jsonl").loss_changes.allocated)
+    ```
 
     Args:
-        data: What to take the loss of, as for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`,
-            or such batches, the same whenever they are iterated over, such as a list, or a
-            `tf.data.Dataset`. A few are enough for what is large; figures have standard errors.
-        path: File to append records to, for `load_run`, `plots` and
-            `python -m tf_adaptive_ls`. It may be that of a `LossScaleMonitor` of the same
-            `fit`. None are kept by default.
-        every: Int >= 1. Steps from one record to the next. There is one more whenever an
-            epoch ends, where checkpoints are made.
+        data: Data for the loss, as for `fit`: arrays `(x, y)` or `(x, y, sample_weight)`, or such
+            batches, the same whenever they are iterated over, such as a list or a
+            `tf.data.Dataset`. A few batches are enough for large shares; all shares have standard
+            errors.
+        path: File to append records to, for `load_run`, `plots` and `python -m tf_adaptive_ls`. It
+            may be the file of a `LossScaleMonitor` of the same `fit`. Default: no file.
+        every: Int >= 1. Number of steps between two records. There is one more record at the end of
+            each epoch, where checkpoints are made.
         tensorboard: Directory for TensorBoard: scalars per layer.
-        single_steps: Whether to look at every `every`-th step by itself, not at chords.
-        as_trained: Whether to look at the gradients that training in its precision uses, too:
-            what they fall short by was lost to underflow. It takes twice the time.
+        single_steps: Whether to look at every `every`-th step by itself instead of chords.
+        as_trained: Whether to also use gradients in the precision of training. What these shares
+            lack was lost to underflow. It takes twice the time.
         tolerance: As in `loss_change`.
-        max_intervals: As in `loss_change`, but 4 by default: half of the time of a record goes
-            into the last doubling. Raise it where `loss_change_error` is not small.
+        max_intervals: As in `loss_change`, but 4 by default, because the last doubling takes half
+            of the time of a record. Raise it if `loss_change_error` is not small.
+        batch_size: Int. The batch size, if `data` are arrays.
 
     Raises:
-        ValueError: If an argument is not as said; from `fit`, if the model has no loss.
+        ValueError: If an argument is not as described. From `fit`, if the model has no loss.
     """
 
     async_safe = True

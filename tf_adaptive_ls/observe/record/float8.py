@@ -13,17 +13,17 @@ from tf_adaptive_ls.training.readings import LayerSnapshot
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Float8Record:
-    """What became of the gradients that layers have rounded to float8.
+    """The gradients that layers have quantized to float8, during a run.
 
-    Arrays of N snapshots and L layers, those of the `Run`.
+    Arrays of the N snapshots and L layers of the `Run`.
 
     Attributes:
-        forward, backward: Lists of L, the `FloatFormat` of 8 bits that each layer rounds inputs
-            and kernels to, and gradients; `None` for layers that do not.
-        saturations: `[N, L]`, on how many steps a gradient was larger than its format holds.
-        flushed: `[N, L]`, share of gradients that were rounded to zero; NaN for none seen.
-        spectra: `[N, L, bins]`, the last sample of gradients before they were rounded, at the
-            scale `Run.log2_sampled_at`; counted in the binades of float16, see `Spectrum`.
+        forward, backward: Lists of L float8 `FloatFormat`s, of inputs and kernels, and of
+            gradients; `None` for layers that do not use float8.
+        saturations: `[N, L]`, number of steps on which a gradient saturated.
+        flushed: `[N, L]`, share of gradients that became zero; NaN if none were seen.
+        spectra: `[N, L, bins]`, the last sample of gradients before quantization, at the scale
+            `Run.log2_sampled_at`, counted in the binades of float16, see `Spectrum`.
     """
 
     forward: list[FloatFormat | None]

@@ -9,16 +9,16 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ForwardRooms:
-    """How far the forward pass was from overflow while a model trained.
+    """The distance of the forward pass from overflow, during a run.
 
-    Arrays of N records and P parts: layers at any depth and operations between layers, those that
-    compute in a dtype with less range than float32.
+    Arrays of N records and P parts: layers at any depth, and operations between layers, whose dtype
+    has less range than float32.
 
     Attributes:
-        parts: List of P strings, their names as in `forward_range`.
-        steps: `[N]`, how many steps had been taken or skipped.
-        rooms: `[N, P]`, by how many binades what goes into and comes out of each part might have
-            grown on the batch of the monitor; below zero it overflows. NaN where all was zero.
+        parts: List of P names, as in `forward_range`.
+        steps: `[N]`, number of steps so far, including skipped ones.
+        rooms: `[N, P]`, number of binades by which inputs and outputs of each part could have grown
+            on the batch of the monitor. Negative if they overflow. NaN where all values were zero.
     """
 
     parts: list[str]

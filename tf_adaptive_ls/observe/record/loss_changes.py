@@ -11,23 +11,23 @@ from tf_adaptive_ls.observe.loss_change.allocation import Allocation
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossChanges:
-    """How the loss has changed in a run, and what each layer's weights have bought of that.
+    """The change of the loss during a run, divided among layers.
 
-    Arrays of N paths from one point of training to another, and L layers. All figures are in
-    units of the loss; what is negative has lowered it. See `Allocation`.
+    Arrays of N paths from one point of training to another, and L layers. All figures are in units
+    of the loss; a negative share has lowered the loss. See `Allocation`.
 
     Attributes:
         layers: List of L strings, as in `scale_table`.
-        since, steps: `[N]`, after how many steps each path began, and ended; under other
-            optimizers than `AdaptiveLossScaleOptimizer`, by their own count.
-        loss_before, loss_after: `[N]`.
-        error: `[N]`, |change of the loss - all that is allocated|.
-        statistics: `[N]`, what moving statistics were given.
-        helping: `[N]`, the share of weights whose move has lowered the loss.
-        allocated: `[N, L]`, what the weights of every layer were given.
-        standard_errors: `[N, L]`, NaN where there was but one batch of data.
-        as_trained: `[N, L]`, the same by the gradients that training in its precision has
-            used; NaN where that was not asked for.
+        since, steps: `[N]`, number of steps at the start and at the end of each path. With
+            optimizers other than `AdaptiveLossScaleOptimizer`, as they count steps.
+        loss_before, loss_after: `[N]`, the loss at both ends.
+        error: `[N]`, |change of the loss - sum of all shares|.
+        statistics: `[N]`, the share of moving statistics.
+        helping: `[N]`, the share of weights that have lowered the loss.
+        allocated: `[N, L]`, the share of each layer.
+        standard_errors: `[N, L]`, their standard errors; NaN if there was only one batch.
+        as_trained: `[N, L]`, the share of each layer from gradients in the precision of training;
+            NaN if these were not asked for.
     """
 
     layers: list[str]

@@ -28,21 +28,19 @@ class Run:
 
     Attributes:
         layers, layer_classes: Lists of L strings, as in `scale_table`.
-        float_formats: List of L, the `FloatFormat` of each layer.
-        steps: `[N]`, how many steps had been taken or skipped.
-        skipped_steps: `[N]`, how many of them were skipped.
+        float_formats: List of L `FloatFormat`s.
+        steps: `[N]`, number of steps so far, including skipped ones.
+        skipped_steps: `[N]`, number of skipped steps so far.
         log2_loss_scale: `[N]`, log2(S).
-        log2_scales: `[N, L]`, each layer's r.
+        log2_scales: `[N, L]`, r of each layer.
         log2_sampled_at: `[N, L]`, log2 of the scale S * 2**r at the last sample.
-        overflows: `[N, L]`, on how many steps the layer had made finite gradients
-            non-finite.
-        underflow: `[N, L]`, estimated share of gradients lost to underflow; NaN for
-            none seen.
-        subnormal: `[N, L]`, share of gradients without full precision, likewise.
-        spectra: `[N, L, bins]`, the last sample of gradients, counted in the binades of
-            float16, see `Spectrum`.
-        logs: Dict of arrays `[N]`: what else Keras logged. Its metrics are means over
-            the epoch so far. NaN where there was no finite value.
+        overflows: `[N, L]`, number of steps on which the layer made finite gradients non-finite.
+        underflow: `[N, L]`, estimated share of gradients lost to underflow; NaN if none were seen.
+        subnormal: `[N, L]`, share of subnormal gradients, likewise.
+        spectra: `[N, L, bins]`, the last sample of gradients, counted in the binades of float16,
+            see `Spectrum`.
+        logs: Dict of arrays `[N]`: other logs of Keras. Metrics are means over the epoch so far.
+            NaN where there was no finite value.
         loss_changes: `LossChanges`, if there was a `LossChangeMonitor`.
         float8: `Float8Record`, if layers compute in float8.
         forward_rooms: `ForwardRooms`, if the `LossScaleMonitor` was given a batch.
@@ -66,7 +64,7 @@ class Run:
     forward_rooms: ForwardRooms | None = None
 
     def table(self) -> ScaleTable:
-        """`scale_table` of the last snapshot, of the scaled layers; empty if there is none."""
+        """The `scale_table` of scaled layers at the last snapshot; empty if there is none."""
         if not len(self.steps):
             return ScaleTable([])
         rows = []
@@ -91,14 +89,20 @@ class Run:
 
 
 def snapshot_run(model: keras.Model, optimizer: AdaptiveLossScaleOptimizer | None = None) -> Run:
-    """The `Run` of a single `Snapshot`, taken now.
+    """Takes one snapshot of a model now, as a `Run`.
+
+    ```python
+    run = als.snapshot_run(model, optimizer)
+    print(run.log2_scales)
+    ```
 
     Args:
-        model: A model with `LossScaled` layers.
-        optimizer: Its `AdaptiveLossScaleOptimizer`, if it was not compiled with that.
+        model: A model with scaled layers.
+        optimizer: Its `AdaptiveLossScaleOptimizer`. Defaults to the one that the model was compiled
+            with.
 
     Raises:
-        ValueError: If `model` or `optimizer` is not as said.
+        ValueError: If `model` or `optimizer` is not as described.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
@@ -117,21 +121,28 @@ def snapshot_run(model: keras.Model, optimizer: AdaptiveLossScaleOptimizer | Non
 
 
 def load_run(path: str | os.PathLike[str], max_snapshots: int | None = None) -> Run:
-    """Reads the record of a run that a `LossScaleMonitor` has written.
+    """Reads the record that a `LossScaleMonitor` has written.
+
+    ```python
+    model.compile(optimizer, loss=loss_fn)
+    model.fit(x, y, verbose=0, callbacks=[als.LossScaleMonitor("run.jsonl", every=1)])
+    run = als.load_run("run.jsonl")
+    print(run.steps, run.log2_scales)
+    ```
 
     Args:
         path: The file.
-        max_snapshots: Int. If there are more than this, so many of them, evenly
-            spread, with the first and the last. Counts of steps skipped and of
-            overflows add up all the same. Defaults to all.
+        max_snapshots: Int. If there are more snapshots, this many are loaded, evenly spaced, with
+            the first and the last. Counts of skipped steps and of overflows still add up. Default:
+            all.
 
     Returns:
-        A `Run`. If lines are damaged it is that of the others, with a warning.
+        A `Run`. Damaged lines are left out, with a warning.
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If it is none of these records, of another version, or has no
-            snapshot in it yet; if an argument is not as said.
+        ValueError: If the file is not a record, is of another version, or has no snapshot yet; if
+            an argument is not as described.
     """
     check_path("path", path)
     if max_snapshots is not None:

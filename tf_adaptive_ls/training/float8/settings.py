@@ -18,45 +18,46 @@ _SAVED = ("forward", "backward", "rounding", "block_size")
 @keras.saving.register_keras_serializable("tf_adaptive_ls")
 @dataclasses.dataclass(frozen=True)
 class Float8:
-    """Trains matrix products and convolutions with operands of 8 bits.
+    """Settings for training with float8 operands of matmuls and convolutions.
 
-    In layers that are chosen, the inputs and the kernel of every product are rounded to
-    `forward`, each shifted by the power of two that brings its largest magnitude to the top
-    of that format; the gradient of the product's output is rounded to `backward` as it is:
-    at the scale of its layer it already lies in the range of the format. Gradients pass the
-    rounding of inputs and kernels as if it were not there. Biases, activations, normalisation,
-    attention weights, and the products' results stay in the dtype that the layer computes in.
+    In the chosen layers, inputs and kernels of each matmul are quantized to the format `forward`,
+    each scaled by the power of two that brings its amax to the top of the format. The gradient of
+    the output of the matmul is quantized to `backward` as it is: the loss scale of the layer has
+    already brought it into the range of the format. Gradients of inputs and kernels are
+    straight-through. Biases, activations, normalization, attention weights, and the results of
+    matmuls stay in the dtype that the layer computes in.
 
-    With a `block_size` every operand of every product, gradients as well, is rounded by blocks:
-    of so many numbers along the axes that this product sums over, each block shifted by a power
-    of two of its own. What is summed over differs between the product of the forward pass, that
-    of the gradient by inputs, and that by the kernel, so each tensor is rounded twice. The scale
-    of the layer then matters to what is between the products alone.
+    With a `block_size`, each operand of each matmul, also each gradient, is quantized in blocks
+    along the axes that the matmul sums over. Each block has its own power-of-two scale. The matmuls
+    of the forward pass, of the gradient of inputs, and of the gradient of the kernel sum over
+    different axes, so each tensor is quantized twice. The loss scale of the layer then only matters
+    between matmuls.
 
-    What is too large for a format becomes its largest value; infinities and NaN stay.
+    Values that are too large saturate; infinities and NaN are kept.
 
-    The numbers are those of 8 bits, in tensors of the layer's dtype. On devices that multiply
-    8 bits XLA can be made to do so, see the guide.
+    Float8 numbers are stored in tensors of the layer's dtype. On devices with float8 matmuls, XLA
+    can use these; see the guide.
 
     ```python
     model = als.wrap_model(build_model(), float8=als.Float8())
     ```
 
     Args:
-        forward: `"float8_e4m3fn"` (3 bits of mantissa, largest value 448) or
-            `"float8_e5m2"` (2 bits, 57344), for inputs and kernels.
-        backward: The same for gradients.
-        rounding: How gradients are rounded: `"nearest"`, or `"stochastic"`, up or down with
-            probabilities by which the mean is exact. Inputs and kernels always to nearest.
-        layer_filter: Function `layer -> bool` or `(layer, path) -> bool`, as that of
-            `wrap_model`, which layers to choose. By default all that have products but the
-            first and the last of the model. It is not saved: layers know.
-        block_size: How many numbers share a power of two, a positive int; of convolutions,
-            along channels, and in the gradient by the kernel along examples and places. `None`
-            for one per tensor of inputs and kernels, and for gradients the scale of the layer.
+        forward: Format of inputs and kernels: `"float8_e4m3fn"` (3 bits of mantissa, largest value
+            448) or `"float8_e5m2"` (2 bits, 57344).
+        backward: Format of gradients, likewise.
+        rounding: Rounding of gradients: `"nearest"`, or `"stochastic"` with an exact mean. Inputs
+            and kernels are always rounded to nearest.
+        layer_filter: Function `layer -> bool` or `(layer, path) -> bool`, as for `wrap_model`, that
+            chooses layers. By default, all layers with matmuls or convolutions except the first and
+            the last one of the model. It is not saved: each layer's config records whether it uses
+            float8.
+        block_size: Int > 0. How many numbers share a scale: along channels of convolutions, and
+            along examples and positions for the gradient of the kernel. `None` for one scale per
+            tensor of inputs and kernels, and the loss scale of the layer for gradients.
 
     Raises:
-        ValueError: If an argument is not as said.
+        ValueError: If an argument is not as described.
 
     Reference: Mellempudi et al., "Mixed Precision Training With 8-bit Floating Point", 2019
     (arXiv 1905.12334); formats: Micikevicius et al., "FP8 Formats for Deep Learning", 2022
@@ -90,22 +91,22 @@ class Float8:
 
     @classmethod
     def mellempudi(cls, layer_filter: LayerFilter | None = None) -> "Float8":
-        """As in Mellempudi et al. 2019: e5m2 throughout, gradients rounded stochastically."""
+        """The settings of Mellempudi et al. 2019: e5m2, gradients rounded stochastically."""
         return cls("float8_e5m2", "float8_e5m2", "stochastic", layer_filter)
 
     @classmethod
     def hybrid(cls, layer_filter: LayerFilter | None = None) -> "Float8":
-        """The defaults, as in Micikevicius et al. 2022: e5m2 for gradients, else e4m3."""
+        """The defaults, as in Micikevicius et al. 2022: e5m2 for gradients, otherwise e4m3."""
         return cls("float8_e4m3fn", "float8_e5m2", "nearest", layer_filter)
 
     @classmethod
     def mx(cls, layer_filter: LayerFilter | None = None) -> "Float8":
-        """MXFP8: e4m3 throughout, 32 numbers share a power of two.
+        """MXFP8: e4m3, with one power-of-two scale for 32 numbers.
 
         The formats are those of the OCP Microscaling specification (Rouhani et al.,
-        "Microscaling Data Formats for Deep Learning", 2023, arXiv 2310.10537); e4m3 for
-        gradients, and powers of two by which nothing saturates, are as in Mishra et al.,
-        "Recipes for Pre-training LLMs with MXFP8", 2025 (arXiv 2506.08027).
+        "Microscaling Data Formats for Deep Learning", 2023, arXiv 2310.10537). As in Mishra et al.,
+        "Recipes for Pre-training LLMs with MXFP8", 2025 (arXiv 2506.08027), gradients are e4m3, and
+        scales are such that nothing saturates.
         """
         return cls(E4M3, E4M3, "nearest", layer_filter, block_size=32)
 
