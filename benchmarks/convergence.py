@@ -443,9 +443,9 @@ def write_report(directory, variations=False):
     ]
     text = f"""# Convergence
 
-Test accuracy in %, mean ± standard deviation over seeds; in brackets the mean number of steps
-that were skipped. "never": not reached by every seed. A fixed scale skips no step: an overflow
-breaks the weights for good.
+Test accuracy in %, mean ± standard deviation over seeds. In brackets: mean number of skipped
+steps. "never": at least one seed did not reach the accuracy. With a fixed scale no step is skipped;
+an overflow makes the weights NaN.
 
 {"" if variations else summary(results)}
 

@@ -232,9 +232,9 @@ def table(figures):
 
 INTRODUCTION = """# Weights in few bits
 
-Share of test images that are right: top-1, or for the SSD the object's cell and class. *0 %*, *5 %*
-and so on: bytes more than so many bits per weight are. Mean over seeds of 128 calibration images,
-and half the range. "multipoint" and "mixed" without a budget are "mse".
+Accuracy on test images: top-1, or for the SSD the share of images with the right cell and class.
+Columns *0 %* … *20 %*: budget of additional bytes. Mean over seeds of 128 calibration images ± half
+the range. "multipoint" and "mixed" without a budget are the same as "mse".
 """
 
 

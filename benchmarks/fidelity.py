@@ -361,10 +361,11 @@ def main(argv=None):
     moments = ", ".join(str(moment) for moment in results[0]["moments"])
     text = f"""# Fidelity of float16 gradients
 
-Worst error of any tensor, over the oracle's; in brackets how many tensors have more than
-{ERROR_BAR} times the oracle's error, or lose more than {LOST_BAR:g} of their elements beyond
-what the oracle does. Moments: after {moments} steps on {results[0]["images"]}, seed
-{results[0]["seed"]}.
+Error of each float16 gradient tensor against float32, divided by the error of the *oracle*: the
+smallest error that any single loss scale could give this tensor. 1.00 is ideal. The table shows the
+worst tensor of each model. In brackets: number of bad tensors, which have more than {ERROR_BAR}
+times the oracle's error, or lose more than {LOST_BAR:g} of their elements in addition to the
+oracle. Measured after {moments} steps on {results[0]["images"]}, seed {results[0]["seed"]}.
 
 {table(results, names)}
 

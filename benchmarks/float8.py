@@ -409,24 +409,26 @@ def _short(backward):
 
 INTRODUCTION = """# Which scales float8 needs
 
-Products of all layers but the first and the last from numbers of 8 bits, float16 between them;
-inputs and kernels in e4m3, gradients in the format of the row, rounded to nearest.
+Matmuls and convolutions of all layers except the first and the last one have float8 operands; other
+operations are float16. Inputs and kernels are e4m3, gradients have the format of the row, rounded
+to nearest.
 
-*Fidelity*: gradients against float32's at weights of float32 training, after the steps that the
-columns name. Errors relative to those of the best single scale for each weight, looked up
-afterwards: median / worst over weights. *flushed*: elements that are zero and should not be. (Worst
-in a transformer are biases of attention keys, whose true gradient is zero. In the U-Net at 100
-the forward pass in float8 has moved the gradient so far that none at all is nearer.)
+*Fidelity*: gradients compared with float32, at the weights of float32 training after the number of
+steps in the column. Errors are relative to the error of the best single scale for each weight,
+found afterwards: median / worst over weights. *flushed*: elements that became zero. (In a
+transformer, the worst weights are biases of attention keys, whose true gradient is zero. In the
+U-Net after 100 steps, the float8 forward pass changes the gradient so much that a zero gradient
+would be closer.)
 
 *Training*: mean loss (range over seeds) and accuracy on the last tenth of the training batches.
-(Of the ResNet, the U-Net and the autoencoder some rows in e5m2, ours among them, are of a CPU and
-TensorFlow, and start from other weights: the other rows are of a GPU and JAX.)
+(For the ResNet, the U-Net and the autoencoder, some e5m2 rows, among them ours, were measured on a
+CPU with TensorFlow and start from other weights. The other rows were measured on a GPU with JAX.)
 
-*Other settings of ours*: `saturated` is the share of gradients one of whose numbers was too large
-for the format, over all layers and steps; `flushed` what the worst layer lost at the end.
+*Other settings of ours*: `saturated` is the share of gradient tensors with a saturated element,
+over all layers and steps; `flushed` is the share that the worst layer lost at the end.
 
-*e5m2 everywhere*: forwards, too, and in the first and the last layer, float32 between the
-products, the setting of Cambier et al. 2020 (S2FP8).
+*e5m2 everywhere*: also in the forward pass and in the first and the last layer, with float32
+between matmuls, as in Cambier et al. 2020 (S2FP8).
 """
 
 

@@ -271,11 +271,12 @@ def rows(result):
 HEADER = ["", "kernels", "copies", "cond.", "MiB", "temp.", "launches", "s"]
 INTRODUCTION = """# What scaling adds to a step on a GPU
 
-Steps compiled for a GPU on a machine without one; nothing ran. `kernels`: launched by a step, of a
-conditional those of its longer branch; `copies` among them; `cond.`: conditionals, at each of which
-the host waits; `MiB`: read and written; `temp.`: MiB of temporary memory; `launches`: of the host,
-graphs and kernels outside of them; `s`: to trace and compile. In brackets: relative to Keras's; of
-temporary memory without the 32 MiB that cuBLAS takes for itself.
+Training steps, compiled for a GPU on a machine without one, and not run. `kernels`: number of
+kernels that a step launches (for a conditional, those of its longer branch); `copies`: number of
+copies among them; `cond.`: number of conditionals, at which the host waits; `MiB`: bytes read and
+written; `temp.`: temporary memory in MiB; `launches`: number of launches by the host, of graphs and
+of kernels outside of graphs; `s`: seconds to trace and compile. In brackets: relative to Keras
+(temporary memory without the 32 MiB of cuBLAS).
 """
 
 

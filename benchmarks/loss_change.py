@@ -250,10 +250,10 @@ HEADER = (
 
 INTRODUCTION = """# What each layer's lost gradients cost
 
-Loss Change Allocation (Lan et al. 2019): the change of the loss on a part of the training data,
-divided among the layers. *lost* is what they were given less by the gradients that training used
-than by those of float32. What never gets a gradient does not move, and has no share in either: lost
-layers show as *idle*, and in what the loss has changed by.
+Loss Change Allocation (Lan et al. 2019) divides the change of the loss on a part of the training
+data among layers. *lost* is the difference between shares from float32 gradients and shares from
+the gradients of training. A layer without gradients does not move and has no share in either: it
+counts as *idle*, and the loss falls less.
 """
 
 

@@ -368,9 +368,9 @@ def main(argv=None):
     header = ["case", "scaling", "loss", "skipped", "lost", "of the worst tensor"]
     text = f"""# Models of others
 
-Training loss, mean of the last {LAST} of {results[0]["steps"]} steps, ± standard deviation over
-{len(results[0]["seeds"])} seeds; steps skipped; share of the elements of all gradients that are
-lost after the last step, and of those of the worst tensor.
+Training loss: mean of the last {LAST} of {results[0]["steps"]} steps, ± standard deviation over
+{len(results[0]["seeds"])} seeds. *skipped*: number of skipped steps. *lost*: share of gradient
+elements that underflow after the last step, of all tensors and of the worst tensor.
 
 {report.markdown(header, (row for result in results for row in rows(result)))}
 

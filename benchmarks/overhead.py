@@ -419,9 +419,9 @@ def main(argv=None):
     twins = report.load_results(args.output, [f"{name}, twins" for name in order])
     text = f"""# What layer-wise scales cost
 
-Medians of ratios to Keras's `LossScaleOptimizer`, step by step on the same model, with
-quartiles; "of means" is the ratio of mean steps, samples on every tenth included. One batch
-of random data.
+Time of a step relative to Keras's `LossScaleOptimizer`, in alternating steps of the same model on
+one batch of random data: median of the ratios, with quartiles. "of means": ratio of the mean times,
+which include the sample on every tenth step.
 
 {table(results)}
 {section_of_twins(twins) if twins else ""}

@@ -156,11 +156,13 @@ def training_rows(figures):
 
 INTRODUCTION = f"""# What 8 bits kept for the backward pass change
 
-`8 bits kept`: `saved_activations="{SAVED}"`. *Fidelity*: relative errors of gradients, median /
-worst over weights, against float32's, at weights of float32 training after the steps that the
-columns name; cosine of the whole gradient with float32's. Weights are left out that float16 has
-wrong by more than 100 %: biases of attention keys, whose true gradient is zero. Rows with a * are
-emulated: formats and roundings that the library does not have.
+`8 bits kept`: `saved_activations="{SAVED}"`.
+
+*Fidelity*: relative errors of gradients against float32, median / worst over weights, at the
+weights of float32 training after the number of steps in the column; and cosine of the whole
+gradient. Weights for which float16 has an error above 100 % are left out (biases of attention keys,
+whose true gradient is zero). Rows with a * are emulated: the library does not have these formats
+and roundings.
 
 *Training*: mean loss (range over seeds) and accuracy on the last tenth of the training batches.
 """

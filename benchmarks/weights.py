@@ -147,9 +147,9 @@ def rows(figures):
 
 INTRODUCTION = """# Weights of 16 bits
 
-Mean loss (range over seeds) and accuracy on the last tenth of the training batches. *nearest* is
-Keras's policy, *stochastic* the same with `stochastic_rounding=True`. *Bytes*: of weights, and of
-what the optimizer keeps, for each number that is trained.
+Mean loss (range over seeds) and accuracy on the last tenth of the training batches. *nearest*: the
+policy of Keras. *stochastic*: the same policy with `stochastic_rounding=True`. *bytes*: of weights
+and of optimizer state, per trained parameter.
 """
 
 
