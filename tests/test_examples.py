@@ -36,7 +36,12 @@ SAYS = {
     "language": ("Bits per letter", "It writes:", "def ", "Skipped steps: 0 of 2"),
     "lstm": ("Test accuracy:", "Skipped steps: 0 of 2", "lstm"),
     "custom_loop": ("Epoch 1 of 1: loss", "Test accuracy:", "Skipped steps: 0 of 2"),
-    "gan": ("Drawn from noise:", "The discriminator.", "Skipped steps: 0 of 2", "conv2d_transpose"),
+    "gan": (
+        "The digits 0 to 9:",
+        "Scales of the generator.",
+        "Skipped steps: 0 of 2",
+        "conv2d_transp",
+    ),
     "deep_mlp": ("float16, no scaling", "100.00%", "Skipped steps: 0 of 2", "hidden_16"),
 }
 
