@@ -1,4 +1,4 @@
-"""Adaptive loss scaling for Keras: every layer finds its own float16 loss scale.
+"""Low-precision training for Keras: every layer finds its own loss scale.
 
 Arrows between the wings only point downward: `observe` reads what `training` does, which is made
 of `numerics`; under all of them is `backend`. `deploy` and `halp` stand beside training.

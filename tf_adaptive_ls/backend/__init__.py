@@ -1,4 +1,4 @@
-"""The ground floor: Keras's privates, what TensorFlow and JAX do differently, devices, `fit`."""
+"""Private members of Keras, differences between TensorFlow and JAX, devices, and `fit`."""
 
 import keras
 

@@ -1,4 +1,4 @@
-"""What an argument may be: a number, a whole one, a scale, where `bool` is none; saved settings."""
+"""Checks of numbers, scales and saved settings."""
 
 import math
 import numbers

@@ -1,4 +1,4 @@
-"""Arrays: what Keras has no neutral name for in reading, casting and taking them apart."""
+"""Operations on arrays that `keras.ops` lacks: reading bits, casting, ragged and sparse tensors."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Gradients: custom ones, what is recorded and wanted, and running once more for them."""
+"""Custom gradients, recorded operations, and running a function again for its gradients."""
 
 import itertools
 import weakref

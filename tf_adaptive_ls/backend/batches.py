@@ -1,4 +1,4 @@
-"""Batches of what `fit` takes as data."""
+"""Iterates over the batches of any data that `fit` accepts."""
 
 import zlib
 from collections.abc import Iterable, Iterator

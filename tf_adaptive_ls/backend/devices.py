@@ -1,4 +1,4 @@
-"""Devices: what they can do, and how several of them act as one."""
+"""Features of devices, and reductions over several devices."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Functions that a backend compiles or traces, and what that makes of values."""
+"""Compiling functions, and what tracing does to values."""
 
 import contextlib
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Every private of Keras that this library uses, each with the reason why.
+"""All private members of Keras that this library uses, each with the reason.
 
 `LossScaled` besides overrides `_maybe_build` and `_open_name_scope`, without which a wrapped
 layer would be built at another time, and its weights be found under other paths.

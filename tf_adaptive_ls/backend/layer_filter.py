@@ -1,4 +1,4 @@
-"""Functions by which users choose layers."""
+"""The `layer_filter` argument: functions by which users choose layers."""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A model like another: made anew from its config, also in float32, with its weights."""
+"""Copies a model from its config, with its weights, also in float32."""
 
 import inspect
 from collections.abc import Callable

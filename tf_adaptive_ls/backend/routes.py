@@ -1,4 +1,4 @@
-"""Methods of single objects, led another way: the object stays of its class, and no other knows."""
+"""Replaces a method of a single object; its class, and all other objects, stay the same."""
 
 import functools
 from collections.abc import Callable

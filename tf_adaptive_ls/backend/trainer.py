@@ -1,4 +1,4 @@
-"""What `fit` keeps to itself, how each backend keeps it, and steps of it."""
+"""The state and the training step of `fit`, for each backend."""
 
 import itertools
 from collections.abc import Callable, Sequence

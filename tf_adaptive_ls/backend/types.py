@@ -1,4 +1,4 @@
-"""What a tensor is: one of whichever backend computes."""
+"""The type of a tensor of either backend."""
 
 from typing import Any, TypeAlias
 

@@ -1,4 +1,4 @@
-"""`VariableScope`: a scope of Keras in which every read and every assignment is asked about."""
+"""`VariableScope`: a Keras scope that intercepts all reads and assignments of variables."""
 
 from typing import Any
 

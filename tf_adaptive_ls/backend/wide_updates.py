@@ -1,4 +1,4 @@
-"""Lets an optimizer of Keras compute updates of 16-bit weights in float32.
+"""Makes Keras optimizers compute updates of 16-bit weights in float32.
 
 A step that is smaller than half of the last bit of a weight would be lost. Here the optimizer sees
 a float32 number for each of these weights; what it makes of that is rounded once, by a function

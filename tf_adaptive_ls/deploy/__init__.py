@@ -1,1 +1,1 @@
-"""After training: weights in few bits, in plain Keras models."""
+"""Quantizes the weights of trained models, in plain Keras models."""

@@ -1,4 +1,4 @@
-"""AdaRound: which weights are rounded up, learnt from what a layer is given."""
+"""AdaRound: learns whether to round each weight up or down."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Where more bytes go: to the channels whose outputs are furthest off."""
+"""Spends a budget of bytes on the channels with the largest output errors."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""Batch normalisations folded into the layers before them, as they act in inference."""
+"""Folds batch normalization into the layer before it, as it acts at inference."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Graphs of models with other layers in the place of some."""
+"""Replaces layers in the graph of a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Integer grids: a channel's weights as a few multiples of small integers.
+"""Integer grids: the weights of a channel as scales times small integers.
 
 Arrays in, arrays out, in NumPy: quantization runs once, after training.
 """

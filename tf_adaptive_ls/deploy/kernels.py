@@ -1,4 +1,4 @@
-"""Kernels of layers, read as matrices: which weights meet which inputs.
+"""Reads kernels of layers as matrices: which weights meet which inputs.
 
 In its group, each channel of a layer's outputs is the scalar product of the channel's weights and
 of the inputs at one position. So a kernel is a *matrix* of shape (groups, channels, inputs), and

@@ -1,4 +1,4 @@
-"""Second moments of what a kernel is multiplied with: how far errors of weights reach outputs."""
+"""Second moments of the inputs of a kernel, from which output errors follow."""
 
 from typing import Any
 

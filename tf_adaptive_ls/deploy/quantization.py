@@ -1,4 +1,4 @@
-"""`quantize_weights`: a plain Keras model whose weights are in few bits."""
+"""`quantize_weights`: makes a plain Keras model with weights of few bits."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""A kernel that is quantized, and what its layer is given."""
+"""A kernel to quantize, with statistics of the inputs of its layer."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Points as layers: more channels, each on its grid, and a layer of ones and zeros that adds up."""
+"""Points as extra channels, each on its grid, and a 0/1 layer that adds them."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""Whole models: what they call, under which plan they run, wrapping and stripping them."""
+"""Whole models: tracing and planning their calls, wrapping and stripping them."""

@@ -1,4 +1,4 @@
-"""The calls that a model is made of: what a scale plan is derived from."""
+"""The layer calls that a model consists of, from which its scale plan is derived."""
 
 import dataclasses
 from collections.abc import Callable

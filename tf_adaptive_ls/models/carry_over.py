@@ -1,4 +1,4 @@
-"""Compiles a model as another is, with its optimizer's state."""
+"""Compiles a model like another one, with the state of its optimizer."""
 
 import collections
 import math

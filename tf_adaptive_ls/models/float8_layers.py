@@ -1,4 +1,4 @@
-"""Which layers of a model compute in float8."""
+"""Chooses the layers of a model that compute in float8."""
 
 from collections.abc import Collection, Iterator
 

@@ -1,4 +1,4 @@
-"""The optimizers that a model holds, whatever its `compile` calls them."""
+"""Finds the optimizers of a model, under whatever names its `compile` gives them."""
 
 import keras
 

@@ -1,4 +1,4 @@
-"""`plain_copy`: a plain Keras model with the same weights, beside another, also in float32."""
+"""`plain_copy`: makes a plain Keras model with the same weights, also in float32."""
 
 from typing import TypeVar
 

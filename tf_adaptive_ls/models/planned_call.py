@@ -1,4 +1,4 @@
-"""The call of a model, or of a layer made of layers, under a scale plan from a trace of it."""
+"""Calls a model, or a layer made of layers, under the scale plan of its trace."""
 
 import functools
 from collections.abc import Callable

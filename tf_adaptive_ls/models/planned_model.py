@@ -1,4 +1,4 @@
-"""The class of models that are wrapped: what they keep to themselves, and how they are saved."""
+"""The class of wrapped models: their state, and how they are saved."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Derives a scale plan from the calls that a model is made of."""
+"""Derives a scale plan from the layer calls of a model."""
 
 import collections
 from collections.abc import Sequence

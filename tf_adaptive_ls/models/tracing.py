@@ -1,4 +1,4 @@
-"""Traces what a model computes, by calling it on symbolic tensors.
+"""Traces a model by calling it on symbolic tensors.
 
 Keras records what is called on a `KerasTensor`, layers and operations alike. A model, or a layer
 that is made of layers, is looked into: its own `call` runs on those tensors, and what it returns

@@ -1,4 +1,4 @@
-"""Goes through any model, and gives a companion to every layer that has weights."""
+"""Walks through any model and gives each layer with weights a companion."""
 
 import dataclasses
 from collections.abc import Callable, Iterable

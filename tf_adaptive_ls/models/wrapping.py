@@ -1,4 +1,4 @@
-"""`wrap_model` and `strip_model`: a model with a loss scale per layer, and back."""
+"""`wrap_model` and `strip_model`: add and remove a loss scale for each layer."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar

@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: formats, taps, reports, rules and the update of all scales."""
+"""Formats, taps, reports, rules, and the update of all scales: functions of arrays."""

@@ -1,4 +1,4 @@
-"""What a step tells of all layers: counts, before anything is decided.
+"""The reports of all layers in one step, as counts that devices can sum.
 
 Counts add up, over replicas as over micro-batches; magnitudes do not, and no collective
 of `tf.distribute` takes a maximum. So reports and the gradients of weights become spectra,

@@ -1,4 +1,4 @@
-"""What a floating-point format can hold, read off the format itself."""
+"""`FloatFormat`: the range of a floating-point format."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The taps: identities whose backward pass shifts, rounds, reports or redirects gradients."""
+"""Taps: identity ops whose backward pass scales, rounds, reports or redirects gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""`LayerFacts`: what does not change from step to step, of all scaled layers together."""
+"""`LayerFacts`: properties of all scaled layers that do not change between steps."""
 
 from typing import NamedTuple
 

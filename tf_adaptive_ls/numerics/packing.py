@@ -1,4 +1,4 @@
-"""Numbers kept in 8 bits: the upper half of those of float16, which is float8_e5m2.
+"""Packs numbers into 8 bits: float8_e5m2, the upper byte of float16.
 
 It has the range of float16, so that no scale is needed, and 2 bits after the leading one. They are
 kept as whole numbers, which every device and every compiler has.

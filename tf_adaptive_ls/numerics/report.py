@@ -1,4 +1,4 @@
-"""What the backward pass of a layer reports: readings of its gradients, taken where they are seen.
+"""The report of one layer in one step: readings of its gradients.
 
 A report is the only thing that a backward pass writes. It comes out as the "gradient" of
 a weight, one vector of several *readings*: the largest magnitude of each gradient and a sample

@@ -1,4 +1,4 @@
-"""Rounding: to a float8 format, as numbers of a wider dtype, to 16 bits, and to whole numbers.
+"""Rounding to a float8 format, to 16 bits, and to integers.
 
 By integer operations on bits: XLA on a GPU may drop a chain of casts, and casts of
 TensorFlow and JAX neither saturate nor round stochastically.

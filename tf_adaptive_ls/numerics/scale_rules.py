@@ -1,4 +1,4 @@
-"""Rules that choose loss scales from spectra: pure functions, one object each."""
+"""Rules: pure functions from spectra to changes of scales."""
 
 import abc
 import dataclasses

@@ -1,4 +1,4 @@
-"""What is kept from step to step: the scales themselves, and what they are moved by.
+"""The state of all scales between two steps.
 
 Each layer has its scale in a weight of its own, as the pair `(r, 1)` in a `tiny_unit`: its
 quotient is r whatever both are multiplied by, and averages of weights leave a fraction, which is

@@ -1,4 +1,4 @@
-"""How one step moves all scales: a pure function of what was kept and what was seen.
+"""Updates all scales in one step: a pure function of their state and the evidence.
 
 `AdaptiveLossScaleOptimizer` has it as pseudocode.
 """

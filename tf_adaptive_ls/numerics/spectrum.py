@@ -1,4 +1,4 @@
-"""The exponent spectrum of a tensor, and what can be read off it.
+"""Spectra: histograms of magnitudes by binade, and readings of them.
 
 A spectrum is a float32 vector of counts, one *bin* each for
 

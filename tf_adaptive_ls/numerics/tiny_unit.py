@@ -1,4 +1,4 @@
-"""The unit of all that scaling keeps among weights, or sends among their gradients.
+"""The unit 2^-84 of scales among weights, and of reports among gradients.
 
 Only trainable weights come to a stateless optimizer on JAX, so scales and reports are among them,
 and user code walks over those: it clips weights and gradients, averages, perturbs and penalises

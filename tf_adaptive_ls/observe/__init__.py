@@ -1,1 +1,1 @@
-"""What shows and records gradients and scales; `calibrate` alone sets any."""
+"""Tables, records and pictures of gradients and scales; only `calibrate` sets scales."""

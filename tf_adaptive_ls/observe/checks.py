@@ -1,4 +1,4 @@
-"""Checks of arguments: what is no model that trains, and no path, is refused."""
+"""Checks of arguments: models that can be trained, and paths."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""What pictures have in common: colours, the names of layers along an axis, time."""
+"""Colors, layer names along an axis, and time axes, for all pictures."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A run as one page that needs no network: table, pictures, a search by layer."""
+"""Writes a run as one HTML page with table, pictures and a search by layer."""
 
 import base64
 import html

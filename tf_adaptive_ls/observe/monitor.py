@@ -1,4 +1,4 @@
-"""`LossScaleMonitor`: records a run, and ends it with a reason when it is stuck."""
+"""`LossScaleMonitor`: records a run, and ends it with an explanation if it is stuck."""
 
 import os
 import pathlib

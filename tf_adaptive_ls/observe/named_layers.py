@@ -1,4 +1,4 @@
-"""The layers of a model under the names that tables, records and messages use."""
+"""The names of layers in tables, records and messages."""
 
 from collections.abc import Iterator
 from typing import Any

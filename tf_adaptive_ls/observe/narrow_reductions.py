@@ -1,4 +1,4 @@
-"""What Keras computes in float16 under `mixed_float16` that had better be float32."""
+"""Finds float16 operations that should compute in float32."""
 
 import dataclasses
 from collections.abc import Iterator

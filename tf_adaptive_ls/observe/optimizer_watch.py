@@ -1,4 +1,4 @@
-"""One optimizer that a `LossScaleMonitor` watches, and what it has seen of it in a run."""
+"""The state of a `LossScaleMonitor` for one optimizer."""
 
 import collections
 import warnings

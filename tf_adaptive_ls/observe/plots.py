@@ -1,4 +1,4 @@
-"""Pictures of what gradients do in a training run.
+"""Pictures of gradients and scales in a training run.
 
 Each function takes a `Run` (see `load_run`), the path of its record, or a model that is
 being trained, and returns a `matplotlib.figure.Figure`.

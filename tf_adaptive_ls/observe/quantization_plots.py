@@ -1,4 +1,4 @@
-"""The picture of what quantization cost every channel."""
+"""A picture of the quantization errors of all channels."""
 
 import numpy as np
 from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""`Sinks`: what a callback writes to, none of which may stop training."""
+"""`Sinks`: the outputs of a callback, none of which may stop training."""
 
 import contextlib
 import os

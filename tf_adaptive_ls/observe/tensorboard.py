@@ -1,4 +1,4 @@
-"""Writes what a run shows for TensorBoard."""
+"""Writes a run for TensorBoard."""
 
 import contextlib
 import math

@@ -1,1 +1,1 @@
-"""What Keras trains with: scaled layers, and the optimizer that chooses their scales."""
+"""Scaled layers, and the optimizer that chooses their scales."""

@@ -1,4 +1,4 @@
-"""The border of a `LossScaled` layer: everything that crosses it is shifted and reported."""
+"""`Border`: the taps around one call of a layer."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The tensors in the arguments or outputs of a call that may have gradients."""
+"""Finds the tensors with gradients among the arguments or outputs of a call."""
 
 from collections.abc import Sequence
 from typing import Any

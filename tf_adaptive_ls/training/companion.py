@@ -1,4 +1,4 @@
-"""`Companion`: scales a layer from beside it, so that the layer stays what it is."""
+"""`Companion`: scales a layer from an attribute of the layer."""
 
 import contextlib
 import contextvars

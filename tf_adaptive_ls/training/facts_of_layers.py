@@ -1,4 +1,4 @@
-"""The `LayerFacts` of layers that are scaled."""
+"""Makes the `LayerFacts` of scaled layers."""
 
 from collections.abc import Callable
 from typing import Any

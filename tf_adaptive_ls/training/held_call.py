@@ -1,4 +1,4 @@
-"""Runs a layer on given values of its weights: once, or once more in the backward pass."""
+"""Runs a layer on given values of its weights, once or again in the backward pass."""
 
 import contextlib
 import contextvars

@@ -1,4 +1,4 @@
-"""A scope in which a layer works on given values of its variables, and changes none of them."""
+"""A scope in which a layer uses given values of its variables and changes none."""
 
 from typing import Any
 

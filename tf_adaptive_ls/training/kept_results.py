@@ -1,4 +1,4 @@
-"""Results inside a call that its second run takes from the first instead of computing them again.
+"""Results that the second run of a layer takes from the first run.
 
 A layer with an activation computes its product once more only for the activation's derivative,
 which that of ReLU has in its result as well. Batch normalisation reduces its whole input to

@@ -1,4 +1,4 @@
-"""What scales one layer: the weights that it keeps its scale in, and the call at that scale."""
+"""`LayerScaling`: the scale variables of one layer, and calls at its scale."""
 
 import dataclasses
 import itertools

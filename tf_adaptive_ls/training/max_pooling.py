@@ -1,4 +1,4 @@
-"""Max pooling that keeps which number of a window was the largest: a byte for each window.
+"""Max pooling that saves the position of the maximum, one byte per window.
 
 Its gradient comes to that number alone, so that nothing is rounded. From inputs in 8 bits it would
 come to others: many of them are equal.

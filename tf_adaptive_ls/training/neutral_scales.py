@@ -1,4 +1,4 @@
-"""`neutral_scales`: the context in which nothing is scaled."""
+"""`neutral_scales`: a context in which no layer is scaled."""
 
 import contextlib
 import contextvars

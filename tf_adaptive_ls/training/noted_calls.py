@@ -1,4 +1,4 @@
-"""Which scaled layers are called on symbolic tensors, noted for whoever traces a model."""
+"""Notes which scaled layers are called on symbolic tensors during a trace."""
 
 import contextlib
 import contextvars

@@ -1,4 +1,4 @@
-"""`AdaptiveLossScaleOptimizer`: a loss scale, and one more for every layer."""
+"""`AdaptiveLossScaleOptimizer`: the loss scale, and the scales of all layers."""
 
 import itertools
 import warnings

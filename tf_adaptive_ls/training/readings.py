@@ -1,4 +1,4 @@
-"""`LayerSnapshot`: what is known of a layer's scale and gradients, for people."""
+"""`LayerSnapshot`: the state of a layer's scale and gradients, for people."""
 
 import dataclasses
 

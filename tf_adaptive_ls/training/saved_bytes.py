@@ -1,4 +1,4 @@
-"""How many bytes layers keep in 8 bits for the backward pass."""
+"""Counts the bytes that layers save in 8 bits for the backward pass."""
 
 import math
 import weakref

@@ -1,4 +1,4 @@
-"""What stands in a saved config besides the arguments of its object, and what is checked in it."""
+"""Versions and checks of saved configs."""
 
 from collections.abc import Sequence
 from typing import Any

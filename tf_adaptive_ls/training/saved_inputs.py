@@ -1,4 +1,4 @@
-"""Layers without weights that keep 8 bits of what their backward pass needs."""
+"""Layers without weights that save their inputs in 8 bits."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""`ScaleKeeper`: keeps the state of all scales in variables, and says where a step moves them."""
+"""`ScaleKeeper`: the variables that hold the state of all scales, and their update."""
 
 import math
 from collections.abc import Callable, Sequence

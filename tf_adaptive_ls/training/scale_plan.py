@@ -1,4 +1,4 @@
-"""At which scale each tensor's gradient travels through a model's graph.
+"""`ScalePlan`: the scale of each gradient between the layers of a model.
 
 By default a gradient returns to the scale S of the surroundings between any two
 `LossScaled` layers. Inside a Functional or Sequential model it need not: it can

@@ -1,4 +1,4 @@
-"""Other ways to compute the `call` of a layer, for as long as a context lasts."""
+"""Replaces the `call` of a layer within a context."""
 
 import contextlib
 import contextvars

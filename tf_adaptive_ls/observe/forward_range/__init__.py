@@ -1,1 +1,1 @@
-"""`forward_range`: which parts of a model overflow in the forward pass, and how near others are."""
+"""Finds the parts of a model that overflow in the forward pass, and widens them."""

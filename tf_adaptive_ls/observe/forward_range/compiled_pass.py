@@ -1,4 +1,4 @@
-"""`CompiledPass`: the largest values of all parts of a model, as cheaply as they are to be had."""
+"""`CompiledPass`: the largest values of all parts of a model, in one compiled pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""How many multiplications a call of a layer takes, as matmuls and convolutions count them."""
+"""Counts the multiplications in a call of a layer."""
 
 import math
 from collections.abc import Sequence

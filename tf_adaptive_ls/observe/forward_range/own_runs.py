@@ -1,4 +1,4 @@
-"""`OwnRuns`: every part of a model run once more by itself, in the dtype that it has."""
+"""`OwnRuns`: runs each part of a model by itself, in its own dtype."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""`PartCalls`: sees every call of the parts of a model while the model runs."""
+"""`PartCalls`: intercepts the calls of all parts of a model."""
 
 import contextlib
 import functools

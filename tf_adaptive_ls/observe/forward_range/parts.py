@@ -1,4 +1,4 @@
-"""The parts of a model whose range is read: layers at any depth, and operations between layers."""
+"""The parts of a model: layers at any depth, and operations between layers."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple

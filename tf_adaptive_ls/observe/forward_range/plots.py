@@ -1,4 +1,4 @@
-"""Pictures of what the forward pass has left before it overflows, at once and over time."""
+"""Pictures of the room of the forward pass, at one moment and over time."""
 
 import math
 import os

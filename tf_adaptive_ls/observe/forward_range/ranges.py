@@ -1,4 +1,4 @@
-"""`forward_range`: which parts of a model overflow in the forward pass, and how near others are."""
+"""`forward_range`: finds the parts of a model that overflow in the forward pass."""
 
 from collections.abc import Iterator
 from typing import Any

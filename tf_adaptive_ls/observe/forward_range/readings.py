@@ -1,4 +1,4 @@
-"""`Reading`: what was seen of one part of a model so far, and what that amounts to."""
+"""`Reading`: the range of one part of a model so far, and its verdicts."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""`RoomWatch`: how far the forward pass is from overflow while a model trains."""
+"""`RoomWatch`: measures the room of the forward pass during training."""
 
 import collections
 import contextlib

@@ -1,1 +1,1 @@
-"""Loss Change Allocation: what the gradients of each layer bought in units of loss."""
+"""Loss Change Allocation: divides the change of the loss among layers."""

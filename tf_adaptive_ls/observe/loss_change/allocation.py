@@ -1,4 +1,4 @@
-"""`loss_change`: what each layer's gradients bought, in units of loss.
+"""`loss_change`: divides the change of the loss among weights.
 
 Loss Change Allocation (Lan, Liu, Zhou, Yosinski 2019, arXiv 1909.01440) divides the change
 of the loss between two points of a training run among the weights. Along the straight path

@@ -1,4 +1,4 @@
-"""`LossChangeMonitor`: what each layer's gradients buy while a model trains."""
+"""`LossChangeMonitor`: divides the change of the loss among layers during training."""
 
 import os
 import warnings

@@ -1,4 +1,4 @@
-"""Pictures of what each layer's gradients have bought, see `LossChangeMonitor`."""
+"""Pictures of the records of a `LossChangeMonitor`."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Integrals of a function over 0 … 1.
+"""Quadrature of a function over 0 … 1.
 
 Each rule yields a number of intervals and an estimate by so many, one after the other. Whatever
 an estimate has asked for serves the next. The function is one of a float to an array.

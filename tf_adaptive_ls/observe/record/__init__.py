@@ -1,1 +1,1 @@
-"""The record of a run: a file of lines, what is written to it, and what is read from it."""
+"""The record of a run: its file, its writers, and its reader."""

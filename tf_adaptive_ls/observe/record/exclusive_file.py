@@ -1,4 +1,4 @@
-"""A file of lines that one writer at a time adds to."""
+"""A file of lines with one writer at a time."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""What the record of a run holds of gradients that layers round to float8."""
+"""The part of a record about gradients in float8."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a `LossScaleMonitor` with a batch adds to the record of a run: room of the forward pass."""
+"""The part of a record about the room of the forward pass."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The lines of a record: what every layer's gradients did, and when.
+"""The lines of a record: the scales and gradients of all layers at a step.
 
 It is a file of JSON lines. One of them starts each process that trains the model and
 names its layers; each other one holds a `Snapshot`. Lines are only

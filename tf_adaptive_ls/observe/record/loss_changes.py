@@ -1,4 +1,4 @@
-"""What a `LossChangeMonitor` adds to the record of a run: a line for every path it took."""
+"""The part of a record that a `LossChangeMonitor` writes."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""`Run`: the record of a training run as arrays, of a file or of a model as it is."""
+"""`Run`: a record as arrays, from a file or of a model now."""
 
 import dataclasses
 import os

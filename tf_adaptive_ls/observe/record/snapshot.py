@@ -1,4 +1,4 @@
-"""What all layers of a model show at one moment."""
+"""The readings of all layers of a model at one moment."""
 
 import dataclasses
 import math

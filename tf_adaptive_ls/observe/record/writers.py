@@ -1,4 +1,4 @@
-"""`RunWriter`: appends to the record of a run, for all callbacks of one `fit` together."""
+"""`RunWriter`: appends to the record of a run, for all callbacks of one `fit`."""
 
 import os
 import weakref

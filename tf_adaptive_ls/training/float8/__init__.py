@@ -1,1 +1,1 @@
-"""Operands of 8 bits: what a user chooses, how an operand is rounded, and the products of them."""
+"""Float8 operands: settings, quantization, and the matmuls of layers."""

@@ -1,4 +1,4 @@
-"""`Float8Call`: what the products in a layer need in one call of it."""
+"""`Float8Call`: seeds and reports of the matmuls in one call of a layer."""
 
 import dataclasses
 from typing import Any

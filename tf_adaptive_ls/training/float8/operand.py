@@ -1,4 +1,4 @@
-"""`Operand`: how one operand of a product is rounded to 8 bits, all at once or by blocks."""
+"""`Operand`: quantizes one operand of a matmul, as a whole or by blocks."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions of Keras layers, and how they run on operands of 8 bits."""
+"""The matmuls and convolutions of Keras layers, and how they get float8 operands."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""`Float8`: what of a layer is rounded to 8 bits, and how."""
+"""`Float8`: settings of float8 training."""
 
 import dataclasses
 from typing import Any
