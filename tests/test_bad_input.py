@@ -195,7 +195,7 @@ def test_a_rule_that_remembers_no_whole_number(size):
     class Forgetful(als.FixedRule):
         memory_size = size
 
-    with pytest.raises(ValueError, match="remember a whole number of numbers"):
+    with pytest.raises(ValueError, match=r"`rule\.memory_size` to be a whole number"):
         als.AdaptiveLossScaleOptimizer("sgd", rule=Forgetful())
 
 

@@ -51,7 +51,7 @@ def test_weights_of_examples_and_nothing():
 
 @pytest.mark.parametrize("data", [3, None, "x.csv", X, {"x": X}, (X, Y[:3]), (X, 1.0)])
 def test_what_is_no_data_is_refused(data):
-    with pytest.raises(ValueError, match=r"(?s)Expected (data as for `fit`|arrays of).*Received"):
+    with pytest.raises(ValueError, match=r"(?s)Expected (data as for `fit`|arrays with).*Received"):
         batches_of(data)
 
 

@@ -185,7 +185,7 @@ def test_a_path_that_is_not_finite_is_left_out(tmp_path):
     data = [(np.full_like(X, np.nan), Y)]
     with pytest.warns(UserWarning, match="leaves out steps 0 to 8: .* a loss of nan"):
         fit(network(), als.LossChangeMonitor(data, path, every=8), epochs=1)
-    with pytest.raises(ValueError, match="figures"):
+    with pytest.raises(ValueError, match="at least one snapshot"):
         als.load_run(path)
 
 
@@ -193,7 +193,7 @@ def test_a_path_that_is_not_finite_is_left_out(tmp_path):
     ("settings", "message"),
     [
         ({"data": 3}, "data as for `fit`"),
-        ({"data": iter(DATA)}, "again and again"),
+        ({"data": iter(DATA)}, "repeatedly"),
         ({"every": 0}, "steps, at least 1"),
         ({"path": ""}, "path of a file"),
         ({"tensorboard": 3}, "path of a file"),

@@ -452,7 +452,7 @@ def test_bad_batches_that_end_by_themselves(mixed_float16):
     x = X.copy()
     x[:48] = np.nan  # 6 of 8 batches
     model = network()
-    with pytest.warns(UserWarning, match="All is finite with the next batch"):
+    with pytest.warns(UserWarning, match="With the next batch, which was examined"):
         fit(model, als.LossScaleMonitor(stuck_after=6), x=x, epochs=1)
     # One batch was looked into, the other trained on.
     assert (model.optimizer.steps, model.optimizer.skipped_steps) == (7, 6)
@@ -672,7 +672,7 @@ def test_an_interrupted_run_gives_way_to_the_next_in_its_process(mixed_float16, 
     fit(model, als.LossScaleMonitor(path, every=2))
     steps = als.load_run(path).steps
     assert np.all(np.diff(steps) > 0)
-    with pytest.warns(UserWarning, match="another run in this process has gone on with it"):
+    with pytest.warns(UserWarning, match="another run in this process writes it now"):
         interrupted.on_epoch_end(0)
 
 

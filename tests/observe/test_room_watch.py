@@ -127,7 +127,7 @@ class TestRoomWatch:
         falling = [LARGEST / 2**room for room in (5.5, 5.2, 4.9, 4.6, 4.3, 3.9, 3.5, 1.0, -1.0)]
         ((step, message),) = warnings_of(RoomWatch(model, ONES), model, falling)
         assert step == 50
-        assert "At step 50 the forward pass comes near overflow" in message
+        assert "At step 50 the forward pass is close to overflow" in message
         assert "'grows' has 3.9 binades left in float16, 1.3 less than 40 steps before" in message
         assert "`tf_adaptive_ls.widen(model, batches)`" in message
 

@@ -225,7 +225,7 @@ def test_a_cast_that_is_written_out_is_not_mended():
     model = model_of(lambda x: ops.tanh(ops.cast(ops.cast(x, "float32") * 2.0**16, "float16")))
     widening = als.widen(model, ONES)
     assert widening.names == () and list(widening.unmended.values()) == ["output"]
-    assert "Not mended:\n  cast" in str(widening)
+    assert "Not repaired:\n  cast" in str(widening)
 
 
 def test_it_prints_what_and_why():

@@ -186,5 +186,5 @@ def test_a_layer_whose_tensors_cannot_be_reached_is_refused():
             rows = tf.TensorArray("float32", 4, infer_shape=False)
             return rows.unstack(x * self.w)
 
-    with pytest.raises(ValueError, match="whose gradients cannot be reached"):
+    with pytest.raises(ValueError, match="which hides its gradients"):
         als.LossScaled(Rows())(floats(4, 3))

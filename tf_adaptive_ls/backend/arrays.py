@@ -64,8 +64,8 @@ def dense_parts(x: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     if isinstance(x, tf.TensorArray) or getattr(x, "dtype", None) == tf.variant:
         raise ValueError(
             "Expected a LossScaled layer to take and return tensors of numbers. Received: "
-            f"{x!r} (of type {type(x).__name__}), whose gradients cannot be reached. Take them "
-            "out of it inside the layer (`tensor_array.stack()`), or leave the layer unscaled."
+            f"{x!r} (of type {type(x).__name__}), which hides its gradients. Unpack it "
+            "inside the layer (`tensor_array.stack()`), or leave the layer out by `layer_filter`."
         )
     if isinstance(x, tf.__internal__.CompositeTensor) and not isinstance(x, tf.Variable):
         parts = tf.nest.flatten(x, expand_composites=True)

@@ -40,7 +40,7 @@ def check_repeatable(data: Any) -> None:
     """Raises a `ValueError` for data that can be iterated over only once."""
     if isinstance(data, Iterator):
         raise ValueError(
-            "Expected `data` to be batches `(x, y)` that can be iterated over again and again, "
+            "Expected `data` to be batches `(x, y)` that can be iterated over repeatedly, "
             f"such as a list. Received: data={data!r} (of type {type(data).__name__})."
         )
 
@@ -73,7 +73,8 @@ def _number_of_examples(data: tuple[Any, ...]) -> int:
     if len(sizes) != 1 or -1 in sizes:
         shapes = [tuple(np.shape(leaf)) for leaf in leaves]
         raise ValueError(
-            f"Expected arrays of as many examples each. Received: arrays of shapes {shapes}."
+            "Expected arrays with the same number of examples. Received: arrays of shapes "
+            f"{shapes}."
         )
     return sizes.pop()
 

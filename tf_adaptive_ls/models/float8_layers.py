@@ -27,7 +27,7 @@ def float8_layers(model: keras.Model, float8: Float8) -> set[int]:
     if not chosen:
         raise ValueError(
             "Expected a model with layers to compute in float8: Dense, EinsumDense or convolution "
-            f"layers, or such with them inside. Received: model '{model.name}', in which "
+            f"layers, or layers that contain them. Received: model '{model.name}', in which "
             + (
                 "there are none but the first and the last. Choose those with `layer_filter`."
                 if float8.layer_filter is None

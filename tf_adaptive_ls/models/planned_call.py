@@ -86,9 +86,9 @@ class PlannedCall:
                 raise RuntimeError(
                     f"Expected model '{self._layer.name}' (of type {type(self._layer).__name__}) "
                     "to call its layers as it did when it was traced on symbolic tensors. "
-                    "Received: other calls, or calls in another order, so that gradients would "
-                    "be wrong. What decides what is called should depend on arguments, shapes and "
-                    "attributes alone; or leave plans out: `wrap_model(model, plan=False)`."
+                    "Received: other calls, or calls in another order, for which gradients would "
+                    "be wrong. Let the calls depend only on arguments, shapes and attributes, or "
+                    "use `wrap_model(model, plan=False)`."
                 )
         return outputs
 

@@ -75,8 +75,8 @@ class LossScaledModel(WithHiddenVariables):
         if not adaptive and any(_rounds_at_its_scale(each) for each in parts_of(self)):
             raise ValueError(
                 "Expected a model with layers that compute in float8 to be compiled with "
-                "AdaptiveLossScaleOptimizer: at no other scales are their gradients in the range "
-                f"of 8 bits. Received: model '{self.name}' with {type(self.optimizer).__name__}."
+                "AdaptiveLossScaleOptimizer, without which gradients are outside of the range of "
+                f"float8. Received: model '{self.name}' with {type(self.optimizer).__name__}."
             )
         if not adaptive and (self.train_function is None or force):
             warnings.warn(
@@ -89,7 +89,7 @@ class LossScaledModel(WithHiddenVariables):
         if known and self.jit_compile and num_replicas > 1:
             raise ValueError(
                 "Expected `jit_compile=False` for a model on several devices: XLA compiles a "
-                "step for one, and the variables of the others are out of its reach. Received: "
+                "step for one device, and cannot use the variables of others. Received: "
                 f"jit_compile=True for model '{self.name}' on {num_replicas}. Compile it with "
                 "`jit_compile=False`."
             )

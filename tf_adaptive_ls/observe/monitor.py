@@ -269,8 +269,8 @@ class LossScaleMonitor(keras.callbacks.Callback):
                 ) from error
             if explanation.first is None:
                 warnings.warn(
-                    f"{complaint} All is finite with the next batch, which was looked "
-                    "into and not trained on: training goes on.",
+                    f"{complaint} With the next batch, which was examined and not trained "
+                    "on, all values are finite. Training continues.",
                     stacklevel=2,
                 )
                 return trainer.no_step(self.model, args)
@@ -312,7 +312,7 @@ def _overflows(model: keras.Model, x: Any) -> list[str]:
     names = ", ".join(f"'{part.name}'" for part in flagged[:_NAMED])
     more = f" and {len(flagged) - _NAMED} more" if len(flagged) > _NAMED else ""
     return [
-        f"\nIn the forward pass {names}{more} overflow, which no loss scale can mend: "
+        f"\nIn the forward pass {names}{more} overflow, which no loss scale can prevent: "
         "`tf_adaptive_ls.widen(model, batches)` makes them compute in float32."
     ]
 

@@ -107,24 +107,24 @@ def _sentence(first: TensorReading) -> str:
 
 def _advice(first: TensorReading) -> str:
     if first.phase == "input":
-        return "Find and mend or drop such examples before they reach the model."
+        return "Find these examples, and repair or remove them before they reach the model."
     if first.phase == "weights":
         return (
-            "Go back to a checkpoint from before that. No skipped step changes a weight: "
-            "look at what else does, such as a constraint, or at a learning rate so "
-            "large that an update overflows."
+            "Load an earlier checkpoint. A skipped step changes no weight, so something else "
+            "did: for example a constraint, or a learning rate so large that an update "
+            "overflowed."
         )
     if first.phase == "forward":
         text = (
-            "Look for a division by zero, the logarithm or root of what can be zero or "
-            "less, or an exponential."
+            "Look for a division by zero, the logarithm or root of a value that can be zero or "
+            "negative, or an exponential."
         )
         float_format = FloatFormat(first.dtype)
         if float_format.is_narrow:
             text += (
-                f" Or its values grew past {float_format.largest:g}, where "
-                f"{float_format.name} ends: `tf_adaptive_ls.widen(model, batches)` makes the "
-                "layers that do so compute in float32."
+                f" Or its values grew beyond {float_format.largest:g}, the largest "
+                f"{float_format.name}: `tf_adaptive_ls.widen(model, batches)` makes layers that "
+                "overflow compute in float32."
             )
         return text
     if first.phase == "loss":
@@ -133,9 +133,9 @@ def _advice(first: TensorReading) -> str:
             "losses from_logits), a division by zero, or targets out of range."
         )
     return (
-        "All before it is finite. Where gradients have just grown, a step is skipped and the "
-        "scale at fault is lowered. If that does not help, the derivative itself is infinite "
-        "there, as that of a root or a norm is at zero."
+        "Everything before it is finite. If gradients have just grown, the step is skipped and "
+        "the scale at fault is lowered. If that does not help, the derivative itself is "
+        "infinite there, like that of a root or a norm at zero."
     )
 
 

@@ -91,7 +91,7 @@ class Sinks:
             yield
         except OSError as error:
             warnings.warn(
-                f"{self._callback} cannot write to '{path}' and leaves it at that: {error}. "
-                "Training goes on.",
+                f"{self._callback} cannot write to '{path}' and stops recording: {error}. "
+                "Training continues.",
                 stacklevel=2,
             )

@@ -331,8 +331,8 @@ class LayerScaling(keras.layers.Layer):
             self.loss_scale.assign(scale_state.initial_scale())
             self._refused = ValueError(
                 f"Expected finite numbers as the scale of LossScaled layer '{self.name}'. "
-                f"Received: {scale.tolist()}. What was saved is not finite: load what was saved "
-                "before, and look at its weights, too."
+                f"Received: {scale.tolist()}. The saved state is not finite: load an earlier "
+                "checkpoint, and check its weights, too."
             )
             raise self._refused
         self.loss_scale.assign(scale_state.restored(scale))

@@ -114,7 +114,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             )
         if not is_whole(rule.memory_size):
             raise ValueError(
-                "Expected `rule` to remember a whole number of numbers per layer, at least 0. "
+                "Expected `rule.memory_size` to be a whole number, at least 0. "
                 f"Received: rule={rule!r}, with memory_size={rule.memory_size!r}."
             )
         if not is_whole(sample_every, 1):
@@ -390,8 +390,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if not self._any_loss_scaled:
             self._any_loss_scaled = True  # once
             warnings.warn(
-                "AdaptiveLossScaleOptimizer is given gradients of a loss that it was not asked to "
-                "scale, and divides them by its loss scale: weights hardly move. Compute gradients "
+                "AdaptiveLossScaleOptimizer received gradients, but `scale_loss` was never called. "
+                "It divides gradients by the loss scale, so weights hardly move. Compute gradients "
                 "of `optimizer.scale_loss(loss)`.",
                 stacklevel=4,
             )
@@ -429,7 +429,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         damaged = [v.path for v in self._keeper.damaged()]
         if not is_scale_value(scale) or damaged:
             raise ValueError(
-                "Expected a power of two as loss scale, and finite numbers in all that is known of "
+                "Expected a power of two as the loss scale, and finite state of all "
                 f"layers. Received: a loss scale of {scale}"
                 + (f" and others in {', '.join(damaged)}" if damaged else "")
                 + ". The file is damaged: take another copy of it."

@@ -100,7 +100,7 @@ def _check_finite(outputs: Any, runs: OwnRuns, number: int) -> None:
     name = runs.first_nonfinite or "an operation that is not a part"
     raise ValueError(
         "Expected a model whose outputs are finite in float32. Received: one that returns Inf or "
-        f"NaN for batch {number}, first made by '{name}'. Look there for a division by zero, the "
-        'logarithm or root of what can be zero or less, or a cast to "float16" that is written '
-        "out, which no dtype policy changes."
+        f"NaN for batch {number}, first produced by '{name}'. Look there for a division by zero, "
+        "the logarithm or root of a value that can be zero or negative, or an explicit cast to "
+        '"float16", which dtype policies do not change.'
     )

@@ -119,10 +119,10 @@ class RoomWatch:
         if len(lines) > _MOST_NAMED:
             lines[_MOST_NAMED:] = [f"and {len(lines) - _MOST_NAMED} more"]
         warnings.warn(
-            f"At step {step} the forward pass comes near overflow. No loss scale can mend that.\n  "
+            f"At step {step} the forward pass is close to overflow. No loss scale can help.\n  "
             + "\n  ".join(lines)
-            + "\n`tf_adaptive_ls.widen(model, batches)` makes such parts compute in float32. Where "
-            "values grow without end, lower the learning rate.",
+            + "\n`tf_adaptive_ls.widen(model, batches)` makes these parts compute in float32. If "
+            "values keep growing, lower the learning rate.",
             stacklevel=2,
         )
 

@@ -65,7 +65,7 @@ class Widening:
             if self.share_narrow is not None:
                 lines.append(f"{100 * self.share_narrow:.0f} % of multiplications stay narrow.")
         if self.unmended:
-            lines += ["Not mended:"] + [f"  {name}: {why}" for name, why in self.unmended.items()]
+            lines += ["Not repaired:"] + [f"  {name}: {why}" for name, why in self.unmended.items()]
         return "\n".join(lines)
 
 

@@ -56,7 +56,7 @@ class ExclusiveFile:
     def add(self, line: str) -> None:
         """Adds a line, a string without its end."""
         if not self._close.alive:
-            raise OSError("another run in this process has gone on with it")
+            raise OSError("another run in this process writes it now")
         with open(self.path, "r+b") as file:
             file.seek(0, os.SEEK_END)
             file.write(f"{line}\n".encode())

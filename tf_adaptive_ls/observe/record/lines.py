@@ -80,13 +80,13 @@ def entries_in(
     damage = f"{num_damaged} of its {len(lines)} lines are damaged"
     if start is None or not entries:
         raise ValueError(
-            "Expected the record of a run with figures in it. Received: "
+            "Expected the record of a run with at least one snapshot. Received: "
             f"{str(path)!r}, which has none"
             + (f": {damage}." if num_damaged else " yet.")
-            + " They come every so many steps, and when `fit` ends."
+            + " LossScaleMonitor writes one every `every` steps, and when `fit` ends."
         )
     if num_damaged:
-        warnings.warn(f"Of the record '{path}' {damage} and left out.", stacklevel=3)
+        warnings.warn(f"Record '{path}': {damage} and left out.", stacklevel=3)
     return start, [json.loads(text) for _, text in entries]
 
 
