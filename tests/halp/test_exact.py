@@ -144,6 +144,7 @@ def test_no_offset_is_scaled_by_a_number_that_devices_take_for_zero():
     with optimizer.given_gradients_at_center({0: ops.zeros(2)}):
         optimizer.apply([ops.convert_to_tensor(np.float32([5, 5]))])
     np.testing.assert_array_equal(ops.convert_to_numpy(weight), [1, 1])
+    np.testing.assert_array_equal(ops.convert_to_numpy(optimizer.offsets[0]), [0, 0])
 
 
 @pytest.mark.parametrize("mode", MODES)
