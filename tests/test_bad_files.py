@@ -142,7 +142,7 @@ def test_a_damaged_optimizer_is_refused(what, tmp_path, mixed_float16):
     }[what]
     variable.assign(np.full(variable.shape, {"dynamic_scale": 3.0, "memory": np.nan}[what]))
     model.save_weights(tmp_path / "bad.weights.h5")
-    with pytest.raises(ValueError, match="Expected a power of two as loss scale, and finite"):
+    with pytest.raises(ValueError, match="Expected a power of two as the loss scale, and finite"):
         files.trained_model().load_weights(tmp_path / "bad.weights.h5")
 
 

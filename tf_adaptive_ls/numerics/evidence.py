@@ -1,9 +1,8 @@
 """The reports of all layers in one step, as counts that devices can sum.
 
-Counts add up, over replicas as over micro-batches; magnitudes do not, and no collective
-of `tf.distribute` takes a maximum. So reports and the gradients of weights become spectra,
-and numbers of gradients that were not finite, and only these are looked at by
-`scale_update`.
+Counts can be summed over replicas and over micro-batches. Magnitudes cannot, and `tf.distribute`
+has no collective for maxima. So reports and weight gradients become spectra and counts of
+non-finite gradients; `scale_update` sees nothing else.
 """
 
 from typing import Any, NamedTuple
@@ -21,12 +20,12 @@ from tf_adaptive_ls.numerics.report import SAMPLE_SIZE, Arrived, Produced, Repor
 
 
 class Counts(NamedTuple):
-    """What was counted at one place of each layer; float32, spectra of `COUNTING_FORMAT`.
+    """Counts for each layer, of one kind of gradients. Float32; spectra are in `COUNTING_FORMAT`.
 
     Attributes:
-        beyond: Whether a gradient was beyond its format: not finite, or too large to be rounded
-            to it without saturating. `[layers]`
-        sample: Spectra of a sample, `[layers, bins]`; all zero if none was asked for.
+        beyond: Whether a gradient was beyond its format: not finite, or saturated by rounding.
+            `[layers]`
+        sample: Spectra of a sample, `[layers, bins]`; all zero on steps without a sample.
         peaks: Spectra of the largest magnitude of each gradient, `[layers, bins]`.
     """
 
@@ -36,21 +35,21 @@ class Counts(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a step tells; all float32.
+    """The evidence of one step, for all layers. All tensors are float32.
 
     A layer *produces* the gradients of its inputs and of its weights.
 
     Attributes:
-        weights_broken: Whether a gradient of a weight was not finite, `[]`.
-        arrived: `Counts` of what arrived at the layer: `beyond` of all, the spectra of what
-            arrived at scale S, and of gradients of its weights, at S as well, that are written
-            in 16 bits. Peaks of zero are left out.
-        produced: `Counts` of what the layer produced, at scale S * 2**r. `beyond` also tells of
-            what it shifted to its own scale. Peaks are the largest and the smallest; and
-            the largest of what it was computed from. Of zeros there is one at most, for a
-            gradient that is zero all over.
-        rounded: `Counts` of what the layer rounds to a narrower format, before that, at scale
-            S * 2**r. Peaks of zero are left out. `None` if no layer does.
+        weights_broken: Whether a weight gradient was not finite, `[]`.
+        arrived: `Counts` of gradients that arrived at each layer. `beyond` covers all of them;
+            spectra cover those that arrived at scale S, and gradients of 16-bit weights, which are
+            at S, too. Peaks of zero are left out.
+        produced: `Counts` of gradients that each layer produced, at scale S * 2**r. `beyond` also
+            covers gradients that the layer brought to its own scale. Peaks are the largest and the
+            smallest peak, and the largest of the gradients that these were computed from. The zero
+            bin is 1 if some gradient tensor is entirely zero, else 0.
+        rounded: `Counts` of gradients before each layer rounds them to a narrower format, at scale
+            S * 2**r. Peaks of zero are left out. `None` if no layer rounds.
     """
 
     weights_broken: Tensor
@@ -60,11 +59,11 @@ class Evidence(NamedTuple):
 
     @property
     def finite(self) -> Tensor:
-        """Whether all gradients of weights are finite, a boolean scalar."""
+        """Whether all weight gradients are finite, a boolean scalar."""
         return ops.equal(self.weights_broken, 0)
 
     def packed(self) -> Tensor:
-        """All of it as one vector: what replicas sum."""
+        """All counts as one vector, for a sum over replicas."""
         counts = [each for each in self[1:] if each is not None]
         columns = [x for each in counts for x in (each.beyond[:, None], *each[1:])]
         of_layers = ops.concatenate(columns, axis=1)
@@ -72,9 +71,10 @@ class Evidence(NamedTuple):
 
     @classmethod
     def unpacked(cls, vector: Tensor, num_layers: int, num_replicas: int = 1) -> "Evidence":
-        """The evidence in the sum of vectors that `packed` made on so many replicas.
+        """The evidence from the sum of the `packed` vectors of several replicas.
 
-        What is zero on some is not lost: a replica without examples sends zeros.
+        Gradients that are zero on some replicas do not count as lost: a replica without examples
+        sends zeros.
         """
         bins = spectrum.num_bins(COUNTING_FORMAT)
         of_layers = ops.reshape(vector[1:], (num_layers, -1, 1 + 2 * bins))
@@ -91,14 +91,14 @@ class Evidence(NamedTuple):
 def evidence_of(
     reports: Report, gradients: list[Tensor], facts: LayerFacts, log2_scales: Tensor, sampled: Any
 ) -> Evidence:
-    """Turns what was seen into counts.
+    """Turns reports and weight gradients into counts.
 
     Args:
-        reports: The layers' reports, a `Report` of arrays `[layers]`.
-        gradients: List of all gradients of weights, at scale S.
+        reports: The `Report` of all layers, of arrays `[layers]`.
+        gradients: List of all weight gradients, at scale S.
         facts: The `LayerFacts`.
         log2_scales: r of each layer, float32 `[layers]`.
-        sampled: Whether samples are asked for, a boolean scalar.
+        sampled: Whether this step takes a sample, a boolean scalar.
 
     Returns:
         An `Evidence`.
@@ -190,18 +190,18 @@ _NONZERO[spectrum.ZERO] = 0.0
 
 
 def _of_samples(samples: Tensor, numbers: Tensor) -> Tensor:
-    """Spectra `[…, bins]` of samples `[…, SAMPLE_SIZE]` that zeros follow after so many `[…]`."""
+    """Spectra `[…, bins]` of the first `[…]` elements of samples `[…, SAMPLE_SIZE]`."""
     padding = (SAMPLE_SIZE - numbers)[..., None] * (1 - _NONZERO)
     return ops.maximum(_counts(samples) - padding, 0.0)
 
 
 def _sum_of_counts(values: Tensor, counted: np.ndarray) -> Tensor:
-    """Spectra `[layers, bins]` of values `[layers, n, m]`, of those `[layers, n]` that count."""
+    """Spectra `[layers, bins]` of the values `[layers, n, m]` whose `[layers, n]` is true."""
     return ops.sum(_counts(values) * counted[..., None].astype("float32"), axis=1)
 
 
 def _are_narrow(gradients: list[Tensor]) -> np.ndarray:
-    """Whether each gradient has less range than float32, and False for none, `[gradients + 1]`."""
+    """Whether each gradient has less range than float32, then False, `[gradients + 1]`."""
     dtypes = (keras.backend.standardize_dtype(gradient.dtype) for gradient in gradients)
     return np.array([*map(is_narrow_dtype, dtypes), False])
 
@@ -211,9 +211,9 @@ def _flag(condition: Any) -> Tensor:
 
 
 def _samples(gradients: list[Tensor]) -> Tensor:
-    """Magnitudes of each gradient, and zeros for none, `[gradients + 1, SAMPLE_SIZE]`.
+    """Magnitudes of each gradient, then zeros, `[gradients + 1, SAMPLE_SIZE]`.
 
-    Tensors without so many elements are gone through repeatedly.
+    Smaller tensors are repeated.
     """
     samples = [spectrum.sample(gradient, SAMPLE_SIZE) for gradient in gradients]
     sizes = [*(sample.shape[0] for sample in samples), 1]

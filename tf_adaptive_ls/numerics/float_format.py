@@ -51,7 +51,7 @@ class FloatFormat:
 
     @functools.cached_property
     def smallest_normal(self) -> float:
-        """Smallest positive value that has the format's full precision."""
+        """Smallest positive normal value."""
         return float(_finfo(self.name).smallest_normal)
 
     @functools.cached_property
@@ -102,14 +102,14 @@ COUNTING_FORMAT = FloatFormat("float16")
 
 
 def narrowest(dtypes: Iterable[str]) -> FloatFormat:
-    """The `FloatFormat` with the least range of several dtypes, float32 if none has floats."""
+    """The `FloatFormat` with the least range among several dtypes; float32 if none is a float."""
     formats = [FloatFormat(dtype) for dtype in dtypes if keras.backend.is_float_dtype(dtype)]
     widest = FloatFormat("float32")
     return min(formats, key=lambda each: (each.max_exponent, -each.min_exponent), default=widest)
 
 
 def is_narrow_dtype(dtype: str) -> bool:
-    """Whether a dtype is one of floating-point numbers that lacks the range of float32."""
+    """Whether a dtype is a floating-point dtype with less range than float32."""
     return keras.backend.is_float_dtype(dtype) and FloatFormat(dtype).is_narrow
 
 

@@ -16,20 +16,20 @@ def gradient_tap(
     receivers: Sequence[Tensor] = (),
     report: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """Identity whose backward pass divides gradients and reports what it saw.
+    """Identity whose backward pass divides gradients and reports them.
 
     Args:
         tensors: List of floating-point or complex tensors, at least one.
-        divisors: List of float32 scalars, powers of two, one per tensor: what its
-            gradient is divided by. `None` leaves a gradient as it is.
-        receivers: List of tensors. The "gradient" of the last is the report, those of
-            the others are zero. Without any nothing is reported.
-        report: Function `(gradients, divisors) -> tensor` of the shape of the last of
-            `receivers`, of the gradients as they arrived.
+        divisors: List of float32 scalars, powers of two, one per tensor, by which its gradient is
+            divided. `None` leaves a gradient as it is.
+        receivers: List of tensors. The "gradient" of the last one is the report, those of the
+            others are zero. Without receivers, nothing is reported.
+        report: Function `(gradients, divisors) -> tensor` of the shape of the last receiver, where
+            gradients are as they arrived.
 
     Returns:
-        List of tensors equal to `tensors`. Differentiating their gradients once
-        more raises a `NotImplementedError`.
+        List of tensors equal to `tensors`. Differentiating their gradients raises a
+        `NotImplementedError`.
     """
     # Most gradients of a layer share one divisor.
     distinct = {id(divisor): divisor for divisor in divisors if divisor is not None}
@@ -64,13 +64,13 @@ def rounding_tap(
     round_gradient: Callable[[Tensor], Tensor],
     report: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Identity whose backward pass rounds a gradient, and reports what it was before.
+    """Identity whose backward pass rounds a gradient, and reports the gradient before rounding.
 
     Args:
         tensor: Floating-point tensor.
         receiver: Tensor whose "gradient" is the report.
-        round_gradient: Function of a tensor to one of its shape and dtype.
-        report: Function of the gradient as it came to a tensor of the shape of `receiver`.
+        round_gradient: Function of a tensor to a tensor of the same shape and dtype.
+        report: Function of the gradient before rounding to a tensor of the shape of `receiver`.
 
     Returns:
         A tensor equal to `tensor`, see `gradient_tap`.
@@ -88,7 +88,7 @@ def rounding_tap(
 
 
 def redirect_gradient(value: Tensor, tensor: Tensor) -> Tensor:
-    """`value`, whose gradient goes to `tensor` instead."""
+    """Returns `value`; its gradient goes to `tensor` instead."""
 
     def replace(_: Any, tensor: Tensor, value: Tensor) -> tuple[Tensor, Callable[..., Any]]:
         def backward(*gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _divide(x: Tensor, divisor: Tensor) -> Tensor:
 
 
 def _refuse_second_order(gradients: list[Tensor]) -> list[Tensor]:
-    """`gradients`, which cannot be differentiated."""
+    """Returns `gradients`, which then cannot be differentiated."""
 
     def identity(_: Any, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
         def backward(*_: Tensor) -> Any:

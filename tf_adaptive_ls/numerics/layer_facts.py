@@ -11,16 +11,16 @@ from tf_adaptive_ls.numerics.float_format import FloatFormat
 
 
 class Ownership(NamedTuple):
-    """Which weights each of several layers has of its own, NumPy arrays.
+    """Which weights belong to each of several layers; NumPy arrays.
 
-    A weight belongs to every innermost layer that has it. Its gradient is written there, at the
+    A weight belongs to the innermost layers that contain it. Its gradient is written there, at the
     scale of that layer times the scales of all layers around it.
 
     Attributes:
-        places: Places of a layer's weights among all, int32 `[layers, most]`; the number
-            of all weights stands for none.
+        places: Positions of a layer's weights among all weights, int32 `[layers, most]`; padded
+            with the number of all weights.
         around: Whether layer j is around layer i, float32 `[i, j]`.
-        is_weight: Which of `places` are weights, boolean `[layers, most]`.
+        is_weight: Which of `places` are not padding, boolean `[layers, most]`.
     """
 
     places: np.ndarray
@@ -31,7 +31,7 @@ class Ownership(NamedTuple):
     def of(
         cls, weights_of_layers: list[list[int]], inside: list[list[int]], num_weights: int
     ) -> "Ownership":
-        """From lists, by layer, of the places of its weights and of the layers inside it."""
+        """From lists, per layer, of the positions of its weights and of the layers inside of it."""
         own = [
             sorted(set(weights).difference(*(weights_of_layers[other] for other in others)))
             for weights, others in zip(weights_of_layers, inside, strict=True)
@@ -45,7 +45,7 @@ class Ownership(NamedTuple):
         return cls(places, around, places < num_weights)
 
     def scales(self, log2_scales: Tensor) -> Tensor:
-        """2**r of each layer and of those around it together, `[layers]`."""
+        """Product of 2**r of each layer and of the layers around it, `[layers]`."""
         if self.around.any():
             outer = ops.sum(self.around * log2_scales, axis=1)
             log2_scales = ops.clip(log2_scales + outer, -126.0, 127.0)
@@ -56,10 +56,10 @@ class Flow(NamedTuple):
     """How gradients flow between layers; NumPy arrays.
 
     Attributes:
-        call_order: The place of each layer in the forward pass, `[layers]`.
-        passes_from: Whether what layer j produces is what arrives at layer i, and passes it
-            without being looked at on arrival, boolean `[i, j]`.
-        held_to: Whether layer i is to work at no larger scale than layer j, `[i, j]`.
+        call_order: Position of each layer in the forward pass, `[layers]`.
+        passes_from: Whether layer i receives the gradients that layer j produces, and passes them
+            on without a report on arrival, boolean `[i, j]`.
+        held_to: Whether the scale of layer i must not exceed that of layer j, `[i, j]`.
     """
 
     call_order: np.ndarray
@@ -68,20 +68,20 @@ class Flow(NamedTuple):
 
     @classmethod
     def of_unrelated(cls, num_layers: int) -> "Flow":
-        """That of layers called one after the other, each of whose gradients are looked at."""
+        """The flow of layers that are called one after the other, each with reports on arrival."""
         unrelated = np.zeros((num_layers, num_layers), bool)
         return cls(np.arange(num_layers), unrelated, unrelated)
 
 
 class LayerFacts(NamedTuple):
-    """What the update has to know of layers, besides their state; in lists and NumPy arrays.
+    """Properties of layers that the update needs, as lists and NumPy arrays.
 
     Attributes:
         float_formats: The `FloatFormat` that each layer computes in.
-        rounded_formats: The narrower `FloatFormat` that each rounds gradients to, `None` for none.
-        narrow: Whether each computes in a format with less range than float32, `[layers]`.
-        answerable: Whether all gradients of its weights have come at its own scale, `[layers]`.
-            Otherwise only its report tells whether it made what is not finite.
+        rounded_formats: The narrower `FloatFormat` that each layer rounds gradients to, or `None`.
+        narrow: Whether each layer computes in a format with less range than float32, `[layers]`.
+        answerable: Whether all weight gradients of a layer have its own scale, `[layers]`. If not,
+            only its report shows whether it made gradients non-finite.
         ownership: The `Ownership` of weights.
         flow: The `Flow` of gradients.
     """
@@ -100,6 +100,6 @@ class LayerFacts(NamedTuple):
 
     @property
     def narrowest_formats(self) -> list[FloatFormat]:
-        """The narrowest format that gradients of each layer come in."""
+        """The narrowest format that gradients of each layer have anywhere."""
         pairs = zip(self.float_formats, self.rounded_formats, strict=True)
         return [rounded or carrier for carrier, rounded in pairs]

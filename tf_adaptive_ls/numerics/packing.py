@@ -1,7 +1,7 @@
 """Packs numbers into 8 bits: float8_e5m2, the upper byte of float16.
 
-It has the range of float16, so that no scale is needed, and 2 bits after the leading one. They are
-kept as whole numbers, which every device and every compiler has.
+The format has the range of float16, so it needs no scale, and two bits after the leading bit. Bytes
+are stored as integers, which every device and compiler supports.
 """
 
 import keras
@@ -18,16 +18,15 @@ _INFINITY, _LARGEST, _SMALLEST, _NAN = 0x7C00, 0x7B00, 0x0100, 0x7E00
 
 
 def packed(x: Tensor) -> Tensor:
-    """The nearest numbers of 8 bits, halfway the even one.
+    """Rounds to the nearest float8_e5m2 numbers, ties to even.
 
-    What is larger than the largest, 57344, becomes that one; what is not zero becomes no zero.
-    Infinities and NaN stay.
+    Numbers above 57344 saturate; non-zero numbers do not become zero. Infinities and NaN are kept.
 
     Args:
         x: Floating-point tensor.
 
     Returns:
-        Uint8 tensor of its shape.
+        Uint8 tensor of the shape of `x`.
     """
     bits = ops.cast(arrays.bitcast(_as_float16(x), "uint16"), "int32")
     sign, size = ops.bitwise_and(bits, 0x8000), ops.bitwise_and(bits, 0x7FFF)
@@ -39,11 +38,11 @@ def packed(x: Tensor) -> Tensor:
 
 
 def unpacked(bits: Tensor, dtype: str) -> Tensor:
-    """The numbers that were `packed`.
+    """The inverse of `packed`.
 
     Args:
         bits: Uint8 tensor.
-        dtype: That of the result.
+        dtype: Dtype of the result.
     """
     wide = ops.left_shift(ops.cast(bits, "int32"), 8)
     return ops.cast(arrays.bitcast(ops.cast(wide, "uint16"), "float16"), dtype)

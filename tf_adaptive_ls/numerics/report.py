@@ -1,10 +1,10 @@
 """The report of one layer in one step: readings of its gradients.
 
-A report is the only thing that a backward pass writes. It comes out as the "gradient" of
-a weight, one vector of several *readings*: the largest magnitude of each gradient and a sample
-of magnitudes. A layer has a tap where gradients arrive, one where they leave, and perhaps some
-where they are rounded to a narrower format. Reports of several taps and calls add up: a sum of k
-magnitudes is within log2(k) binades of the largest.
+The backward pass writes nothing but the report, as the "gradient" of a weight: one vector with
+several *readings*, which are the largest magnitude of each gradient, and a sample of magnitudes. A
+layer has one tap where gradients arrive, one where they leave, and possibly others where they are
+rounded to a narrower format. Reports of several taps and calls add up: a sum of k magnitudes is
+within log2(k) binades of the largest one.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,17 @@ SAMPLE_SIZE = 1008
 class Arrived(NamedTuple):
     """A reading of the gradients that arrive at a layer's outputs: float32 `[…]`.
 
-    Of this and the others: "narrow" are gradients that are written in a format with less range
-    than float32, which a scale is for. What is "broken" is more than zero if anything is not
-    finite. The sample comes last, `[…, SAMPLE_SIZE]`, and before it how many elements it has:
-    zeros follow them.
+    In this and the other readings, "narrow" gradients have a format with less range than float32,
+    which needs a loss scale. "Broken" is positive if any gradient is not finite. The sample comes
+    last, `[…, SAMPLE_SIZE]`, padded with zeros, and the number of its elements comes before it.
 
     Attributes:
         broken: Of all gradients.
-        shifted_broken: Of the narrow ones, once they are at the layer's own scale.
-        at_s: The largest of the narrow gradients that arrived at scale S.
-        set_out_from: The largest of all narrow ones, once they are at the layer's own scale.
-        number: How many elements the sample has.
-        sample: Magnitudes of `at_s`.
+        shifted_broken: Of narrow gradients, at the scale of the layer.
+        at_s: Largest magnitude of narrow gradients that arrived at scale S.
+        set_out_from: Largest magnitude of all narrow gradients, at the scale of the layer.
+        number: Number of elements of the sample.
+        sample: Magnitudes of the gradients of `at_s`.
     """
 
     broken: Tensor
@@ -52,14 +51,14 @@ class Arrived(NamedTuple):
 
 
 class Produced(NamedTuple):
-    """A reading of the gradients of a layer's inputs, at the layer's own scale; as `Arrived`.
+    """A reading of the gradients of a layer's inputs, at the scale of the layer; see `Arrived`.
 
     Attributes:
         broken: Of all gradients.
-        largest: The largest of the narrow ones.
-        least: The smallest of the largest magnitudes of each narrow one.
-        number: How many elements the sample has.
-        sample: Magnitudes of `largest`.
+        largest: Largest magnitude of the narrow gradients.
+        least: The smallest per-tensor maximum among the narrow gradients.
+        number: Number of elements of the sample.
+        sample: Magnitudes of the gradients of `largest`.
     """
 
     broken: Tensor
@@ -70,15 +69,15 @@ class Produced(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """A reading of gradients inside a layer, before they are rounded to a narrower format.
+    """A reading of gradients inside of a layer, before they are rounded to a narrower format.
 
-    A layer may have several places where it rounds. As `Arrived`.
+    A layer may round at several places. See `Arrived`.
 
     Attributes:
-        largest: The largest magnitude.
-        beyond: At how many places there was one that the format does not hold.
-        number: How many elements the sample has.
-        sample: Magnitudes, those of each place at a place of its own among zeros.
+        largest: Largest magnitude.
+        beyond: Number of places with a gradient that saturates.
+        number: Number of elements of the sample.
+        sample: Magnitudes; each place has its own range of positions, the rest are zeros.
     """
 
     largest: Tensor
@@ -88,7 +87,7 @@ class Rounded(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where in a vector a reading is: behind the units its figures, then its sample."""
+    """The positions of a reading in a vector: units, then figures, then the sample."""
 
     kind: Any
 
@@ -105,7 +104,7 @@ class _Layout(NamedTuple):
         return np.arange(self.size) < NUM_UNITS + self.num_figures
 
     def unpacked(self, vectors: Tensor) -> Any:
-        """The reading in vectors `[…, size]`."""
+        """The reading from vectors `[…, size]`."""
         numbers = heard(vectors)
         *figures, number = (numbers[..., i] for i in range(self.num_figures))
         return self.kind(*figures, ops.round(number), numbers[..., self.num_figures :])
@@ -118,12 +117,12 @@ _IS_FIGURE = np.concatenate([_OF_ARRIVED.is_figure, _OF_PRODUCED.is_figure])
 
 
 class Report(NamedTuple):
-    """What a layer, or several, stacked, report.
+    """The report of one layer, or of several, stacked.
 
     Attributes:
         arrived: `Arrived`.
         produced: `Produced`.
-        rounded: `Rounded`, `None` if no layer rounds gradients.
+        rounded: `Rounded`, or `None` if no layer rounds gradients.
     """
 
     arrived: Arrived
@@ -132,7 +131,7 @@ class Report(NamedTuple):
 
     @classmethod
     def unpacked(cls, vectors: Tensor, of_rounded: Tensor | None = None) -> "Report":
-        """That in vectors `[…, SIZE]`, and `[…, SIZE_OF_ROUNDED]` of the few layers that round."""
+        """The report from vectors `[…, SIZE]`, and `[…, SIZE_OF_ROUNDED]` of layers that round."""
         arrived, produced = vectors[..., : _OF_ARRIVED.size], vectors[..., _OF_ARRIVED.size :]
         rounded = None if of_rounded is None else _OF_ROUNDED.unpacked(of_rounded)
         return cls(_OF_ARRIVED.unpacked(arrived), _OF_PRODUCED.unpacked(produced), rounded)
@@ -141,13 +140,13 @@ class Report(NamedTuple):
 def report_of_rounded(
     gradient: Tensor, float_format: FloatFormat, place: int, number: int
 ) -> Tensor:
-    """What is to be told of a gradient before it is rounded.
+    """The report of a gradient before it is rounded.
 
     Args:
         gradient: Tensor.
         float_format: The `FloatFormat` that it is rounded to.
-        place: Which of the places where its layer rounds that is, an int.
-        number: How many of them there are.
+        place: Index of the place, among those where the layer rounds, an int.
+        number: Number of these places.
 
     Returns:
         A float32 vector `[SIZE_OF_ROUNDED]`, a `Rounded`.
@@ -169,13 +168,13 @@ def report_of_rounded(
 def report_of_arrived(
     gradients: list[Tensor], divisors: list[Tensor | None], *, at_s: list[bool], narrow: list[bool]
 ) -> Tensor:
-    """What is to be told of the gradients of a layer's outputs.
+    """The report of the gradients of a layer's outputs.
 
     Args:
         gradients: List of tensors, as they arrived.
-        divisors: List of scalars, by which each is divided to be at S * 2**r, `None` for 1.
-        at_s: Whether each is narrow and arrived at scale S.
-        narrow: Whether each is narrow.
+        divisors: List of scalars that bring each gradient to S * 2**r by division, `None` for 1.
+        at_s: Whether each gradient is narrow and arrived at scale S.
+        narrow: Whether each gradient is narrow.
 
     Returns:
         A float32 vector `[SIZE]` with an `Arrived`.
@@ -199,11 +198,11 @@ def report_of_arrived(
 
 
 def report_of_produced(gradients: list[Tensor], *, narrow: list[bool]) -> Tensor:
-    """What is to be told of the gradients of a layer's inputs.
+    """The report of the gradients of a layer's inputs.
 
     Args:
         gradients: List of tensors, at scale S * 2**r.
-        narrow: Whether each is narrow.
+        narrow: Whether each gradient is narrow.
 
     Returns:
         A float32 vector `[SIZE]` with a `Produced`.
@@ -220,10 +219,10 @@ def report_of_produced(gradients: list[Tensor], *, narrow: list[bool]) -> Tensor
 def _of_all_parts(
     of_part: Callable[..., Any], tensors: list[Tensor], is_figure: np.ndarray
 ) -> Tensor:
-    """The report of all devices, where one computation spans several.
+    """The report of all devices, if one computation spans several.
 
-    Each tells the peaks of its part, and of its samples every so many elements: the
-    largest of all are then those of the whole, and its sample is as large as of one.
+    Each device reports the peaks of its part, and its part of the sample. The largest peaks are
+    those of the whole, and the sample has the size of a single device's.
     """
 
     def told_by(tensors: list[Tensor], part: int, num_parts: int) -> Tensor:
@@ -253,12 +252,12 @@ def _chosen(items: list[Tensor], chosen: list[bool]) -> list[Tensor]:
 
 
 def _largest(peaks: Tensor, chosen: list[bool]) -> Tensor:
-    """The largest of those peaks `[n]` that are `chosen`, 0 if none is."""
+    """The largest of the peaks `[n]` that are `chosen`, 0 if there is none."""
     return _reduced(ops.max, peaks, chosen, np.float32(0.0))
 
 
 def _smallest(peaks: Tensor, chosen: list[bool]) -> Tensor:
-    """The smallest of those peaks `[n]` that are `chosen`, 0 if none is."""
+    """The smallest of the peaks `[n]` that are `chosen`, 0 if there is none."""
     return _reduced(ops.min, peaks, chosen, np.finfo("float32").max)
 
 

@@ -1,7 +1,7 @@
 """Rounding to a float8 format, to 16 bits, and to integers.
 
-By integer operations on bits: XLA on a GPU may drop a chain of casts, and casts of
-TensorFlow and JAX neither saturate nor round stochastically.
+It uses integer operations on bits, because XLA on a GPU may remove a chain of casts, and the casts
+of TensorFlow and JAX neither saturate nor round stochastically.
 """
 
 import numpy as np
@@ -32,22 +32,21 @@ def rounded(
     factor: Tensor | None = None,
     cast: bool = False,
 ) -> Tensor:
-    """The numbers of a float8 format that are nearest to those of `x`, in the dtype of `x`.
+    """Rounds to the nearest numbers of a float8 format, in the dtype of `x`.
 
-    Halfway it is the even one, as IEEE 754 has it. What is larger than the format's largest
-    becomes that one. Infinities and NaN stay, also where the format has none.
+    Ties go to even, as in IEEE 754. Values that are too large saturate. Infinities and NaN are
+    kept, even if the format has none.
 
     Args:
         x: Tensor of float16, bfloat16 or float32.
         float_format: A `FloatFormat` of 8 bits.
-        noise: Int32 tensor of the shape of `x`, random whole numbers in [0, 2**16). With it
-            `x` is rounded up in magnitude with a probability of how far it is on the
-            way, so that the mean is `x`.
-        factor: Float32 tensor of powers of two, of a shape that fits that of `x`: `x * factor`
-            is rounded, and divided by it.
-        cast: Whether to cast the result to the format on the way, which changes no number:
-            XLA takes a product of two such tensors for one of 8 bits, if the device has that.
-            Where the format has no infinity, it becomes NaN.
+        noise: Int32 tensor of the shape of `x`, random integers in [0, 2**16), for stochastic
+            rounding: the mean over all values of `noise` is `x`.
+        factor: Float32 tensor of powers of two that broadcasts to `x`: `x * factor` is rounded, and
+            divided by it again.
+        cast: Whether to cast to the float8 dtype and back, which changes no number. XLA recognizes
+            a matmul of two such tensors as a float8 matmul, if the device has it. Infinities become
+            NaN if the format has no infinity.
 
     Returns:
         Tensor of the shape and dtype of `x`.
@@ -98,17 +97,17 @@ NOISE_BITS_OF_16 = 31
 
 
 def rounded_to_16_bits(x: Tensor, dtype: str, noise: Tensor) -> Tensor:
-    """One of the two neighbours in a format of 16 bits, the nearer one more often.
+    """Rounds stochastically to one of the two neighbors in a 16-bit format.
 
-    Over all that `noise` may be the mean is `x`: exactly, if `x` is a whole multiple of 2**-31 of
-    the step between the neighbours. Any float32 number is as a bfloat16, and as a float16 any
-    that is at least 2**-32; of smaller ones what is below 2**-55 is dropped. What is larger than
-    the format's largest becomes that one. Infinities and NaN stay.
+    The mean over all values of `noise` is `x`, exactly if `x` is a multiple of 2**-31 of the
+    distance between the neighbors. That is the case for every float32 number with bfloat16, and
+    with float16 for numbers of at least 2**-32; for smaller numbers, bits below 2**-55 are dropped.
+    Values that are too large saturate. Infinities and NaN are kept.
 
     Args:
         x: Float32 tensor.
         dtype: "float16" or "bfloat16".
-        noise: Int32 tensor of the shape of `x`, random whole numbers in [0, 2**31).
+        noise: Int32 tensor of the shape of `x`, random integers in [0, 2**31).
 
     Returns:
         Tensor of the shape of `x`, of that dtype.
@@ -143,9 +142,9 @@ def rounded_to_16_bits(x: Tensor, dtype: str, noise: Tensor) -> Tensor:
 
 
 def rounded_to_integers(x: Tensor, bits: int, noise: Tensor) -> Tensor:
-    """One of the two neighboring integers, the nearer one more often; saturates at `bits` bits.
+    """Rounds stochastically to one of the two neighboring integers; saturates at `bits` bits.
 
-    Over all values of `noise` the mean is `x`: exactly, if `x` is a multiple of 2**-31 and within
+    The mean over all values of `noise` is `x`, exactly if `x` is a multiple of 2**-31 and within
     the range of the integers. NaN becomes 0.
 
     Args:
@@ -167,16 +166,16 @@ def rounded_to_integers(x: Tensor, bits: int, noise: Tensor) -> Tensor:
 
 
 def fitting_factor(peak: Tensor, float_format: FloatFormat, dtype: str = "float32") -> Tensor:
-    """The largest power of two times which a magnitude is not beyond a float8 format.
+    """The largest power of two by which `peak` can be multiplied without exceeding a float8 format.
 
     Args:
         peak: Float32 tensor of magnitudes.
         float_format: A `FloatFormat` of 8 bits.
-        dtype: Name of a dtype that is to hold the factor's inverse. All numbers of float16
-            are normal ones in a float8 format times the largest factor that is left.
+        dtype: Name of a dtype that must be able to represent the inverse of the factor. With the
+            largest factors left out, all float16 numbers are still normal float8 numbers.
 
     Returns:
-        Float32 tensor of the shape of `peak`; 1 where that is zero, or not finite.
+        Float32 tensor of the shape of `peak`; 1 where `peak` is zero or not finite.
     """
     bits = arrays.bitcast(peak, "int32")
     exponent = ops.right_shift(bits, _FLOAT32.nmant) - _BIAS

@@ -1,10 +1,9 @@
 """The state of all scales between two steps.
 
-Each layer has its scale in a weight of its own, as the pair `(r, 1)` in a `tiny_unit`: its
-quotient is r whatever both are multiplied by, and averages of weights leave a fraction, which is
-rounded. An optimizer that knows nothing of scales leaves the "gradient" of that weight there,
-which is zero: that stands for r = 0, and for knowing nothing else. All other state is stacked,
-in the optimizer.
+The scale of each layer is one of its weights: the pair `(r, 1)` in a `tiny_unit`. Their quotient is
+r, whatever both are multiplied by; averages of weights give a fraction, which is rounded. An
+optimizer that does not know scales overwrites this weight with its "gradient", which is zero;
+(0, 0) therefore means "r = 0, no statistics". All other state is stacked, in the optimizer.
 """
 
 from typing import Any, NamedTuple
@@ -27,16 +26,16 @@ class LayerStates(NamedTuple):
     """The state of all layers; float32 tensors.
 
     Attributes:
-        log2_scales: r of each, `[layers]`.
-        memory: What the rule remembers, `[layers, n]`: exponents of gradients as they
-            are without any scale, so that they stay right however scales move.
-        overflows: On how many steps each made finite gradients non-finite, `[layers]`.
-        spectra: Those of the last sample of what each produced, and of its peaks,
-            `[layers, 2, bins]`, of `COUNTING_FORMAT`.
-        log2_sampled_at: log2 of the scale S * 2**r that these were taken at, `[layers]`.
-        saturations: On how many steps a gradient was larger than the narrower format that a
-            layer rounds it to, `[layers]`; `None` if no layer does.
-        rounded_spectra: Those of the last sample of such gradients, `[layers, bins]`.
+        log2_scales: r of each layer, `[layers]`.
+        memory: The memory of the rule, `[layers, n]`: exponents of unscaled gradients, which stay
+            right when scales change.
+        overflows: Number of steps on which each layer made finite gradients non-finite, `[layers]`.
+        spectra: Spectra of the last sample of produced gradients, and of their peaks,
+            `[layers, 2, bins]`, in `COUNTING_FORMAT`.
+        log2_sampled_at: log2 of the scale S * 2**r at that sample, `[layers]`.
+        saturations: Number of steps on which a gradient saturated in the narrower format that a
+            layer rounds to, `[layers]`; `None` if no layer does.
+        rounded_spectra: Spectra of the last sample of these gradients, `[layers, bins]`.
     """
 
     log2_scales: Tensor
@@ -53,14 +52,14 @@ class LossState(NamedTuple):
 
     Attributes:
         log2_scale: log2(S), a float32 scalar.
-        memory: What the rule remembers of what arrives at S in each format that layers
-            have, float32 `[formats, n]`; as that of layers.
-        steps_to_sample: How many steps to go before one is sampled, an int32 scalar.
-        ceiling: log2 of what S is not to go beyond, a float32 scalar. It remembers overflows
-            that no report explains, as of layers without a scale of their own.
-        blamed: On how many of the steps last skipped in a row each layer was at fault, and
-            last S, float32 `[layers + 1]`.
-        skipped_in_a_row: How many steps up to the last were skipped, an int32 scalar.
+        memory: The memory of the rule for gradients that arrive at S, for each format of the
+            layers, float32 `[formats, n]`.
+        steps_to_sample: Number of steps until the next sample, an int32 scalar.
+        ceiling: log2 of the largest S allowed, a float32 scalar. It remembers overflows that no
+            report explains, such as those of layers without a scale.
+        blamed: Number of the last skipped steps in a row on which each layer, and last S, was at
+            fault, float32 `[layers + 1]`.
+        skipped_in_a_row: Number of skipped steps in a row up to now, an int32 scalar.
     """
 
     log2_scale: Tensor
@@ -72,40 +71,40 @@ class LossState(NamedTuple):
 
 
 def packed_scale(log2_scale: Tensor) -> Tensor:
-    """`[…, 2]`, what a layer's weight holds, of r `[…]`."""
+    """The value of a layer's scale weight, `[…, 2]`, for r `[…]`."""
     return ops.stack([log2_scale * UNIT, ops.full_like(log2_scale, UNIT)], axis=-1)
 
 
 def packed_scales(log2_scales: Tensor, number: int) -> list[Tensor]:
-    """Those of so many layers, one by one.
+    """The values of the scale weights of several layers, one by one.
 
-    What is written is a product at last, not a part of a whole: of products XLA makes one kernel.
+    The last operation is a product, not a slice: XLA fuses products into one kernel.
     """
     pairs = ops.stack([log2_scales, ops.ones_like(log2_scales)], axis=-1)
     return [pair * UNIT for pair in ops.unstack(pairs, number)]
 
 
 def log2_scale_of(packed: Tensor) -> Tensor:
-    """The r of scales `[…, 2]`, whole numbers `[…]`; 0 for what can be no scale."""
+    """R of scale weights `[…, 2]`, integers `[…]`; 0 if the weight is not a valid scale."""
     amount, unit = packed[..., 0], packed[..., 1]
     r = ops.round(amount / ops.where(unit > 0, unit, 1.0))
     return ops.where(ops.abs(r) <= MAX_LOG2_SCALE, r, 0.0)  # NaN is not
 
 
 def factor_of(packed: Tensor) -> Tensor:
-    """2**r of scales `[…, 2]`, `[…]`."""
+    """2**r of scale weights `[…, 2]`, `[…]`."""
     return power_of_two(log2_scale_of(packed))
 
 
 def is_known(packed: np.ndarray) -> bool:
-    """Whether a scale `[2]` was left there by anyone who knows about scales."""
+    """Whether a scale weight `[2]` was written by code that knows scales."""
     return bool(packed[1] > 0)
 
 
 def restored(saved: np.ndarray) -> np.ndarray:
-    """The scale `[2]` that a file holds, with its unit as it should be; NumPy arrays.
+    """The scale weight `[2]` from a file, in the current unit; NumPy arrays.
 
-    Up to version 0.2 the pair was `(r, 2**r)`.
+    Up to version 0.2, the pair was `(r, 2**r)`.
     """
     r, factor = map(float, saved)
     if r.is_integer() and abs(r) <= MAX_LOG2_SCALE and factor == 2.0**r:
@@ -123,7 +122,7 @@ def initial_scale(shape: Any = (2,), dtype: str = "float32") -> Tensor:
 def initial_loss_state(
     log2_scale: int, num_formats: int, num_layers: int, memory_size: int
 ) -> LossState:
-    """`LossState` before anything was seen, of NumPy arrays."""
+    """`LossState` before the first step, of NumPy arrays."""
     return LossState(
         np.float32(log2_scale),
         np.full((num_formats, memory_size), NOTHING_SEEN, "float32"),
@@ -137,7 +136,7 @@ def initial_loss_state(
 def initial_layer_states(
     num_layers: int, memory_size: int, any_rounded: bool = False
 ) -> LayerStates:
-    """`LayerStates` before anything was seen, of NumPy arrays; r is 0."""
+    """`LayerStates` before the first step, of NumPy arrays; r is 0."""
     bins = spectrum.num_bins(COUNTING_FORMAT)
     states = LayerStates(
         np.zeros(num_layers, "float32"),

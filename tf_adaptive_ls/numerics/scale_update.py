@@ -1,6 +1,6 @@
 """Updates all scales in one step: a pure function of their state and the evidence.
 
-`AdaptiveLossScaleOptimizer` has it as pseudocode.
+The docstring of `AdaptiveLossScaleOptimizer` has it as pseudocode.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,13 +40,13 @@ _UNLIMITED = np.finfo("float32").max
 
 
 class Blame(NamedTuple):
-    """Whose scales are to blame for gradients that are not finite, booleans.
+    """Which scales are at fault for non-finite gradients, booleans.
 
     Attributes:
-        layers: Which layers are, `[layers]`.
-        loss: Whether S is, a scalar.
-        unexplained: Whether S is to blame for what no layer has seen: none made it, and at none
-            it arrived. A scalar.
+        layers: Whether each layer is at fault, `[layers]`.
+        loss: Whether S is at fault, a scalar.
+        unexplained: Whether S is at fault for an overflow that no layer saw: none made gradients
+            non-finite, and none received such gradients. A scalar.
     """
 
     layers: Tensor
@@ -55,13 +55,13 @@ class Blame(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """By how many binades scales are to move, and what the rule then remembers.
+    """The changes of all scales in binades, and the new memory of the rule.
 
     Attributes:
-        layers: Change of what each layer works at, S * 2**r, `[layers]`.
+        layers: Change of log2(S * 2**r) of each layer, `[layers]`.
         loss: Change of log2(S), a scalar.
-        memory: What is remembered of layers, `[layers, n]`.
-        memory_of_loss: What is remembered of what arrives at S, `[formats, n]`.
+        memory: Memory for layers, `[layers, n]`.
+        memory_of_loss: Memory for gradients that arrive at S, `[formats, n]`.
     """
 
     layers: Tensor
@@ -85,11 +85,11 @@ def update(
     Args:
         layers: `LayerStates` in the step.
         loss: `LossState` in the step.
-        evidence: The step's `Evidence`.
+        evidence: The `Evidence` of the step.
         facts: The `LayerFacts`.
         rule: The `ScaleRule`.
-        restart: log2 of the S to go back to when all that arrives at S is zero.
-        sample_every: Steps from one sample to the next, an int.
+        restart: log2 of the S to return to when all gradients that arrive at S are zero.
+        sample_every: Number of steps between two samples, an int.
 
     Returns:
         The new `LayerStates` and `LossState`.
@@ -132,7 +132,7 @@ def update(
 
 
 def _ceiling(loss: LossState, finite: Tensor, blame: Blame, backoff: Tensor) -> Tensor:
-    """log2 of what S is not to go beyond after a step."""
+    """log2 of the largest S allowed after a step."""
     # Half-way between what overflowed and what S is lowered to; once for steps skipped in a row,
     # which may be for the data.
     fallen = ops.minimum(loss.log2_scale - np.ceil(backoff / 2), loss.ceiling)
@@ -149,15 +149,15 @@ def _with_what_was_seen(
     memory: Tensor,
     news: Tensor,
 ) -> LayerStates:
-    """`LayerStates` with their scales as they were.
+    """`LayerStates` with new counts and spectra, and unchanged scales.
 
     Args:
         layers: `LayerStates` in the step.
         loss: `LossState` in the step.
-        evidence: The step's `Evidence`.
-        blame: The step's `Blame`.
-        memory: What the rule would remember, `[layers, n]`.
-        news: Whether that is to be remembered at all, a boolean scalar.
+        evidence: The `Evidence` of the step.
+        blame: The `Blame` of the step.
+        memory: New memory of the rule, `[layers, n]`.
+        news: Whether to store this memory, a boolean scalar.
     """
     finite = evidence.finite
     seen = ops.sum(evidence.produced.peaks, axis=-1) > 0
@@ -186,16 +186,16 @@ def _with_what_was_seen(
 
 
 def is_sampled(loss: LossState) -> Tensor:
-    """Whether a sample is asked for in the step, a boolean scalar."""
+    """Whether the step takes a sample, a boolean scalar."""
     return ops.equal(loss.steps_to_sample, 0)
 
 
 def at_fault(evidence: Evidence, layers: LayerStates, loss: LossState, flow: Flow) -> Blame:
-    """Whose scales are to blame for gradients that are not finite, a `Blame`.
+    """Which scales are at fault for non-finite gradients, a `Blame`.
 
-    A layer is at fault if it made such gradients, unless gradients that arrived at a layer called
-    later were not finite already, or it was blamed in vain `PATIENCE` times in a row. Before
-    anything was sampled all scales are one, S. S is to blame whenever no layer is.
+    A layer is at fault if it produced non-finite gradients and no layer later in the forward pass
+    received any, unless it was blamed `PATIENCE` times in a row without effect. Before the first
+    sample, all scales equal S. S is at fault whenever no layer is.
     """
     order = np.argsort(np.argsort(flow.call_order)).astype("float32")
     arrived_broken = evidence.arrived.beyond
@@ -216,12 +216,12 @@ def at_fault(evidence: Evidence, layers: LayerStates, loss: LossState, flow: Flo
 
 
 def with_rounded(evidence: Evidence, facts: LayerFacts) -> Evidence:
-    """`evidence` that counts what is rounded to a narrower format as if it stayed in the carrier.
+    """Evidence in which gradients that are rounded to a narrower format count as the carrier's.
 
-    The carrier is the format that a layer computes in. One scale must suit both formats, so of
-    each spectrum the distance to the end of its own format counts. Peaks are shifted by
-    what lies between the tops of the two formats, less `SATURATION_MARGIN`; samples, from
-    which a rule takes where the tail is, by what lies between their smallest normal values.
+    The carrier is the format that a layer computes in. One scale must suit both formats, so each
+    spectrum is measured by its distance from its own format's limit. Peaks are shifted by the
+    distance between the tops of the two formats, less `SATURATION_MARGIN`. Samples, which determine
+    the tail, are shifted by the distance between their smallest normal values.
     """
     if evidence.rounded is None:
         return evidence
@@ -246,10 +246,11 @@ def moves(
     float_formats: list[FloatFormat],
     restart: float,
 ) -> Moves:
-    """What the rule says: of each layer by what it produced, of S by what arrived at it.
+    """The changes that the rule asks for.
 
-    The rule is asked once for all layers of a format, and for S as if it were one more of
-    them; S moves by the least that it says for any.
+    A layer changes by the gradients that it produced, and S by those that arrived at S.
+    The rule is called once for all layers of a format, with S as one more layer. S changes by the
+    least of its changes over formats.
     """
     places_of: dict[FloatFormat, list[int]] = {}
     for place, float_format in enumerate(float_formats):
@@ -307,11 +308,11 @@ def next_sample(
     backoff: np.ndarray,
     sample_every: int,
 ) -> Tensor:
-    """In how many steps to take the next sample.
+    """The number of steps until the next sample.
 
-    At once after a step that was skipped, and when a scale has moved further than a
-    spectrum can be trusted: it was then cut off at an end of the format. Without a sample
-    a scale moves only because its gradients are about to overflow.
+    There is one right after a skipped step, and after a scale has moved further than a spectrum can
+    be trusted, because the spectrum was cut off at an end of the format. Without a sample, a scale
+    only moves if its gradients are about to overflow.
     """
     sampled = is_sampled(loss)
     far = ops.where(sampled, backoff, 0.0)
@@ -324,7 +325,7 @@ def next_sample(
 
 
 def _held(log2_scales: Tensor, move: Tensor, held_to: np.ndarray) -> Tensor:
-    """The r of layers, at most those of the layers they are held to, if one of them moved."""
+    """R of layers, limited by r of the layers that they are held to, if any of them changed."""
     if not held_to.any():
         return log2_scales
     moved = ops.max(ops.where(held_to, ops.abs(move), 0.0), axis=1) + ops.abs(move) > 0

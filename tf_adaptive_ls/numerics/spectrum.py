@@ -1,13 +1,13 @@
 """Spectra: histograms of magnitudes by binade, and readings of them.
 
-A spectrum is a float32 vector of counts, one *bin* each for
+A spectrum is a float32 vector of counts, with one *bin* each for
 
     [zero, binade min_exponent, …, binade max_exponent, non-finite]
 
-of a `FloatFormat`. Counts add up: the spectrum of two tensors is the sum of
-their spectra, whether they are two calls of a layer, two replicas or two
-micro-batches. Values of a wider format that are too small for this one count in its
-lowest binade, those too large as non-finite.
+of a `FloatFormat`. Counts add up: the spectrum of two tensors is the sum of their spectra, whether
+they come from two calls of a layer, two replicas or two micro-batches. Values of a wider format
+that are too small for this one count in its lowest binade, and values that are too large as
+non-finite.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ NONFINITE = -1
 
 
 def num_bins(float_format: FloatFormat) -> int:
-    """Length of a spectrum of `float_format`."""
+    """The length of a spectrum of `float_format`."""
     return len(float_format.exponents) + 2
 
 
 def sample(x: Tensor, size: int) -> Tensor:
-    """At most `size` elements spread evenly over `x`, a float32 vector.
+    """At most `size` elements, spread evenly over `x`, a float32 vector.
 
-    They are a stride apart that shares no factor with the size of `x`: any other would
-    visit only some channels of it. Where that size is not known before the computation
-    runs there are `size` of them, all zero if `x` is empty.
+    The stride has no common factor with the size of `x`; otherwise, only some channels would be
+    sampled. If the size is unknown before the computation runs, there are always `size` elements,
+    all zero if `x` is empty.
     """
     x = ops.reshape(x, (-1,))
     if x.shape[0] is None:
@@ -58,10 +58,10 @@ def sample(x: Tensor, size: int) -> Tensor:
 def peaks(tensors: list[Tensor]) -> Tensor:
     """Largest magnitude of each of several tensors, float32 `[len(tensors)]`.
 
-    Infinite if any element is not finite, zero if there is none. Read as integers, the
-    bits of magnitudes are in the order finite < infinite < NaN: one maximum finds the peak
-    and whether all is finite. (One of floats may pass over NaN, and is not vectorised if
-    told not to.)
+    Infinite if any element is not finite, zero if there are no elements. Read as integers, the bits
+    of magnitudes are in the order finite < infinite < NaN, so one integer maximum finds the peak
+    and whether all elements are finite. (A floating-point maximum may ignore NaN, or is not
+    vectorized if it must not.)
     """
     places: dict[str, list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -87,7 +87,7 @@ def _peaks(tensors: list[Tensor], dtype: str) -> Tensor:
 
 
 def spectrum(values: Tensor, float_format: FloatFormat) -> Tensor:
-    """Spectrum `[..., bins]` of the magnitudes `values[..., n]`, float32; NaN is infinite."""
+    """Spectrum `[..., bins]` of magnitudes `values[..., n]`, float32; NaN counts as infinite."""
     values = ops.where(ops.isnan(values), np.finfo("float32").max, values)
     edges = np.ldexp(np.float32(1), float_format.exponents)
     # The lowest binade also takes what is smaller still in float32, but for its
@@ -103,7 +103,7 @@ def spectrum(values: Tensor, float_format: FloatFormat) -> Tensor:
 
 
 def rebinned(counts: Tensor, source: FloatFormat, target: FloatFormat) -> Tensor:
-    """Spectra `[…, bins]` of the format `source` as those of the format `target`."""
+    """Spectra `[…, bins]` of the format `source`, as spectra of the format `target`."""
     if source == target:
         return counts
     return counts @ _rebinning(source, target)
@@ -122,7 +122,8 @@ def _rebinning(source: FloatFormat, target: FloatFormat) -> np.ndarray:
 def shifted(counts: Tensor, binades: int) -> Tensor:
     """Spectra `[…, bins]` of values times `2**binades`, an int.
 
-    What becomes too small counts in the lowest binade, what becomes too large as non-finite.
+    Values that become too small count in the lowest binade, values that become too large as
+    non-finite.
     """
     finite = counts.shape[-1] - 2
     matrix = np.zeros((finite + 2, finite + 2), "float32")

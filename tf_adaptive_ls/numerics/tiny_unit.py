@@ -1,10 +1,10 @@
 """The unit 2^-84 of scales among weights, and of reports among gradients.
 
-Only trainable weights come to a stateless optimizer on JAX, so scales and reports are among them,
-and user code walks over those: it clips weights and gradients, averages, perturbs and penalises
-them, and takes norms of all. In a unit of 2**-84 a number is nothing beside any weight or
-gradient, and so is its square. With numbers goes one unit itself: it tells by what
-they were multiplied since, or that they are not what they were.
+On JAX, a stateless optimizer only receives trainable weights, so scales and reports are among them.
+User code processes all weights: it clips, averages, perturbs and penalizes weights and gradients,
+and takes norms. In a unit of 2**-84, scales and reports are negligible in any such sum, and so are
+their squares. One extra element holds the unit itself. It shows by which factor the vector was
+multiplied since, or that the vector is no longer valid.
 """
 
 import numpy as np
@@ -26,13 +26,13 @@ _MOST_CALLS = 1024
 def told(parts: list[Tensor], place: int = 0, rest: int = 0) -> Tensor:
     """A float32 vector of the magnitudes of several vectors, to be read by `heard`.
 
-    They are zero, or from `BOTTOM` to `TOP`. Those of several calls, told by vectors of one length,
-    add up.
+    Magnitudes are zero, or from `BOTTOM` to `TOP`. Vectors of the same length from several calls
+    can be added.
 
     Args:
         parts: List of vectors.
-        place: How many zeros come before what `heard` is to be given.
-        rest: How many come after it.
+        place: Number of zeros before the magnitudes.
+        rest: Number of zeros after them.
     """
     # One concatenation of all: XLA may compile for hours what concatenates parts of it.
     before, units = np.zeros(place, "float32"), np.ones(NUM_UNITS, "float32")
@@ -42,10 +42,11 @@ def told(parts: list[Tensor], place: int = 0, rest: int = 0) -> Tensor:
 
 
 def heard(vectors: Tensor) -> Tensor:
-    """The sums of magnitudes `[…, n]` in vectors `[…, 2 + n]`, or in sums of such vectors.
+    """The sums of magnitudes `[…, n]` from vectors `[…, 2 + n]`, or from sums of such vectors.
 
-    If somebody has multiplied them, as by clipping, by a factor that is none of several calls, it
-    is taken back. If somebody has added to them, as noise, or if there was no call, all are zero.
+    A factor by which the vectors were multiplied, for example by clipping, is divided out, except
+    factors that several calls explain. If something was added to the vectors, such as noise, or if
+    there was no call, all magnitudes are zero.
     """
     unit, same_unit = vectors[..., 0], vectors[..., 1]
     calls = unit / UNIT
