@@ -26,7 +26,7 @@ CASES = {
     ("test_the_examples_of_a_docstring", "AdaptiveLossScaleOptimizer"): TAPES,
     ("test_the_examples_of_a_docstring", "neutral_scales"): TAPES,
     ("test_examples_run_and_say_what_was_seen", "gan"): "it uses TensorFlow's tape",
-    ("test_examples_run_and_say_what_was_seen", "language"): ATTENTION,
+    ("test_examples_run_and_say_what_was_seen", "addition"): ATTENTION,
     ("test_other_dtypes_keep_their_precision", "float64"): "JAX has no float64 unless told to",
     ("test_forward_is_untouched_in_float16", "SpectralNormalization"): (
         "overflows while JAX traces it, the plain layer, too"

@@ -33,7 +33,7 @@ SAYS = {
     ),
     "deploy": ("Test accuracy, 4 bits:", "block3_conv2/kernel", "3x3x64x64"),
     "cifar10": ("Test accuracy:", "Skipped steps: 0 of 2", "conv2d_18"),
-    "language": ("Bits per letter", "It writes:", "def ", "Skipped steps: 0 of 2"),
+    "addition": ("Right sums, of 1000 new ones:", "multi_head_attention", "Skipped steps: 0 of 2"),
     "lstm": ("Test accuracy:", "Skipped steps: 0 of 2", "lstm"),
     "custom_loop": ("Epoch 1 of 1: loss", "Test accuracy:", "Skipped steps: 0 of 2"),
     "gan": (
