@@ -113,7 +113,7 @@ CASES = {
             steps=300,
         ),
         Case(
-            "VGG, not normalised",
+            "VGG, not normalized",
             "CIFAR-10",
             lambda: zoo.vgg((16, 16, 1)),
             small_images(16),
@@ -412,12 +412,12 @@ def plot_scales(results):
             color="0.5",
             label="fixed scale",
         )
-        colours = {FLOAT32: "black", KERAS: "tab:orange", OURS: "tab:blue"}
-        for name, colour in colours.items():
+        colors = {FLOAT32: "black", KERAS: "tab:orange", OURS: "tab:blue"}
+        for name, color in colors.items():
             if name in result["runs"]:
                 mean, sd = np.mean(accuracies(result, name)), spread(accuracies(result, name))
-                axes.axhline(mean, color=colour, linewidth=1.2, label=name)
-                axes.axhspan(mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+                axes.axhline(mean, color=color, linewidth=1.2, label=name)
+                axes.axhspan(mean - sd, mean + sd, color=color, alpha=0.12, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_title(f"{result['name']}\n{result['images']}", fontsize="small")
     grid[0, 0].set_ylabel("test accuracy, %")

@@ -104,7 +104,7 @@ NETWORKS = {
     for each in (
         Network("ResNet-20", zoo.resnet, measure=top_1),
         Network("MobileNetV2, small", mobilenet_v2, measure=top_1),
-        Network("VGG, not normalised", zoo.vgg, measure=top_1),
+        Network("VGG, not normalized", zoo.vgg, measure=top_1),
         Network("SSD", zoo.ssd, zoo.detect, zoo.detection, objects_found, steps=1000),
     )
 }
@@ -279,7 +279,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.output = pathlib.Path(args.output)
     with report.progress() as progress:
-        for name in args.only or (["VGG, not normalised"] if args.quick else NETWORKS):
+        for name in args.only or (["VGG, not normalized"] if args.quick else NETWORKS):
             run_network(NETWORKS[name], args, progress)
     write_report(args.output)
 

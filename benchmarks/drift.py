@@ -38,7 +38,7 @@ def transformer(norm=layers.RMSNormalization, attends=False):
 
 
 def convnet(norm=None):
-    """Five convolutions, normalised or not."""
+    """Five convolutions, normalized or not."""
     inputs = x = keras.Input((32, 32, 3))
     for filters, strides in ((16, 2), (32, 1), (32, 2), (64, 1), (64, 2)):
         x = layers.Conv2D(filters, 3, strides=strides, padding="same")(x)

@@ -290,8 +290,8 @@ def plot_ratios(results, names):
     for i, name in enumerate(names):
         ratios = np.array([ratio(row, name) for result in results for row in rows_of(result)])
         x = i + rng.uniform(-0.3, 0.3, len(ratios))
-        colour = "tab:blue" if name == OURS else "0.35"
-        axes.scatter(x, np.clip(ratios, None, top), s=6, alpha=0.4, linewidths=0, color=colour)
+        color = "tab:blue" if name == OURS else "0.35"
+        axes.scatter(x, np.clip(ratios, None, top), s=6, alpha=0.4, linewidths=0, color=color)
     axes.axhline(ERROR_BAR, color="0.4", linewidth=0.8, linestyle="--")
     axes.text(len(names) - 0.6, ERROR_BAR * 1.1, f"{ERROR_BAR}", color="0.4")
     axes.set(yscale="log", ylim=(0.7, top * 1.5), ylabel="error over oracle's (from 10⁴: infinite)")
@@ -304,7 +304,7 @@ def plot_layers(result, names):
     """Error of each tensor in the order of the layers, at the first comparison."""
     rows = next(iter(result["moments"].values()))
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    colours = iter(plt.colormaps["Dark2"].colors)
+    colors = iter(plt.colormaps["Dark2"].colors)
     for name in ["oracle", *names]:
         errors = [np.nan if r["error"][name] is None else r["error"][name] for r in rows]
         if name == "oracle":
@@ -312,7 +312,7 @@ def plot_layers(result, names):
         elif name == OURS:
             style = {"color": "tab:blue", "marker": "o"}
         else:
-            style = {"color": next(colours), "marker": ".", "linewidth": 0.8}
+            style = {"color": next(colors), "marker": ".", "linewidth": 0.8}
         axes.plot(errors, label=name, **style)
     axes.set(yscale="log", xlabel="tensor, from input to output", ylabel="relative error")
     axes.set_title(f"{result['name']}: float16 gradients against float32")

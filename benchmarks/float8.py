@@ -117,7 +117,7 @@ CASES = {
         ),
         Case("10 sigmoid layers", "digits", zoo.sigmoid_mlp, zoo.classify_vector, adam(), 2000, 32),
         Case(
-            "VGG, not normalised",
+            "VGG, not normalized",
             "CIFAR-10",
             lambda: zoo.vgg((16, 16, 1)),
             convergence.small_images(16),
@@ -128,7 +128,7 @@ CASES = {
         Case("ResNet-20", "CIFAR-10", zoo.resnet, zoo.classify, recipe(64), 500),
         Case("Depthwise net", "CIFAR-10", depthwise_net, zoo.classify, recipe(64), 500),
         Case("Transformer", "CIFAR-10", zoo.transformer, zoo.classify, adam(), 400),
-        Case("U-Net", "CIFAR-10", zoo.unet, zoo.colourize, adam(), 500, 16, loss=zoo.mean_square),
+        Case("U-Net", "CIFAR-10", zoo.unet, zoo.colorize, adam(), 500, 16, loss=zoo.mean_square),
         Case("SSD", "CIFAR-10", zoo.ssd, zoo.detect, adam(), 500, 32, loss=zoo.detection),
         Case(
             "Autoencoder",
@@ -242,7 +242,7 @@ class Trainee:
         still = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         for variable in [*still.sums, still.number]:
             variable.assign(np.zeros(variable.shape, "float32"))
-        # Statistics of normalisation have moved meanwhile.
+        # Statistics of normalization have moved meanwhile.
         for variable, value in zip(filter(is_weight, self.model.weights), weights, strict=True):
             variable.assign(value)
         self.fit(compared)

@@ -142,19 +142,19 @@ def mlp(depth=20, width=1024):
     return keras.Model(inputs, layers.Dense(10, dtype="float32")(x))
 
 
-def colours(batch_size):
-    """Gray images, and one of three colours for every pixel."""
+def colors(batch_size):
+    """Gray images, and one of three colors for every pixel."""
     gray, _ = overhead.floats(32, 32, 1)(batch_size)
     return gray, np.zeros((batch_size, 32, 32), "int32")
 
 
-# On JAX Keras cannot rematerialise a BatchNormalization: its `training` becomes a tracer.
+# On JAX Keras cannot rematerialize a BatchNormalization: its `training` becomes a tracer.
 CASES = {
     "ResNet-20": Case(zoo.resnet, overhead.floats(32, 32, 3), 512, left_out=(REMAT,)),
     "transformer": Case(lambda: overhead.bert(2, 128, 4, 64, 1000), overhead.tokens(64, 1000), 128),
     "MLP 20 x 1024": Case(mlp, overhead.floats(1024), 512),
     "BERT-small": Case(overhead.bert, overhead.tokens(128), 32),
-    "U-Net": Case(zoo.unet, colours, 512),
+    "U-Net": Case(zoo.unet, colors, 512),
     "ResNet-50": Case(
         lambda: keras.applications.ResNet50(weights=None, classes=1000, classifier_activation=None),
         overhead.floats(224, 224, 3),

@@ -190,7 +190,7 @@ def rows(result):
 def compared(result):
     """The runs by strategy, from where all have paths.
 
-    Before anything is known of the statistics of normalisation the loss may be so large that
+    Before anything is known of the statistics of normalization the loss may be so large that
     its gradient, at the scale that training uses, is not finite: that path is left out.
     """
     start = max(run["since"][0] for runs in result["runs"].values() for run in runs)

@@ -80,7 +80,7 @@ def residual_stream(size, clip=False):
 
 
 def gated_unscaled(clip=False):
-    """Like T5 1.1: gated, RMS-normalised, with weights that no width scales."""
+    """Like T5 1.1: gated, RMS-normalized, with weights that no width scales."""
     inputs, x = patches(64)
     dense = functools.partial(layers.Dense, use_bias=False, kernel_initializer=normal(2.5))
     for _ in range(4):
@@ -119,7 +119,7 @@ def handwritten_norm(clip=False):
 
 
 def scaled_embedding(clip=False, words=64, width=128):
-    """Like Gemma: an embedding times the root of its width, RMS-normalised."""
+    """Like Gemma: an embedding times the root of its width, RMS-normalized."""
     inputs = keras.Input((32,), dtype="int32")
     x = layers.Embedding(words, width, embeddings_initializer=normal(2200.0))(inputs)
     x = clipped(x * math.sqrt(width), clip)
@@ -133,7 +133,7 @@ def scaled_embedding(clip=False, words=64, width=128):
 
 
 def product_of_features(clip=False):
-    """Like CLIP: two feature vectors, not normalised, are multiplied, then scaled."""
+    """Like CLIP: two feature vectors, not normalized, are multiplied, then scaled."""
     inputs = x = keras.Input((32, 32, 3))
     for filters in (16, 32, 64):
         x = layers.Conv2D(filters, 3, strides=2, padding="same")(x)
@@ -280,8 +280,8 @@ def handwritten(x):
 
 def dense_before(norm, is_flagged):
     def plant(x):
-        dense, normalise = layers.Dense(WIDTH, kernel_initializer=normal(2e4)), norm()
-        return normalise(dense(x)), {dense.name} | ({normalise.name} if is_flagged else set())
+        dense, normalize = layers.Dense(WIDTH, kernel_initializer=normal(2e4)), norm()
+        return normalize(dense(x)), {dense.name} | ({normalize.name} if is_flagged else set())
 
     return plant
 

@@ -1,6 +1,6 @@
 """Draws the pictures of README.md: what gradients do in a deep network while it trains.
 
-Trains 17 layers without normalisation, of which each divides the gradient by five at
+Trains 17 layers without normalization, of which each divides the gradient by five at
 first, on handwritten digits. Writes the record of the run and, in light and dark, what
 `python -m tf_adaptive_ls` draws of it; and the same of a short run in float8.
 """

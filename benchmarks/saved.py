@@ -44,7 +44,7 @@ WAYS = (
     way("products in float8, 8 bits kept", float8=FLOAT8, saved_activations=SAVED),
 )
 PARTS = ("fidelity", "training")
-TRAINED = ("ResNet-20", "Transformer", "VGG, not normalised")
+TRAINED = ("ResNet-20", "Transformer", "VGG, not normalized")
 
 
 @dataclasses.dataclass(frozen=True)

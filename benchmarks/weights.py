@@ -39,7 +39,7 @@ from benchmarks.float8_ways import Way, rising_minimums
 
 DTYPES = ("float16", "bfloat16")
 CASES = {
-    "VGG, not normalised": float8.CASES["VGG, not normalised"],
+    "VGG, not normalized": float8.CASES["VGG, not normalized"],
     "Transformer": float8.CASES["Transformer"],
     "ResNet-20": dataclasses.replace(float8.CASES["ResNet-20"], steps=250, batch_size=32),
 }

@@ -71,7 +71,7 @@ def reconstruct(images, labels):
     return normalized(images), images
 
 
-def colourize(images, labels):
+def colorize(images, labels):
     return normalized(gray(images, SIDE))[..., None], images
 
 
@@ -94,7 +94,7 @@ def detect(images, labels):
     """Finds a shrunken image on a canvas: class and box for every cell of two grids.
 
     Class 0 is the background. A box holds the object's offset from the cell's
-    centre and its size, in cells.
+    center and its size, in cells.
     """
     n = len(images)
     rng = np.random.default_rng(int(labels.sum()))
@@ -107,9 +107,9 @@ def detect(images, labels):
         small = image.reshape(size, k, size, k, 3).mean(axis=(1, 3))
         top, left = rng.integers(SIDE - size + 1, size=2)
         canvas[i, top : top + size, left : left + size] = small
-        centre = (np.array([top, left]) + size / 2) * (8, 4)[grid] / SIDE
-        row, column = centre.astype(int)
-        offset = centre - (row + 0.5, column + 0.5)
+        center = (np.array([top, left]) + size / 2) * (8, 4)[grid] / SIDE
+        row, column = center.astype(int)
+        offset = center - (row + 0.5, column + 0.5)
         targets[grid][i, row, column] = [label + 1, *offset, np.log2(size / 8), 1.0]
     return normalized(canvas), tuple(targets)
 
@@ -185,7 +185,7 @@ def resnet(depth=20):
 
 
 def vgg(shape=(SIDE, SIDE, 3)):
-    """Ten convolutions and two dense layers, nothing normalised."""
+    """Ten convolutions and two dense layers, nothing normalized."""
     inputs = x = keras.Input(shape)
     for filters in (16, 32, 64, 64, 64):
         for _ in range(2):
@@ -253,7 +253,7 @@ class PositionEmbedding(layers.Layer):
 
 
 def unet():
-    """Three levels; colours a gray image."""
+    """Three levels; colors a gray image."""
     inputs = x = keras.Input((SIDE, SIDE, 1))
     skips = []
     for filters in (16, 32):
@@ -315,7 +315,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("ResNet-20", resnet, classify, cross_entropy),
-        Task("VGG, not normalised", vgg, classify, cross_entropy),
+        Task("VGG, not normalized", vgg, classify, cross_entropy),
         Task("MLP 17, vanishing", vanishing_mlp, classify_vector, cross_entropy),
         Task("MLP 40, exploding", lambda: plain_mlp(40, 1.2), classify_vector, cross_entropy, 1e-5),
         Task(
@@ -327,7 +327,7 @@ TASKS = {
         Task("LSTM, 256 steps", lambda: lstm(256), classify_sequence(16), cross_entropy),
         Task("LSTM, 784 steps", lambda: lstm(784), classify_sequence(28), cross_entropy),
         Task("Transformer", transformer, classify, cross_entropy),
-        Task("U-Net", unet, colourize, mean_square),
+        Task("U-Net", unet, colorize, mean_square),
         Task("SSD", ssd, detect, detection),
         Task("Losses 1 and 1e-6", two_losses, classify_and_reconstruct, unequal_pair),
         Task("Targets 1e-6", lambda: regression(1e-6), measure_brightness(1e-6), mean_square, 1e-7),

@@ -79,7 +79,7 @@ class Shifted(keras.utils.PyDataset):
 
 
 def load_data(path):
-    """CIFAR-10, normalised: `x_train, y_train, x_test, y_test`."""
+    """CIFAR-10, normalized: `x_train, y_train, x_test, y_test`."""
     if path is None:
         (x_train, y_train), (x_test, y_test) = keras.datasets.cifar10.load_data()
     else:

@@ -28,7 +28,7 @@ def build_model():
 
 
 def residual_block(x, filters, stride, name):
-    """Two convolutions, normalised before each, around a short cut."""
+    """Two convolutions, normalized before each, around a short cut."""
     y = layers.ReLU()(layers.BatchNormalization(momentum=0.9, name=f"{name}_norm1")(x))
     if stride > 1:
         x = layers.Conv2D(filters, 1, stride, use_bias=False, name=f"{name}_shortcut")(y)

@@ -329,7 +329,7 @@ def tied_embedding():
     return Called(parts, call), (tokens(8, 5), floats(8, 5, 7))
 
 
-class Penalised(keras.Model):
+class Penalized(keras.Model):
     def __init__(self):
         super().__init__()
         self.first = layers.Dense(5, activity_regularizer="l2", dtype="float32", **RELU)
@@ -343,7 +343,7 @@ class Penalised(keras.Model):
 
 
 def losses_inside():
-    return Penalised(), (X, Y)
+    return Penalized(), (X, Y)
 
 
 def submodel_twice():

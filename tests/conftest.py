@@ -6,7 +6,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Without fused multiply-add, which rounds once where two operations round twice, and which XLA
 # uses or does not, depending on what else is in its program: then equal means equal.
 if platform.machine() == "x86_64":
-    # Nor optimised further: what is compiled runs a few times, on little.
+    # Nor optimized further: what is compiled runs a few times, on little.
     flags = "--xla_cpu_max_isa=AVX --xla_backend_optimization_level=0"
     os.environ.setdefault("XLA_FLAGS", flags)
 

@@ -270,7 +270,7 @@ def batch_norm():
     return keras.Model(inputs, layers.GlobalMaxPooling2D()(x)), (floats(3, 6, 6, 2),)
 
 
-def normalised():
+def normalized():
     def conv(x):  # a bias would cancel, but for rounding
         return layers.Conv2D(4, 3, padding="same", use_bias=False)(x)
 
@@ -306,7 +306,7 @@ GRAPHS = {
         stateful,
         dropout,
         batch_norm,
-        normalised,
+        normalized,
     )
 }
 FORKS = {"residual", "densenet", "multi_output", "attention", "encoder_decoder"}

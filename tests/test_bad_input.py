@@ -220,7 +220,7 @@ def test_a_model_refused_halfway_is_left_as_it_was():
     assert [(type(part), set(vars(part))) for part in model._flatten_layers()] == before
 
 
-def test_a_layer_that_rematerialises_a_part_for_itself():
+def test_a_layer_that_rematerializes_a_part_for_itself():
     class Own(layers.Dense):
         def call(self, x):
             return keras.remat(super().call)(x)

@@ -267,7 +267,7 @@ def test_deploy(tmp_path, capsys):
         assert (1.05 < share <= 1.1) if " 0.1 " in name else share == 1
         assert row["bytes"] < row["float32_bytes"] / 4
     assert (tmp_path / "README.md").read_text() in capsys.readouterr().out
-    before = (tmp_path / "vgg_not_normalised.json").read_text()
+    before = (tmp_path / "vgg_not_normalized.json").read_text()
     deploy.main(arguments)  # nothing is measured again
     assert json.loads(before)["rows"] == results(tmp_path)[0]["rows"]
 

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import tf_adaptive_ls as als
-from tests.deploy.test_quantization import IMAGES, QUICK, randomised
+from tests.deploy.test_quantization import IMAGES, QUICK, randomized
 
 litert_quantizer = pytest.importorskip("litert_quantizer")
 pytestmark = [
@@ -23,7 +23,7 @@ def model(bits):
     parts += [layers.ReLU(), layers.Conv2D(16, 3, padding="same", activation="relu")]
     parts += [layers.DepthwiseConv2D(3, padding="same", activation="relu")] if bits == 8 else []
     parts += [layers.GlobalAveragePooling2D(), layers.Dense(8, "relu"), layers.Dense(3)]
-    return randomised(keras.Sequential([keras.Input((8, 8, 3)), *parts]))
+    return randomized(keras.Sequential([keras.Input((8, 8, 3)), *parts]))
 
 
 def run(file):

@@ -22,7 +22,7 @@ def normal(*shape, seed=0):
 IMAGES = normal(16, 8, 8, 3)
 
 
-def randomised(model):
+def randomized(model):
     """As if it was trained: no weight is special, and channels are of different sizes."""
     rng = np.random.default_rng(1)
     for w in model.weights:
@@ -36,7 +36,7 @@ def randomised(model):
 
 
 def convolutions():
-    """Every kind of layer that can be quantized, normalised or not, in a graph in a graph."""
+    """Every kind of layer that can be quantized, normalized or not, in a graph in a graph."""
     x = inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, strides=2, padding="same", use_bias=False)(x)
     x = layers.ReLU()(layers.BatchNormalization()(x))
@@ -66,16 +66,16 @@ def error_of(quantized, model, x=IMAGES):
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(0)
-    return randomised(convolutions())
+    return randomized(convolutions())
 
 
-def normalisations(model):
+def normalizations(model):
     return sum(type(each) is layers.BatchNormalization for each in model._flatten_layers())
 
 
-def test_normalisations_are_folded(model):
+def test_normalizations_are_folded(model):
     result = folded(made_anew(model))
-    assert normalisations(model) == 5 and normalisations(result) == 0
+    assert normalizations(model) == 5 and normalizations(result) == 0
     expected = model.predict(IMAGES, verbose=0)
     np.testing.assert_allclose(result.predict(IMAGES, verbose=0), expected, rtol=1e-4, atol=1e-4)
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_folded_stays(case):
         z = z + y
     if case == "shared":
         z = z + dense(z)
-    model = randomised(keras.Model(inputs, [z, y] if case == "output" else z))
+    model = randomized(keras.Model(inputs, [z, y] if case == "output" else z))
     copy = made_anew(model)
     assert folded(copy) is copy
 
@@ -203,7 +203,7 @@ def test_points_do_what_their_sum_does():
     x = layers.SeparableConv2D(8, 3, depth_multiplier=2, activation="relu")(x)
     x = layers.DepthwiseConv2D(3, use_bias=False)(x)
     x = layers.Conv2DTranspose(4, 3, strides=2)(x)
-    model = randomised(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x))))
+    model = randomized(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x))))
     options = {**QUICK, "method": "multipoint", "budget": 3.0, "first_and_last_bits": None}
     wide, report = als.quantize_weights(model, IMAGES, 2, **options)
     summed, other = als.quantize_weights(Around(model), IMAGES, 2, **options)
@@ -218,7 +218,7 @@ def test_points_do_what_their_sum_does():
 def test_the_report_tells_errors_of_outputs():
     """Against a run of the model."""
     inputs = keras.Input((8, 8, 3))
-    model = randomised(keras.Model(inputs, layers.Conv2D(5, 3, padding="same")(inputs)))
+    model = randomized(keras.Model(inputs, layers.Conv2D(5, 3, padding="same")(inputs)))
     quantized, report = als.quantize_weights(
         model, IMAGES, 3, method="mse", first_and_last_bits=None, **QUICK
     )
@@ -385,7 +385,7 @@ def test_ops_between_layers():
     x = inputs = keras.Input((8, 4))
     x = layers.Dense(6, "relu")(x)
     x = ops.concatenate([x, ops.square(x)], axis=-1)
-    model = randomised(keras.Model(inputs, layers.Dense(2)(x)))
+    model = randomized(keras.Model(inputs, layers.Dense(2)(x)))
     quantized, _ = als.quantize_weights(
         model, normal(8, 8, 4), 4, method="multipoint", budget=0.5, **QUICK
     )
@@ -396,7 +396,7 @@ def test_any_size_of_images():
     x = inputs = keras.Input((None, None, 3))
     x = layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same")(x))
     x = layers.SeparableConv2D(4, 3)(layers.DepthwiseConv2D(3)(x))
-    model = randomised(keras.Model(inputs, layers.GlobalAveragePooling2D()(x)))
+    model = randomized(keras.Model(inputs, layers.GlobalAveragePooling2D()(x)))
     quantized, report = als.quantize_weights(
         model, [IMAGES, normal(8, 12, 9, 3)], 4, method="multipoint", budget=0.5, **QUICK
     )

@@ -126,9 +126,9 @@ def test_stochastic_rounding_is_unbiased(name):
     for value in x:
         found = np.array(rounded(np.full(len(noise), value), float_format, noise=noise))
         assert found.astype("float64").mean() == float(value)
-        neighbours = np.unique(found.astype("float32"))
-        assert len(neighbours) <= 2
-        assert_same(neighbours, by_ml_dtypes(neighbours, name))
+        neighbors = np.unique(found.astype("float32"))
+        assert len(neighbors) <= 2
+        assert_same(neighbors, by_ml_dtypes(neighbors, name))
 
 
 def test_stochastic_rounding_leaves_what_is_not_finite():

@@ -1,4 +1,4 @@
-"""Stochastic rounding to 16 bits: an exact mean, and never further than the neighbours."""
+"""Stochastic rounding to 16 bits: an exact mean, and never further than the neighbors."""
 
 import keras
 import ml_dtypes
@@ -27,7 +27,7 @@ def all_noise(dtype):
     return (np.arange(2 ** DROPPED[dtype]) << (NOISE_BITS_OF_16 - DROPPED[dtype]))[:, None]
 
 
-def neighbours(x, dtype):
+def neighbors(x, dtype):
     """Those below and above, of numbers that the format has not."""
     near = np.float32(x).astype(DTYPES[dtype])
     wide = near.astype("float32")
@@ -42,7 +42,7 @@ def test_the_mean_is_the_number(dtype, scale):
     x = (scale * rng.normal(size=16)).astype("float32")
     results = rounded(x, dtype, all_noise(dtype)).astype("float64")
     assert_array_equal(results.mean(axis=0), x)
-    low, high = neighbours(x, dtype)
+    low, high = neighbors(x, dtype)
     assert np.all((results == low) | (results == high))
     assert_array_equal(results.min(axis=0), low)
     assert_array_equal(results.max(axis=0), high)

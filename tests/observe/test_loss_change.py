@@ -47,7 +47,7 @@ def dense_model(**settings):
     return keras.Model(inputs, layers.Dense(2, name="last")(x), name="small")
 
 
-def normalised_model():
+def normalized_model():
     x = inputs = keras.Input((4,))
     x = layers.Dense(6, name="first")(x)
     x = layers.BatchNormalization(name="norm")(x)
@@ -183,7 +183,7 @@ def test_standard_errors_are_those_of_means_over_batches():
 
 
 def test_moving_statistics_are_part_of_the_path():
-    model, before, after = trained(normalised_model(), steps=20)
+    model, before, after = trained(normalized_model(), steps=20)
     found = als.loss_change(model, before, after, [(X, Y)], tolerance=1e-4)
     assert found.error < 1e-3
     assert list(found.layers) == ["first", "norm", "last"]
@@ -223,12 +223,12 @@ def test_regularizers_are_part_of_the_loss():
 
 def test_scales_and_precision_make_no_difference(mixed_float16, rng):
     """In float32 it is the allocation of the plain float32 model, bit for bit."""
-    model, before, after = trained(normalised_model())
+    model, before, after = trained(normalized_model())
     found = als.loss_change(model, before, after, [(X, Y)])
     randomize_scales(model, rng)
     again = als.loss_change(model, before, after, [(X, Y)])
     keras.config.set_dtype_policy("float32")
-    plain = normalised_model()
+    plain = normalized_model()
     plain.compile("adam", loss="mse")
     scales = {id(v) for v in model.weights if "loss_scale" in v.name}
     ends = [
@@ -266,7 +266,7 @@ def test_what_underflow_took_is_missing_as_trained(mixed_float16):
 
 
 def test_nothing_of_the_model_changes(mixed_float16):
-    model, before, after = trained(normalised_model())
+    model, before, after = trained(normalized_model())
 
     def state():
         variables = [*model.variables, *model.metrics_variables, *model.optimizer.variables]

@@ -16,7 +16,7 @@ def named(model):
 def network(dtype=None, regularizer="l2"):
     x = inputs = keras.Input((5, 4))
     x = layers.MultiHeadAttention(2, 2, name="attention", dtype=dtype)(x, x)
-    x = layers.Dense(4, activity_regularizer=regularizer, name="regularised", dtype=dtype)(x)
+    x = layers.Dense(4, activity_regularizer=regularizer, name="regularized", dtype=dtype)(x)
     inner_inputs = keras.Input((5, 4))
     gate = layers.Dense(4, "softmax", name="gate", dtype=dtype)(inner_inputs)
     x = keras.Model(inner_inputs, gate, name="inner")(x)
@@ -30,7 +30,7 @@ def test_softmax_logsumexp_regularisers_and_outputs(mixed_float16):
     (operation,) = [name for name in found if "logsumexp" in name]
     assert found == {
         "attention": "softmax",
-        "regularised": "activity regularizer",
+        "regularized": "activity regularizer",
         "inner/gate": "softmax",
         operation: "logsumexp",
         "scores": "output of the model",

@@ -436,7 +436,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(settings, tmp_path):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
-def test_a_rematerialised_layer_rounds_the_same_twice():
+def test_a_rematerialized_layer_rounds_the_same_twice():
     """Random bits, too: those of the second run are those of the first."""
     models = []
     for scope in (keras.RematScope, contextlib.nullcontext):
@@ -530,19 +530,19 @@ def test_layers_without_a_product():
         als.wrap_model(two, float8=als.Float8(layer_filter=lambda layer: False))
 
 
-def test_quantised_by_keras_too():
+def test_quantized_by_keras_too():
     model = als.wrap_model(convolutional(), float8=als.Float8())
     before = model.get_weights()
-    with pytest.raises(ValueError, match="to be quantised once"):
+    with pytest.raises(ValueError, match="to be quantized once"):
         model.quantize("float8")
-    with pytest.raises(ValueError, match="to be quantised once"):
+    with pytest.raises(ValueError, match="to be quantized once"):
         model.get_layer("third").quantize("float8")
     for one, other in itertools.zip_longest(before, model.get_weights()):
         np.testing.assert_array_equal(one, other)
     dense = layers.Dense(3)
     dense.build((None, 3))
     dense.quantize("int8")
-    with pytest.raises(ValueError, match="not to be quantised by Keras, too"):
+    with pytest.raises(ValueError, match="not to be quantized by Keras, too"):
         als.LossScaled(dense, float8=als.Float8())
 
 

@@ -20,10 +20,10 @@ from tests.steps import (
 FORK_ULPS = 16
 
 
-# Where nothing is tapped between two normalisations, TensorFlow's graph optimizer (its
+# Where nothing is tapped between two normalizations, TensorFlow's graph optimizer (its
 # constant folding) moves their constant factors about: also in the plain model, whose
 # gradients then are not those of eager code; and in another way with taps around.
-REASSOCIATED = {("normalised", "graph")}
+REASSOCIATED = {("normalized", "graph")}
 
 
 def stepper_of(model, plain, inputs, **options):
@@ -52,7 +52,7 @@ def test_any_scales_give_the_plain_model(name, mode, rng):
 
 
 @pytest.mark.parametrize(
-    "name", ["chain", "residual", "nested", "encoder_decoder", "added_losses", "normalised"]
+    "name", ["chain", "residual", "nested", "encoder_decoder", "added_losses", "normalized"]
 )
 def test_any_scales_give_the_same_under_xla(name, rng):
     model, inputs = GRAPHS[name]()

@@ -50,14 +50,14 @@ def test_what_a_remat_scope_leaves_on_a_layer():
         inside = layers.Dense(2)
         never = als.LossScaled(layers.Dense(2))
     outside = layers.Dense(2)
-    is_rematerialised = keras_internals.is_rematerialised
-    found = [is_rematerialised(layer, (floats(2, 3),), {}) for layer in (inside, outside)]
-    assert found == [True, False], FUNCTION.format("is_rematerialised")
-    with keras_internals.not_rematerialised(inside):
-        found = is_rematerialised(inside, (floats(2, 3),), {})
-        assert not found, FUNCTION.format("not_rematerialised")
-    assert is_rematerialised(inside, (floats(2, 3),), {}), FUNCTION.format("not_rematerialised")
-    assert never._remat_mode is None, FUNCTION.format("NEVER_REMATERIALISED")
+    is_rematerialized = keras_internals.is_rematerialized
+    found = [is_rematerialized(layer, (floats(2, 3),), {}) for layer in (inside, outside)]
+    assert found == [True, False], FUNCTION.format("is_rematerialized")
+    with keras_internals.not_rematerialized(inside):
+        found = is_rematerialized(inside, (floats(2, 3),), {})
+        assert not found, FUNCTION.format("not_rematerialized")
+    assert is_rematerialized(inside, (floats(2, 3),), {}), FUNCTION.format("not_rematerialized")
+    assert never._remat_mode is None, FUNCTION.format("NEVER_REMATERIALIZED")
 
 
 def test_building_for_a_call_whatever_the_signature():

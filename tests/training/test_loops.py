@@ -500,7 +500,7 @@ def test_lora(when):
     "mode, policy",
     [pytest.param("int8", "float32", marks=pytest.mark.long), ("int4", "mixed_float16")],
 )
-def test_a_trained_model_is_quantised_like_a_plain_one(mode, policy, tmp_path):
+def test_a_trained_model_is_quantized_like_a_plain_one(mode, policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     x, y = floats(8, 16), floats(8, 8)
     model = als.wrap_model(network(16, 8))
@@ -513,8 +513,8 @@ def test_a_trained_model_is_quantised_like_a_plain_one(mode, policy, tmp_path):
     expected = plain.predict(x, verbose=0)
     assert_same([model.predict(x, verbose=0)], [expected])
     assert_same([als.strip_model(model).predict(x, verbose=0)], [expected])
-    model.save(tmp_path / "quantised.keras")
-    loaded = keras.saving.load_model(tmp_path / "quantised.keras", compile=False)
+    model.save(tmp_path / "quantized.keras")
+    loaded = keras.saving.load_model(tmp_path / "quantized.keras", compile=False)
     assert_same([loaded.predict(x, verbose=0)], [expected])
 
 

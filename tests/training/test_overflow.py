@@ -162,8 +162,8 @@ def test_a_fault_inside_a_float32_layer_is_its_own(mixed_float16):
 
 
 @pytest.fixture
-def normalised(mode, mixed_float16):
-    """A trained model whose normalisations pass gradients on as they come."""
+def normalized(mode, mixed_float16):
+    """A trained model whose normalizations pass gradients on as they come."""
     x = inputs = keras.Input((4,))
     for i in range(3):
         x = Faulty(8, "linear", name=f"f_{i}")(x)
@@ -175,46 +175,46 @@ def normalised(mode, mixed_float16):
 
 
 @pytest.mark.parametrize("mode", [GRAPH, XLA], ids=["graph", "xla"])
-def test_a_layer_that_passes_a_fault_on_is_not_to_blame(normalised):
+def test_a_layer_that_passes_a_fault_on_is_not_to_blame(normalized):
     for name in ("f_1", "f_2"):
-        fault = normalised.get_layer(name).input_fault
+        fault = normalized.get_layer(name).input_fault
         fault.assign(np.inf)
-        before = state_of(normalised)
-        one_step(normalised)
-        after = assert_skipped(normalised, before)
-        blamed = {each.name for each in scaled_layers(normalised) if each.overflows}
+        before = state_of(normalized)
+        one_step(normalized)
+        after = assert_skipped(normalized, before)
+        blamed = {each.name for each in scaled_layers(normalized) if each.overflows}
         assert blamed == {name} and after["S"] == before["S"]
         # Those before it that are held to it go along.
         place = list(before["r"]).index(name)
         lowered = [r for r in before["r"] if after["r"][r] < before["r"][r]]
         assert set(lowered) <= {name, list(before["r"])[place - 1]} and name in lowered
         fault.assign(0)
-        normalised.fit(X, Y, batch_size=32, epochs=5, verbose=0)
-        normalised.optimizer._keeper._of_layers["overflows"].assign(np.zeros(7))
+        normalized.fit(X, Y, batch_size=32, epochs=5, verbose=0)
+        normalized.optimizer._keeper._of_layers["overflows"].assign(np.zeros(7))
 
 
-def test_a_normalisation_that_overflows_is_to_blame(normalised):
-    layer = normalised.get_layer("norm_1")
-    dense = normalised.get_layer("f_1")
+def test_a_normalization_that_overflows_is_to_blame(normalized):
+    layer = normalized.get_layer("norm_1")
+    dense = normalized.get_layer("f_1")
     for variable in (dense.kernel, dense.bias):  # its gradient is divided by what comes in
         variable.assign(1e-5 * variable)
-    before = state_of(normalised)
-    one_step(normalised)
-    after = assert_skipped(normalised, before)
-    assert [each.name for each in scaled_layers(normalised) if each.overflows] == ["norm_1"]
+    before = state_of(normalized)
+    one_step(normalized)
+    after = assert_skipped(normalized, before)
+    assert [each.name for each in scaled_layers(normalized) if each.overflows] == ["norm_1"]
     assert after["r"].pop("norm_1") == before["r"].pop("norm_1") - 10
     assert after["r"] == before["r"] and after["S"] == before["S"]
     # 1e5 is more than one step lowers a scale by, and the layer before it gets that too.
-    normalised.fit(X, Y, batch_size=32, epochs=3, verbose=0)
-    assert normalised.optimizer.skipped_in_a_row == 0
-    assert {each.name for each in scaled_layers(normalised) if each.overflows} <= {"norm_1", "f_1"}
+    normalized.fit(X, Y, batch_size=32, epochs=3, verbose=0)
+    assert normalized.optimizer.skipped_in_a_row == 0
+    assert {each.name for each in scaled_layers(normalized) if each.overflows} <= {"norm_1", "f_1"}
     assert layer.loss_scaling.spectrum.underflow_share < 1e-2
 
 
-def test_a_normalisation_works_at_no_larger_scale_than_what_it_passes_from(normalised):
+def test_a_normalization_works_at_no_larger_scale_than_what_it_passes_from(normalized):
     for _ in range(5):
-        one_step(normalised)
-        r = state_of(normalised)["r"]
+        one_step(normalized)
+        r = state_of(normalized)["r"]
         assert all(r[f"norm_{i}"] <= r[name] for i, name in enumerate(["f_1", "f_2", "last"]))
     assert any(r.values())
 

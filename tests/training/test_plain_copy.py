@@ -33,7 +33,7 @@ def block(x):
 
 
 def every_layer():
-    """Recurrent, nested, normalised, attending, cast by hand, and with a head in float32."""
+    """Recurrent, nested, normalized, attending, cast by hand, and with a head in float32."""
     x = inputs = keras.Input((8, 8, 3))
     inner = keras.Sequential([keras.Input((4, 4, 6)), layers.DepthwiseConv2D(3, padding="same")])
     x = layers.BatchNormalization()(layers.Conv2D(6, 3, strides=2, padding="same")(x))

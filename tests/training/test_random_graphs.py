@@ -26,7 +26,7 @@ RTOL, ATOL = (1e-4, 1e-6) if ON_JAX else (1e-6, 1e-9)
 UNARY = {
     "dense": lambda: layers.Dense(SIZE),
     "dense_relu": lambda: layers.Dense(SIZE, "relu"),
-    "dense_regularised": lambda: layers.Dense(
+    "dense_regularized": lambda: layers.Dense(
         SIZE, kernel_regularizer="l2", activity_regularizer="l1"
     ),
     "frozen": lambda: layers.Dense(SIZE, trainable=False),
@@ -41,7 +41,7 @@ UNARY = {
     "rms_norm": lambda: layers.RMSNormalization(),
     "group_norm": lambda: layers.GroupNormalization(2),
     "prelu": lambda: layers.PReLU(shared_axes=[1]),
-    "penalised": lambda: PenalizedDense(),
+    "penalized": lambda: PenalizedDense(),
     "scaled": lambda: als.LossScaled(layers.Dense(SIZE)),
     "penalty": lambda: Penalty(),
     "relu": lambda: layers.ReLU(),

@@ -72,7 +72,7 @@ def test_a_half_trained_model_is_saved_whole_and_goes_on(tmp_path, mixed_float16
     assert_same(loaded, model)
 
 
-# Keras recognises a layer that two others refer to only if both do so directly, not
+# Keras recognizes a layer that two others refer to only if both do so directly, not
 # by way of a wrapper: TimeDistributed has the same trouble.
 @pytest.mark.parametrize("name", sorted(GRAPHS.keys() - {"tied"}))
 def test_every_graph_is_loaded_with_its_plan(name, tmp_path):

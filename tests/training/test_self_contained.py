@@ -343,7 +343,7 @@ def routes_of(model):
     }
 
 
-def test_a_layer_that_normalises_passes_gradients_on_at_one_scale():
+def test_a_layer_that_normalizes_passes_gradients_on_at_one_scale():
     x = inputs = keras.Input((4,))
     x = layers.BatchNormalization(name="n")(layers.Dense(4, name="a")(x))
     x = layers.Dense(4, name="b")(layers.ReLU()(x))
@@ -363,7 +363,7 @@ def test_a_layer_that_normalises_passes_gradients_on_at_one_scale():
     }
 
 
-def test_layers_whose_normalised_outputs_meet_pass_gradients_on_together():
+def test_layers_whose_normalized_outputs_meet_pass_gradients_on_together():
     inputs = keras.Input((4,))
     branches = [layers.Dense(4, name=name)(inputs) for name in "ab"]
     x = layers.Add()(

@@ -86,7 +86,7 @@ def variables(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", INNER)
-def test_a_step_is_that_of_float32_rounded_to_a_neighbour(name, dtype):
+def test_a_step_is_that_of_float32_rounded_to_a_neighbor(name, dtype):
     wide, narrow = variables("float32"), variables(dtype)
     plain = INNER[name]()
     plain.build(wide)
@@ -107,12 +107,12 @@ def test_a_step_is_that_of_float32_rounded_to_a_neighbour(name, dtype):
         expected = np.array(expected.value)
         actual = np.array(actual.value).astype(DTYPES[dtype])
         near = expected.astype(DTYPES[dtype])
-        neighbours = [
+        neighbors = [
             np.nextafter(near, np.array(toward, near.dtype)) for toward in (-np.inf, np.inf)
         ]
-        assert np.all((actual == near) | (actual == neighbours[0]) | (actual == neighbours[1]))
+        assert np.all((actual == near) | (actual == neighbors[0]) | (actual == neighbors[1]))
         difference = np.abs(actual.astype("float32") - expected)
-        ulp = np.abs(neighbours[1].astype("float32") - neighbours[0].astype("float32"))
+        ulp = np.abs(neighbors[1].astype("float32") - neighbors[0].astype("float32"))
         assert np.all(difference < ulp)
 
 

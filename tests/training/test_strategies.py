@@ -48,7 +48,7 @@ def network():
     return keras.Model(inputs, layers.Dense(2, name="scores")(x))
 
 
-def normalised():
+def normalized():
     inputs = keras.Input((4,))
     x = layers.BatchNormalization()(layers.Dense(8)(inputs))
     return keras.Model(inputs, layers.Dense(2)(layers.ReLU()(x)))
@@ -158,7 +158,7 @@ def test_stochastic_rounding_on_several_devices(two, policy):
     try:
         with two.scope():
             keras.utils.set_random_seed(3)
-            model = als.wrap_model(normalised())
+            model = als.wrap_model(normalized())
             inner = keras.optimizers.AdamW(0.01, global_clipnorm=1.0)
             optimizer = als.AdaptiveLossScaleOptimizer(inner, 2.0**7, stochastic_rounding=True)
             model.compile(optimizer, "mse", **GRAPH)
@@ -170,7 +170,7 @@ def test_stochastic_rounding_on_several_devices(two, policy):
     assert {v.dtype for v in inner.variables if "velocity" in v.path} == {"float32"}
 
 
-@pytest.mark.parametrize("build", [network, normalised])
+@pytest.mark.parametrize("build", [network, normalized])
 def test_saved_activations_on_several_devices(mixed_float16, two, build):
     plain, saved = (
         ours(two, build, functools.partial(keras.optimizers.SGD, 0.01), saved=format)
@@ -183,7 +183,7 @@ def test_saved_activations_on_several_devices(mixed_float16, two, build):
 
 
 @pytest.mark.filterwarnings("ignore:Loss scales do nothing")
-@pytest.mark.parametrize("build", [network, normalised, Subclass])
+@pytest.mark.parametrize("build", [network, normalized, Subclass])
 def test_exactly_as_plain_keras_in_float32(strategy, build):
     model, plain = ours(strategy, build), keras_own(strategy, build)
     if build is Subclass:  # on all replicas at once

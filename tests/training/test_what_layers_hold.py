@@ -40,10 +40,10 @@ def adapted_numbers():
 
 
 def adapted_text():
-    vectorise = layers.TextVectorization(output_sequence_length=2)
-    vectorise.adapt(tf.constant(["oak elm", "ash oak"]))
+    vectorize = layers.TextVectorization(output_sequence_length=2)
+    vectorize.adapt(tf.constant(["oak elm", "ash oak"]))
     inputs = keras.Input((1,), dtype="string")
-    x = layers.Flatten()(layers.Embedding(8, 4)(vectorise(inputs)))
+    x = layers.Flatten()(layers.Embedding(8, 4)(vectorize(inputs)))
     return keras.Model(inputs, layers.Dense(1)(x)), tf.constant([["oak fir"], ["ash elm"]])
 
 
@@ -71,10 +71,10 @@ def patched():
 
 
 def with_statistics():
-    normalise = layers.Normalization()
-    normalise.adapt(floats(9, 4) * 5)
+    normalize = layers.Normalization()
+    normalize.adapt(floats(9, 4) * 5)
     inputs = keras.Input((4,))
-    return keras.Model(inputs, layers.Dense(1)(normalise(inputs))), floats(3, 4)
+    return keras.Model(inputs, layers.Dense(1)(normalize(inputs))), floats(3, 4)
 
 
 def with_own_activation():

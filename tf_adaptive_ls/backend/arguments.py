@@ -5,8 +5,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
-# Bound of log2 scales, of layers and of the loss alike, either way. The largest
-# shift between two layers is then 2**120, which float32 holds.
+# The bound of all log2 scales, those of layers and that of the loss: from -60 to 60. The largest
+# shift between two layers is then 2**120, which float32 can represent.
 MAX_LOG2_SCALE = 60
 
 
@@ -16,17 +16,17 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def is_whole(value: Any, least: int = 0) -> TypeGuard[int]:
-    """Whether an argument is an int of at least so much."""
+    """Whether an argument is an int of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_whole(name: str, value: Any, of: str = "") -> None:
-    """Raises a `ValueError` if an argument is no int from 1.
+    """Raises a `ValueError` unless an argument is an int of at least 1.
 
     Args:
-        name: Its name.
-        value: What was given.
-        of: What it is a number of, such as " of steps".
+        name: Name of the argument.
+        value: Value of the argument.
+        of: What it counts, such as " of steps".
     """
     if not is_whole(value, 1):
         raise ValueError(
@@ -35,7 +35,7 @@ def check_whole(name: str, value: Any, of: str = "") -> None:
 
 
 def is_scale_value(value: Any) -> bool:
-    """Whether an argument, which may be of NumPy, is a power of two that a scale can be."""
+    """Whether an argument is a power of two in the range of scales. It may be a NumPy number."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     if not math.isfinite(value) or value <= 0:
@@ -45,15 +45,15 @@ def is_scale_value(value: Any) -> bool:
 
 
 def only_settings(config: dict[str, Any], kind: str, names: Iterable[str]) -> dict[str, Any]:
-    """`config`, read from a file, once it is known to hold nothing but settings.
+    """`config`, as read from a file, if it contains the given settings and nothing else.
 
     Args:
         config: What was read.
-        kind: What it is the config of, for errors.
-        names: Those of its settings.
+        kind: What the config describes, for error messages.
+        names: Names of the settings.
 
     Raises:
-        ValueError: If it holds anything else.
+        ValueError: If `config` is not a dict, or contains anything else.
     """
     if not config.keys() <= set(names):
         raise ValueError(

@@ -16,18 +16,18 @@ _FLOAT32 = np.finfo(np.float32)
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """Exactly `2 ** exponent` in float32, for whole numbers in [-126, 127]."""
-    # Written bit by bit, since `2 ** k` need not be exact on an accelerator.
+    # Assembled from bits, because `2 ** k` may be inexact on an accelerator.
     biased = keras.ops.cast(exponent, "int32") + (_FLOAT32.maxexp - 1)
     return bitcast(keras.ops.left_shift(biased, _FLOAT32.nmant), "float32")
 
 
 def is_sparse(x: Tensor) -> bool:
-    """Whether a gradient is one of a few rows, as of an embedding: a `tf.IndexedSlices`."""
+    """Whether a gradient is a `tf.IndexedSlices`: some of its rows, as for an embedding."""
     return hasattr(x, "indices")
 
 
 def dense(x: Tensor) -> Tensor:
-    """A gradient with all its rows, also those that are zero."""
+    """A gradient with all of its rows, including rows of zeros."""
     if not is_sparse(x):
         return x
     import tensorflow as tf
@@ -36,23 +36,23 @@ def dense(x: Tensor) -> Tensor:
 
 
 def has_known_rank(x: Tensor) -> bool:
-    """Whether it is known how many axes a tensor has; in a graph of TensorFlow it need not be."""
+    """Whether the number of axes of a tensor is known. In a TensorFlow graph, it may not be."""
     return x.shape is not None and getattr(x.shape, "rank", 0) is not None
 
 
 def dense_parts(x: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The dense tensors that a value is made of, and how to make one like it of others.
+    """The dense tensors that a value consists of, and a function that rebuilds it from others.
 
-    A ragged or sparse tensor has several.
+    A ragged or sparse tensor consists of several.
 
     Args:
-        x: Any value without structure of its own, as `keras.tree` sees it.
+        x: Any leaf of a structure of `keras.tree`.
 
     Returns:
         A list of tensors and other values, and a function from such a list to a value like `x`.
 
     Raises:
-        ValueError: If `x` holds tensors in a way in which they cannot be replaced.
+        ValueError: If `x` contains tensors that cannot be replaced.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -74,9 +74,9 @@ def dense_parts(x: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
 
 def behind_activation(x: Tensor) -> tuple[list[Tensor], Callable[..., Any]] | None:
-    """What a tensor was computed from by a softmax or sigmoid, and that function; or `None`.
+    """The input of the softmax or sigmoid that computed a tensor, and that function; or `None`.
 
-    In a graph of TensorFlow, where Keras's crossentropies look for that. As from `dense_parts`.
+    Keras's crossentropies look for it in TensorFlow graphs. The result is as that of `dense_parts`.
     """
     if not autodiff.builds_graph():
         return None
@@ -89,13 +89,13 @@ def behind_activation(x: Tensor) -> tuple[list[Tensor], Callable[..., Any]] | No
 
 
 def is_inexact_dtype(dtype: str) -> bool:
-    """Whether a dtype, of a tensor, is one of floating-point or complex numbers."""
+    """Whether the dtype of a tensor is floating-point or complex."""
     name = keras.backend.standardize_dtype(dtype)
     return keras.backend.is_float_dtype(name) or name.startswith("complex")
 
 
 def real_numbers(x: Tensor) -> Tensor:
-    """All numbers of a dense or sparse gradient as real ones: complex ones as two."""
+    """The numbers of a dense or sparse gradient as real numbers; a complex number counts as two."""
     x = x.values if is_sparse(x) else x
     if not keras.backend.standardize_dtype(x.dtype).startswith("complex"):
         return x
@@ -103,7 +103,7 @@ def real_numbers(x: Tensor) -> Tensor:
 
 
 def complex_number(real: Tensor, imaginary: Tensor) -> Tensor:
-    """The complex tensor of two of the same floating-point dtype."""
+    """The complex tensor of two floating-point tensors of the same dtype."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -114,9 +114,9 @@ def complex_number(real: Tensor, imaginary: Tensor) -> Tensor:
 
 
 def bitcast(x: Tensor, dtype: str) -> Tensor:
-    """The bits of `x`, read as another dtype of the same size.
+    """Reinterprets the bits of `x` as another dtype of the same size.
 
-    Keras 3.15's `ops.view` refuses tensors of unknown size on TensorFlow.
+    `ops.view` of Keras 3.15 refuses tensors of unknown size on TensorFlow.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -128,14 +128,14 @@ def bitcast(x: Tensor, dtype: str) -> Tensor:
 
 
 def random_bits(seed: Tensor, shape: Any, number: int) -> Tensor:
-    """Random whole numbers in `[0, 2**number)`, int32, the same for the same seed.
+    """Uniform random int32 numbers in `[0, 2**number)`, the same for the same seed.
 
-    Keras's own random numbers take no seed that is a tensor.
+    Keras's random functions do not take a tensor as the seed.
 
     Args:
-        seed: Uint32 tensor `[2]`, as a `keras.random.SeedGenerator` gives it.
-        shape: Of the result.
-        number: An int below 32.
+        seed: Uint32 tensor `[2]`, as from a `keras.random.SeedGenerator`.
+        shape: Shape of the result.
+        number: Int below 32.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -145,21 +145,21 @@ def random_bits(seed: Tensor, shape: Any, number: int) -> Tensor:
     import tensorflow as tf
 
     seed = tf.bitcast(tf.cast(seed, "uint32"), "int32")
-    if number == 31:  # no int32 is above these
+    if number == 31:  # all int32 numbers are below 2**31
         bits = tf.random.stateless_uniform(shape, seed, None, None, "int32")
         return tf.bitwise.bitwise_and(bits, np.int32(2**31 - 1))
     return tf.random.stateless_uniform(shape, seed, 0, 2**number, "int32")
 
 
-# As many as one block of a GPU reduces at once.
+# What one block of a GPU reduces at a time.
 _MOST_PARTS = 1024
 
 
 def largest_of_each(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest of each of several tensors of numbers from 0, `[len(tensors)]`; 0 of none.
+    """The maximum of each tensor, of shape `[len(tensors)]`. Numbers must be >= 0; empty gives 0.
 
-    A GPU finds that of a large tensor in two kernels, one that leaves a part to every block, and
-    one for the parts. Of several tensors the latter is one for all.
+    On a GPU, the maximum of a large tensor takes two kernels: one computes a partial maximum per
+    block, and one reduces these. Here the second kernel is shared by all tensors.
     """
     sizes = [-1 if None in x.shape else math.prod(x.shape) for x in tensors]
     if len(tensors) == 1 or -1 in sizes or not devices.on_gpu():
@@ -181,17 +181,17 @@ def largest_of_each(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _number_of_parts(size: int) -> int:
-    """The largest number of parts of equal size that something can be cut into."""
+    """The largest possible number of equal parts of an axis."""
     return max(number for number in range(1, _MOST_PARTS + 1) if size % number == 0)
 
 
 def divide_by_power_of_two(x: Tensor, divisor: Tensor) -> Tensor:
-    """`x / divisor`, exactly rounded, for a power of two that float32 holds the inverse of.
+    """`x / divisor`, correctly rounded, for a power of two whose inverse is a float32 number.
 
-    A gradient has several readers: its shift, its peak, its sample. XLA on a CPU computes
-    a chain of cheap operations anew for each of them, and counts multiplications as
-    cheap, but divisions not: dividing makes a step up to 14 % faster (see
-    benchmarks/NOTES.md). Elsewhere a division need not be exact, so it is a product.
+    A gradient is read several times: to be scaled, for its amax, and for samples. On a CPU, XLA
+    recomputes chains of cheap operations for each reader. It counts multiplications as cheap and
+    divisions as expensive, so a division makes a step up to 14 % faster (see benchmarks/NOTES.md).
+    On other devices, where division may be inexact, this multiplies by the inverse.
     """
     if devices.on_gpu():
         return keras.ops.multiply(x, 1 / divisor)

@@ -1,4 +1,4 @@
-"""Custom gradients, recorded operations, and running a function again for its gradients."""
+"""Custom gradients, what is recorded for gradients, and rematerialization."""
 
 import itertools
 import weakref
@@ -13,12 +13,12 @@ from tf_adaptive_ls.backend.types import Tensor
 def custom_gradient(
     function: Callable[..., Any], constants: Sequence[Tensor] = ()
 ) -> Callable[..., Any]:
-    """Custom gradient of `function(constants, *inputs)` by `inputs`.
+    """`function(constants, *inputs)` with a custom gradient for `inputs`.
 
-    TensorFlow gathers all inputs of such a function in one `IdentityN` node, so that
-    even inference would compute `constants`, which only the backward pass needs: there
-    they must not be inputs. JAX does not let the backward pass close over anything
-    that depends on what is differentiated: there they must be.
+    On TensorFlow, all inputs of such a function go through one `IdentityN` node. If `constants`
+    were inputs, even inference would compute them, although only the backward pass needs them. On
+    JAX, the backward pass must not close over values that depend on differentiated values, so
+    `constants` are inputs there.
     """
     if keras.backend.backend() != "jax":
         differentiable = keras.ops.custom_gradient(lambda *inputs: function(constants, *inputs))
@@ -30,7 +30,8 @@ def custom_gradient(
         zeros = [keras.ops.zeros_like(constant) for constant in given]
 
         def backward_of_all(*gradients: Any) -> Any:
-            if isinstance(gradients[0], (list, tuple)):  # those of several outputs come as one
+            # the gradients of several outputs come as one argument
+            if isinstance(gradients[0], (list, tuple)):
                 (gradients,) = gradients
             return (*zeros, *backward(*gradients))
 
@@ -55,12 +56,12 @@ def custom_gradient(
 
 
 def pulled_back(function: Callable[[Tensor], Tensor], value: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient by `value` of what a function makes of it, from that of the result.
+    """The gradient of the argument of a function, given the gradient of its result.
 
     Args:
-        function: Function of a tensor to a tensor.
-        value: The former.
-        gradient: Tensor like the latter.
+        function: Function from a tensor to a tensor.
+        value: The argument.
+        gradient: The gradient of the result, a tensor like it.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -69,7 +70,7 @@ def pulled_back(function: Callable[[Tensor], Tensor], value: Tensor, gradient: T
         return result
     import tensorflow as tf
 
-    value = tf.convert_to_tensor(value)  # it may be a variable
+    value = tf.convert_to_tensor(value)  # `value` may be a variable
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(value)
         result = function(value)
@@ -77,9 +78,9 @@ def pulled_back(function: Callable[[Tensor], Tensor], value: Tensor, gradient: T
 
 
 def _of_this_graph(tensor: Tensor) -> Tensor:
-    """A tensor in the graph that is being built: in a branch of a conditional it may be of another.
+    """A tensor in the graph that is being built. In a branch of a conditional, it may be outside.
 
-    TensorFlow wants all outputs of a custom gradient in one graph.
+    TensorFlow requires all outputs of a custom gradient to be in one graph.
     """
     import tensorflow as tf
 
@@ -89,22 +90,21 @@ def _of_this_graph(tensor: Tensor) -> Tensor:
 
 
 def _is_of_forward_mode(error: Exception) -> bool:
-    """Whether JAX says that a function with a backward rule is computed in forward mode."""
+    """Whether an error of JAX says that forward mode met a custom backward pass."""
     return "forward-mode" in str(error)
 
 
 def _left_to_graph(outputs: Any) -> Any:
-    """The outputs of a custom gradient, after `leave_gradients_to_graph` for it alone."""
+    """The outputs of a custom gradient, after `leave_gradients_to_graph` for this gradient only."""
     if builds_graph():
         _leave_gradient_to_graph(keras.tree.flatten(outputs)[0].op)
     return outputs
 
 
 def is_recorded() -> bool:
-    """Whether operations are recorded, should somebody want gradients.
+    """Whether TensorFlow records operations for gradients at the moment.
 
-    Not so inside the first run of a rematerialised function on TensorFlow, which has no public
-    way to ask.
+    During the first run of a rematerialized function, it does not. There is no public way to ask.
     """
     if keras.backend.backend() != "tensorflow":
         return True
@@ -114,15 +114,16 @@ def is_recorded() -> bool:
 
 
 def is_differentiated(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bool:
-    """Whether gradients by one of several tensors are known to be wanted.
+    """Whether gradients of one of several tensors are known to be needed.
 
-    On TensorFlow of what is recorded at present: of a graph that is called in a tape that was not
-    there when it was built, nothing is known. On JAX of all but what runs once more or in a loop.
+    On TensorFlow, this looks at the tapes that record now. It is not known whether a graph will
+    later be called inside another tape. On JAX, it is true of everything that is rematerialized or
+    in a loop.
 
     Args:
         tensors: List of tensors.
-        others: On JAX, more of them, without which it cannot be told of those that nothing is
-            wanted of them.
+        others: Used on JAX: list of other tensors. If their gradients are needed, it is known
+            which gradients of `tensors` are not.
     """
     if not tensors:
         return False
@@ -136,10 +137,9 @@ def is_differentiated(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) 
 
 
 def may_be_differentiated(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[bool]:
-    """Of each of several tensors, whether anybody may want gradients by it, now or later.
+    """For each of several tensors, whether its gradient may be needed now or later.
 
-    On TensorFlow that is never known; on JAX of all but what runs once more or in a loop. As
-    `is_differentiated`.
+    The arguments are as in `is_differentiated`. On TensorFlow, the answer is always yes.
     """
     if keras.backend.backend() == "tensorflow" or not tensors:
         return [True] * len(tensors)
@@ -166,17 +166,17 @@ def may_be_differentiated(tensors: Sequence[Tensor], others: Sequence[Tensor] = 
 
 
 class ReadsOfVariables:
-    """A context that sees which variables are read in it, other than through a scope of Keras.
+    """Context manager that detects reads of variables that bypass Keras's scopes.
 
-    On TensorFlow; elsewhere no gradient comes to a variable that is not among the arguments.
+    It does so on TensorFlow. On JAX, only arguments can have gradients, so it has nothing to do.
 
     Args:
-        known: List of values that may be read: those of variables, and others.
+        known: List of values that may be read: of variables and others.
     """
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         self._watcher: Any = None
-        # Of `tf.distribute` there is one on every device.
+        # With `tf.distribute`, a variable has one component per device.
         values = [getattr(value, "values", ()) for value in known]
         parts = itertools.chain(*(each for each in values if isinstance(each, tuple)))
         self._known = set(map(id, [*known, *parts]))
@@ -196,15 +196,15 @@ class ReadsOfVariables:
 
     @property
     def names(self) -> list[str]:
-        """The names of trainable `tf.Variable`s that were read: a list."""
+        """List of the names of the trainable `tf.Variable`s that were read."""
         read = () if self._watcher is None else self._watcher.watched_variables()
         return [variable.name for variable in read if id(variable) not in self._known]
 
     def is_outside(self) -> bool:
-        """Whether a function is being traced that was not when the context was entered.
+        """Whether a function is being traced that was not yet when the context was entered.
 
-        Such a `tf.function` remembers what it reads, if it is no variable, for good. Bodies of
-        loops and branches are built anew.
+        Such a `tf.function` keeps the values it reads as constants, unless they are variables.
+        Bodies of loops and branches do not count, because they are built on each trace.
         """
         graph = _graph_being_built()
         while graph is not None and graph is not self._graph:
@@ -231,42 +231,42 @@ def _is_control_flow(graph: Any) -> bool:
 def independent(
     function: Callable[..., Any], tensors: Sequence[Tensor], others: Sequence[Tensor]
 ) -> list[bool]:
-    """Which tensors no gradient of what a function returns comes to: a list of booleans.
+    """For each tensor, whether no gradient of what `function` returns reaches it: list of booleans.
 
     Args:
-        function: Function without arguments to a list of tensors, of TensorFlow.
+        function: Function without arguments that returns a list of TensorFlow tensors.
         tensors: List of tensors and `tf.Variable`s.
-        others: List of other tensors that gradients are taken by.
+        others: List of other tensors to differentiate by.
     """
     import tensorflow as tf
 
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([*tensors, *others])
         results = function()
-    # Recorded by tapes around it: a `tf.custom_gradient` may use a tape of its own in there.
+    # Outer tapes record this: the function may contain a `tf.custom_gradient` that uses a tape.
     return [gradient is None for gradient in tape.gradient(results, tensors)]
 
 
 def gradients_end_at_variables() -> bool:
-    """Whether code of somebody else may define gradients by variables, not by values."""
+    """Whether user code can define gradients of variables instead of values."""
     return keras.backend.backend() == "tensorflow"
 
 
 def gradients_end_at_assignments() -> bool:
-    """Whether a variable that is assigned to has the gradient of its new value from then on.
+    """Whether the gradient of an assigned variable is the gradient of its new value.
 
-    Otherwise, as on JAX, where there are only values, it has that of what it was before.
+    On JAX, it is the gradient of the value before the assignment.
     """
     return keras.backend.backend() == "tensorflow"
 
 
-def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is run once more in the backward pass, instead of keeping what it needs.
+def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs again in the backward pass instead of saving intermediate results.
 
     Args:
-        function: Function of floating-point tensors to a pair: a list of such, which have
-            gradients by the arguments and by nothing else, and a structure of anything else,
-            without.
+        function: Function of floating-point tensors. It returns a list of floating-point tensors,
+            whose gradients only depend on the arguments, and any other structure, which has no
+            gradients.
     """
     if keras.backend.backend() != "tensorflow":
         return keras.remat(function)
@@ -290,12 +290,12 @@ def run_again_from(
     keep: Callable[[Sequence[Tensor]], Any],
     restore: Callable[[Any], list[Tensor]],
 ) -> Callable[..., Any]:
-    """As `rematerialised`, but the second run is on what can be made of what was kept.
+    """Like `rematerialized`, but saves something else than the arguments.
 
     Args:
-        function: As that of `rematerialised`. On JAX what it closes over has no gradients.
-        keep: Function of the arguments, a list, to a structure of tensors.
-        restore: Function of that to the arguments, or what is near them.
+        function: As in `rematerialized`. On JAX, what it closes over has no gradients.
+        keep: Function from the list of arguments to a structure of tensors to save.
+        restore: Function from this structure to the arguments, or approximations of them.
     """
     if keras.backend.backend() == "jax":
         return _run_again_on_jax(function, keep, restore)
@@ -325,11 +325,11 @@ def run_again_from(
 
 
 def _not_before(gradients: Sequence[Tensor], kept: Any) -> Any:
-    """What was kept, known to TensorFlow only once gradients are, if it is of 8 bits.
+    """Makes saved 8-bit tensors depend on gradients, so that only the backward pass uses them.
 
-    It would run again, and keep what comes of it, as soon as it can. XLA does not look at control
-    dependencies, but takes no number for equal to itself that may be NaN. If it is, all bits are
-    set, which is NaN in 8 bits, too.
+    Otherwise TensorFlow runs the function again, and saves its results, as soon as possible. XLA
+    ignores control dependencies, but it cannot assume that a number equals itself, since it may be
+    NaN. In this case all bits are set, which is NaN in 8 bits, too.
     """
     import tensorflow as tf
 
@@ -355,7 +355,7 @@ def _run_again_on_jax(
         return function(*tensors), keep(tensors)
 
     def backward(kept: Any, gradients: Any) -> Any:
-        # Otherwise XLA would restore all in the forward pass, and keep that.
+        # Otherwise XLA would restore everything during the forward pass, and keep it.
         kept, of_results = jax.lax.optimization_barrier((kept, gradients[0]))
         return jax.vjp(lambda *tensors: function(*tensors)[0], *restore(kept))[1](of_results)
 
@@ -365,11 +365,11 @@ def _run_again_on_jax(
 
 
 def leave_gradients_to_graph() -> None:
-    """Lets custom gradients in the graph that is being built live as long as it, and no longer.
+    """Ties the lifetime of all custom gradients of the graph that is being built to the graph.
 
-    TensorFlow keeps the backward pass of every custom gradient in a graph for good, and with it
-    the graph and all that its model is made of: a program that builds many models runs out of
-    memory. Keras's optimizers make such gradients when they reduce over replicas.
+    TensorFlow keeps the backward function of each custom gradient in a graph forever. It refers to
+    the graph, and through it to the model, so a program that builds many models would run out of
+    memory. Keras's optimizers create such gradients when they reduce over replicas.
     """
     if builds_graph():
         import tensorflow as tf
@@ -387,8 +387,8 @@ def builds_graph() -> bool:
 
 
 def _leave_gradient_to_graph(operation: Any) -> None:
-    # There is no public way to take a gradient out of the registry, where it is looked up by
-    # name whenever its graph is differentiated.
+    # There is no public way to remove a gradient from the registry, where TensorFlow looks it up by
+    # name each time it differentiates the graph.
     from tensorflow.python.framework import ops
 
     registered = ops.gradient_registry._registry
@@ -405,7 +405,7 @@ def _leave_gradient_to_graph(operation: Any) -> None:
 
 
 class _WeakFunction:
-    """A function that lives as long as others refer to it."""
+    """Calls a function that it refers to weakly."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = weakref.ref(function)
@@ -419,14 +419,15 @@ class _WeakFunction:
 def value_and_gradients(
     function: Callable[..., Any], tensors: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The value of a function, and its gradients by its arguments.
+    """The value of a function, and its gradients.
 
     Args:
-        function: Function of a list of tensors to a scalar tensor.
+        function: Function from a list of tensors to a scalar tensor.
         tensors: The list.
 
     Returns:
-        The value, and a list of gradients; zeros for a tensor that it does not depend on.
+        The value, and the list of gradients. The gradient of a tensor that the value does not
+        depend on is zero.
     """
     if keras.backend.backend() == "jax":
         import jax
@@ -438,4 +439,5 @@ def value_and_gradients(
         tape.watch(tensors)
         value = function(tensors)
     found = tape.gradient(value, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return value, [tf.convert_to_tensor(gradient) for gradient in found]  # of embeddings: sparse
+    # gradients of embeddings are sparse
+    return value, [tf.convert_to_tensor(gradient) for gradient in found]

@@ -15,13 +15,13 @@ def batches_of(data: Any, batch_size: int = 32) -> Iterator[Any]:
     """Iterates over the batches of data.
 
     Args:
-        data: `(x, y)` or `(x, y, sample_weight)`, of arrays or of structures of arrays; or a
-            `keras.utils.PyDataset`; or an iterable of batches, such as a list of them, a generator
-            or a `tf.data.Dataset`.
-        batch_size: Int. Of arrays, how many examples a batch has.
+        data: `(x, y)` or `(x, y, sample_weight)`, with arrays or structures of arrays; a
+            `keras.utils.PyDataset`; or an iterable of batches, such as a list, a generator or a
+            `tf.data.Dataset`.
+        batch_size: Int. The number of examples per batch of arrays.
 
     Raises:
-        ValueError: If `data` is none of these, or `batch_size` not as said.
+        ValueError: If an argument is not as described.
     """
     check_whole("batch_size", batch_size, " of examples")
     if isinstance(data, keras.utils.PyDataset):
@@ -37,7 +37,7 @@ def batches_of(data: Any, batch_size: int = 32) -> Iterator[Any]:
 
 
 def check_repeatable(data: Any) -> None:
-    """Raises a `ValueError` for data that can be iterated over only once."""
+    """Raises a `ValueError` if `data` can be iterated over only once."""
     if isinstance(data, Iterator):
         raise ValueError(
             "Expected `data` to be batches `(x, y)` that can be iterated over repeatedly, "
@@ -46,9 +46,9 @@ def check_repeatable(data: Any) -> None:
 
 
 def fingerprint(batch: Any) -> int:
-    """A number that tells sets of examples apart: add it up over batches.
+    """A number for a batch. The sum over all batches identifies a set of examples.
 
-    The sum does not depend on the order of examples, nor on how they are batched.
+    The sum does not depend on the order of the examples or on the batch size.
     """
     columns: list[list[bytes]] = []
     for leaf in tree.flatten(batch):
@@ -63,7 +63,7 @@ def _bytes_of(row: Any) -> bytes:
 
 
 def _is_of_arrays(data: Any) -> bool:
-    """Whether `data` is one tuple of arrays, and no tuple of batches."""
+    """Whether `data` is a tuple of arrays, and not a tuple of batches."""
     return isinstance(data, tuple) and 2 <= len(data) <= 3 and not isinstance(data[0], tuple)
 
 

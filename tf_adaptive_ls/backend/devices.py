@@ -26,10 +26,10 @@ def on_gpu() -> bool:
 
 @functools.cache
 def has_products_of_8_bits() -> bool:
-    """Whether XLA makes products of 8 bits of those of tensors that were cast.
+    """Whether XLA computes the matmul of tensors cast from float8 in float8.
 
-    On JAX, with all devices of the Ada or Hopper kind or later, and only if Triton's products
-    are turned off, which XLA would try instead, for half a minute each (benchmarks/NOTES.md).
+    On JAX it does, if all devices are at least Ada or Hopper, and if Triton's matmuls are turned
+    off. XLA would otherwise try these, for half a minute per matmul (benchmarks/NOTES.md).
     """
     if keras.backend.backend() != "jax":
         return False
@@ -42,9 +42,9 @@ def has_products_of_8_bits() -> bool:
 
 
 def sums_of_all_bits() -> contextlib.AbstractContextManager[None]:
-    """A context in which sums of products of 8 bits are not shortened, on JAX.
+    """Context manager in which float8 matmuls on JAX accumulate with full precision.
 
-    Otherwise Hopper adds with 14 bits.
+    Otherwise, Hopper accumulates with 14 bits.
     """
     if keras.backend.backend() != "jax":
         return contextlib.nullcontext()
@@ -56,9 +56,9 @@ def sums_of_all_bits() -> contextlib.AbstractContextManager[None]:
 def zeros_unless(
     condition: Tensor, function: Callable[[], Tensor], shape: tuple[int, ...]
 ) -> Tensor:
-    """What `function` returns, of some shape, if a scalar tensor is true, and else zeros.
+    """The result of `function` if a boolean scalar tensor is true, otherwise zeros.
 
-    On a GPU it is called anyway: the host would wait for the condition, which costs more.
+    On a GPU, `function` always runs: a condition would make the host wait, which takes longer.
     """
     if on_gpu():
         return keras.ops.where(condition, function(), keras.ops.zeros(shape))
@@ -66,7 +66,7 @@ def zeros_unless(
 
 
 def computed_once(tensor: Tensor) -> Tensor:
-    """`tensor`, which XLA on a GPU does not compute anew in every kernel that reads it."""
+    """`tensor`, protected from being recomputed by XLA in every GPU kernel that reads it."""
     if keras.backend.backend() != "jax" or not on_gpu():
         return tensor
     import jax
@@ -75,7 +75,7 @@ def computed_once(tensor: Tensor) -> Tensor:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one of several that writes what all know."""
+    """Whether this process is the one that writes files and logs for all processes."""
     if keras.backend.backend() != "jax":
         return True
     import jax
@@ -84,10 +84,10 @@ def is_first_process() -> bool:
 
 
 def run_if(condition: Any, function: Callable[..., Any], *arguments: Any) -> None:
-    """Runs `function(*arguments)`, which updates variables, if a scalar tensor is true.
+    """Runs `function(*arguments)`, which updates variables, if a boolean scalar tensor is true.
 
-    In `tf.distribute`, on every replica; `condition` must be the same on all. Not where there are
-    `only_values`.
+    With `tf.distribute`, it runs on every replica, and `condition` must be the same on all. It
+    cannot be used where there are `only_values`.
     """
     import tensorflow as tf
 
@@ -95,8 +95,8 @@ def run_if(condition: Any, function: Callable[..., Any], *arguments: Any) -> Non
         _run_if(condition, lambda: function(*arguments))
         return
 
-    # Updates of variables merge replicas, which they cannot do inside a conditional of one
-    # replica: the conditional has to be around all.
+    # Variable updates merge replicas, which is impossible inside of a conditional of one replica.
+    # The conditional must therefore enclose all replicas.
     def on_all(strategy: Any, condition: Any, arguments: Any) -> None:
         condition = strategy.experimental_local_results(condition)[0]
         _run_if(
@@ -116,7 +116,7 @@ def _run_if(condition: Any, function: Callable[..., Any]) -> None:
 
 
 def _varies_over(tensor: Tensor) -> Any:
-    """The axes of a mesh that a tensor has other values along, where JAX keeps account of it."""
+    """The axes of the mesh along which a tensor varies, as far as JAX tracks it."""
     import jax
 
     kind = jax.typeof(tensor)
@@ -126,7 +126,7 @@ def _varies_over(tensor: Tensor) -> Any:
 
 
 def varying_as(x: Tensor, other: Tensor) -> Tensor:
-    """`x`, with JAX told that it has other values wherever `other` has."""
+    """`x`, marked for JAX as varying along the same axes of the mesh as `other`."""
     if keras.backend.backend() != "jax":
         return x
     import jax
@@ -140,22 +140,22 @@ def varying_as(x: Tensor, other: Tensor) -> Tensor:
 
 
 def max_over_shards(function: Callable[..., Any], tensors: list[Tensor]) -> Tensor:
-    """The element-wise maximum of a function over the parts of a batch that devices hold.
+    """The element-wise maximum of a function over the shards of a batch.
 
-    With `keras.distribution` on JAX one computation spans all devices. What reads gradients
-    of activations is told here to stay with the part that a device has, lest they travel. In a
-    `jax.shard_map` a part is what varies; what is said of all is then the same everywhere.
+    With `keras.distribution` on JAX, one computation spans all devices. This keeps each device on
+    its own shard, so that gradients of activations are not transferred. Inside a `jax.shard_map`,
+    there is only the local shard.
 
     Args:
-        function: Function `(tensors, part, num_parts) -> tensor` that is not negative.
-        tensors: List of tensors whose first axis is that of the batch.
+        function: Function `(tensors, part, num_parts) -> tensor` with values >= 0.
+        tensors: List of tensors of shape `[batch, ...]`.
     """
     if keras.backend.backend() != "jax":
         return function(tensors, 0, 1)
     import jax
 
     axes = tuple(sorted(set().union(*map(_varies_over, tensors))))
-    if axes:  # in a `jax.shard_map` of the user's
+    if axes:  # in a user's `jax.shard_map`
         number = math.prod(jax.lax.axis_size(axis) for axis in axes)
         return jax.lax.pmax(function(tensors, jax.lax.axis_index(axes), number), axes)
     distribution = keras.distribution.distribution()
@@ -177,9 +177,9 @@ def max_over_shards(function: Callable[..., Any], tensors: list[Tensor]) -> Tens
 
 
 def unsupported_strategy() -> str | None:
-    """The name of the `tf.distribute` strategy around, if replicas cannot be summed over in it.
+    """The name of the current `tf.distribute` strategy, if it cannot sum over replicas.
 
-    `None` if they can, or if there is none.
+    `None` if it can, or if there is no strategy.
     """
     if keras.backend.backend() != "tensorflow":
         return None
@@ -197,9 +197,9 @@ def unsupported_strategy() -> str | None:
 
 
 def sum_over_replicas(tensor: Tensor) -> tuple[Tensor, int]:
-    """The sum of a tensor over the replicas that `tf.distribute` runs a step on, and their number.
+    """The sum of a tensor over all `tf.distribute` replicas of a step, and their number.
 
-    This is the only communication between replicas that loss scales need.
+    Loss scales need no other communication between replicas.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

@@ -1,4 +1,4 @@
-"""Compiling functions, and what tracing does to values."""
+"""Compiles functions, and tells whether values are being traced."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from tf_adaptive_ls.backend.types import Tensor
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of nested structures of tensors, compiled when it is first called."""
+    """Compiles a function of nested structures of tensors on its first call."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -21,20 +21,20 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def are_always_compiled() -> bool:
-    """Whether steps are always compiled by XLA as a whole, as on JAX."""
+    """Whether XLA always compiles whole steps, as on JAX."""
     return keras.backend.backend() == "jax"
 
 
 def only_values() -> bool:
-    """Whether a conditional may not update variables, as on JAX, but has to return new values."""
+    """Whether a conditional must return new values instead of updating variables, as on JAX."""
     return keras.backend.backend() != "tensorflow"
 
 
 def would_be_constant(value: Any) -> bool:
-    """Whether a function that is being compiled would keep `value` as it is now, for good.
+    """Whether a function that is being compiled would keep the current `value` as a constant.
 
-    So JAX does with what is not among the arguments of the function. TensorFlow reads variables
-    anew. Computing gradients alone, without compiling, traces nothing.
+    JAX does so with everything that is not an argument of the function. TensorFlow reads variables
+    on each call. Computing gradients without compiling does not count as tracing.
     """
     if keras.backend.backend() != "jax":
         return False
@@ -45,7 +45,7 @@ def would_be_constant(value: Any) -> bool:
 
 
 def is_traced_alone() -> bool:
-    """Whether TensorFlow traces a function, and not one of several replicas."""
+    """Whether TensorFlow is tracing a function outside of a replica context."""
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf
@@ -54,7 +54,7 @@ def is_traced_alone() -> bool:
 
 
 def outside_of_traces() -> Any:
-    """Context in which what is computed is not part of a function that is being traced."""
+    """Context manager that computes outside of the function that is being traced."""
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     import tensorflow as tf
@@ -63,7 +63,7 @@ def outside_of_traces() -> Any:
 
 
 def current_trace() -> Any:
-    """The trace of a function that is under way, of the innermost; `None` if values are known."""
+    """The innermost running trace, or `None` if values are concrete."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -74,10 +74,9 @@ def current_trace() -> Any:
 
 
 def belong_to(trace: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether what is computed from tensors now can be returned by the function of that trace.
+    """Whether a value computed from `tensors` can be returned by the function of the given trace.
 
-    With `None` for the trace: whether its numbers are known at once. Nothing gets out of a loop
-    that is traced by itself.
+    For `None` as the trace: whether the tensors are concrete. Values inside a loop cannot leave it.
     """
     if any(isinstance(x, keras.KerasTensor) for x in tensors):
         return False

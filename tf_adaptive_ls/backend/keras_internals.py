@@ -1,8 +1,8 @@
 """All private members of Keras that this library uses, each with the reason.
 
-`LossScaled` besides overrides `_maybe_build` and `_open_name_scope`, without which a wrapped
-layer would be built at another time, and its weights be found under other paths.
-`tests/training/test_keras_internals.py` tells what a new Keras has changed.
+In addition, `LossScaled` overrides `_maybe_build` and `_open_name_scope`: otherwise its layer
+would be built at another time, and its weights would have other paths.
+`tests/training/test_keras_internals.py` fails if a new Keras changes any of these members.
 """
 
 import contextlib
@@ -23,41 +23,41 @@ __all__ = ["AutocastScope"]
 
 
 def parts_of(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """A layer and all layers inside it, at any depth.
+    """A layer and all layers inside of it, at any depth.
 
-    `layer.layers` is only there for models, and only one level deep.
+    `layer.layers` exists only for models, and goes only one level deep.
     """
     return list(layer._flatten_layers())
 
 
-# Where Keras's layers are whose config is all there is to them, unless they have variables. Other
-# layers have tables (of a vocabulary), functions, statistics, … which Keras has no list of.
+# Modules of Keras whose layers have no state except their config and their variables. Other layers
+# have vocabularies, functions, statistics, …, which Keras does not list.
 _ALL_CONFIG = tuple(
     f"keras.src.layers.{name}." for name in ("activations", "merging", "pooling", "reshaping")
 )
 
 
 def is_all_config(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is known to be what its config says, and to have no state.
+    """Whether a layer is fully described by its config, without any state.
 
-    One that cannot be told to be so is taken not to be.
+    If this is not certain, it is false.
     """
     kind = type(layer)
     if not kind.__module__.startswith(_ALL_CONFIG) or layer.variables or len(parts_of(layer)) > 1:
         return False
-    # `Layer.__new__` sets these two on every layer; others are somebody's patches.
+    # `Layer.__new__` sets these two on every layer. Others were set by someone else.
     patched = vars(layer).keys() - {"build", "quantize"}
     return is_plain_keras_layer(layer) and not any(
         callable(getattr(kind, name, None)) for name in patched
     )
 
 
-# Keras layers that run code Keras does not know.
+# Keras layers that run user code.
 _FOREIGN_CODE = ("Lambda", "TFSMLayer", "JaxLayer", "FlaxLayer", "TorchModuleWrapper")
 
 
 def is_plain_keras_layer(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is one of Keras's own and runs only code of Keras."""
+    """Whether a layer is one of Keras's own, and runs only Keras's code."""
     functions = getattr(layer, "activation", None), vars(layer).get("call")
     return (
         is_from_keras(type(layer))
@@ -67,39 +67,39 @@ def is_plain_keras_layer(layer: keras.layers.Layer) -> bool:
 
 
 def is_from_keras(definition: Any) -> bool:
-    """Whether a class or function is defined in Keras."""
+    """Whether Keras defines a class or function."""
     return definition.__module__.partition(".")[0] == "keras"
 
 
 def layers_in(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """The layers inside a layer, one level deep, whatever lists they are kept in."""
+    """The layers inside of a layer, one level deep, in whatever lists they are stored."""
     return list(layer._layers)
 
 
-# Classes of Keras that say nothing of what a subclass computes.
+# Keras classes that do not define what a subclass computes.
 _OPEN_CLASSES = ("Layer", "Model", "Functional", "Sequential", "Wrapper")
 
 
 def computes_as_keras_does(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is of a class of Keras that computes something, or of a subclass of such."""
+    """Whether a layer has a Keras class that computes something, or a subclass of one."""
     kind = next(kind for kind in type(layer).__mro__ if is_from_keras(kind))
     return kind.__name__ not in _OPEN_CLASSES
 
 
 def may_be_trained(layer: keras.layers.Layer) -> bool:
-    """Whether a layer has weights that are trainable, or would be if it were not frozen."""
+    """Whether a layer has weights that are trainable unless the layer is frozen."""
     return any(map(own_weights, parts_of(layer)))
 
 
 def own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The weights of a layer, not of others inside it, that are trainable if it is not frozen."""
+    """The weights of a layer itself, without layers inside, that are trainable unless frozen."""
     return list(layer._trainable_variables)
 
 
 def graph_of(model: keras.layers.Layer) -> keras.Model | None:
     """The Functional graph that a model runs, or `None`.
 
-    A Sequential model runs a Functional one that it makes, and shows it to nobody.
+    A Sequential model creates a Functional model and runs it; there is no public access to it.
     """
     if isinstance(model, keras.Sequential):
         return model._functional
@@ -107,10 +107,10 @@ def graph_of(model: keras.layers.Layer) -> keras.Model | None:
 
 
 def nodes_of(graph: keras.Model) -> list[Any]:
-    """The calls in a Functional graph, in an order in which they can be run.
+    """The nodes (calls) of a Functional graph, in an order in which they can run.
 
-    Layers know only all their calls, in whatever graph, in `_inbound_nodes`; a graph shows
-    its layers, but neither its calls nor the operations between layers.
+    A layer knows its calls in all graphs, in `_inbound_nodes`. A graph shows its layers, but
+    neither its calls nor the operations between layers.
     """
     return [
         node
@@ -121,22 +121,22 @@ def nodes_of(graph: keras.Model) -> list[Any]:
 
 
 def operations_of(layer: keras.layers.Layer) -> list[Any]:
-    """The operations in the graph of a Functional model, layers among them; of others, none."""
+    """The operations in the graph of a Functional model, including layers; otherwise none."""
     return list(getattr(layer, "_operations", ()))
 
 
 def calls_of(operation: Any) -> list[Any]:
-    """The list in which Keras keeps all calls of an operation on symbolic tensors."""
+    """The list in which Keras records all calls of an operation on symbolic tensors."""
     return operation._inbound_nodes
 
 
 def calls_after(operation: Any) -> list[Any]:
-    """The list in which Keras keeps all calls that take what comes from an operation."""
+    """The list in which Keras records all calls that take outputs of an operation."""
     return operation._outbound_nodes
 
 
 def node_of(tensor: Tensor) -> Any:
-    """The call that a symbolic tensor comes from, or `None`."""
+    """The node that a symbolic tensor comes from, or `None`."""
     history = getattr(tensor, "_keras_history", None)
     if history is None or history.operation is None:
         return None
@@ -151,16 +151,16 @@ def _take_no_mode(layer: keras.layers.Layer, mode: object) -> None:
     pass
 
 
-# The mode of what Keras shall not run once more in the backward pass, in whatever
-# `keras.RematScope` it is made. A layer takes over the mode of that scope, and has no argument.
-_NEVER_REMATERIALISED = property(_no_mode, _take_no_mode)
+# A rematerialization mode for layers that Keras must not rematerialize, even if they are created in
+# a `keras.RematScope`. A layer takes its mode from the scope, and has no argument for it.
+_NEVER_REMATERIALIZED = property(_no_mode, _take_no_mode)
 
 
 class StandIn(keras.layers.Wrapper):
-    """A layer that is, as far as Keras can see, the layer that it is around."""
+    """A layer that acts for Keras as the layer inside of it."""
 
-    # The layer may be run once more in the backward pass: what stands for it has to stay.
-    _remat_mode = _NEVER_REMATERIALISED
+    # Keras may rematerialize the inner layer, but not this one.
+    _remat_mode = _NEVER_REMATERIALIZED
 
     def _maybe_build(self, call_spec: Any) -> None:
         if not self.layer.built:
@@ -168,38 +168,41 @@ class StandIn(keras.layers.Wrapper):
         self.built = True
 
     def _open_name_scope(self) -> contextlib.AbstractContextManager[None]:
-        # The layer opens its own: paths of weights read as without a wrapper.
+        # The inner layer opens its own name scope, so weights have the same paths as without the
+        # wrapper.
         return contextlib.nullcontext()
 
 
-# What a mixin is mixed into, as far as types tell.
+# The class that the mixin is combined with, for type checkers.
 _Model: Any = object
 
 
 class WithHiddenVariables(_Model):
-    """Mixin for a model: some of its trainable variables are not to be summed up."""
+    """Mixin for a model whose `summary` leaves out some trainable variables."""
 
-    # What is known of its calls would not hold in the backward pass. Its layers may be run again.
-    _remat_mode = _NEVER_REMATERIALISED
+    # What is recorded about the model's calls would be wrong in a second run. The layers inside may
+    # be rematerialized.
+    _remat_mode = _NEVER_REMATERIALIZED
 
     @property
     def shown_trainable_weights(self) -> list[keras.Variable]:
-        """Those that are."""
+        """The trainable variables that `summary` counts."""
         raise NotImplementedError
 
     @property
     def _collected_trainable_weights(self) -> list[keras.Variable]:
-        # What `summary` counts, if a model has it.
+        # `summary` counts this attribute if it exists.
         return self.shown_trainable_weights
 
 
-def is_rematerialised(
+def is_rematerialized(
     layer: keras.layers.Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
-    """Whether Keras would run a call of a layer once more in the backward pass.
+    """Whether Keras would rematerialize a call of a layer.
 
-    As the `keras.RematScope` has it that it was made in, which it does not show. That of an
-    activation alone, which takes all that it needs as arguments, does not count.
+    It depends on the `keras.RematScope` in which the layer was created, which has no public access.
+    Rematerializing only the activation does not count, because an activation is a function of its
+    arguments alone.
     """
 
     def call() -> None:
@@ -208,54 +211,54 @@ def is_rematerialised(
     return any(
         mode.mode == "full"
         or part.name in mode.layer_names
-        or (part is layer and _rematerialised(part, call, args, kwargs) is not call)
+        or (part is layer and _rematerialized(part, call, args, kwargs) is not call)
         for part, mode in _remat_modes(layer)
     )
 
 
-def may_be_rematerialised(layer: keras.layers.Layer) -> bool:
-    """Whether Keras may run a layer once more, with all that is inside it."""
+def may_be_rematerialized(layer: keras.layers.Layer) -> bool:
+    """Whether Keras may rematerialize a layer with everything inside of it."""
     mode = layer._remat_mode
     return mode is not None and (
         mode.mode in ("full", "larger_than") or layer.name in mode.layer_names
     )
 
 
-def _rematerialised(
+def _rematerialized(
     layer: keras.layers.Layer,
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    # Of its class: its own may be a route.
+    # The `call` of the class, because the one of the object may be a route.
     return type(layer).rematerialized_call(layer, call, *args, **kwargs)
 
 
-def rematerialised_unless_held(
+def rematerialized_unless_held(
     layer: keras.layers.Layer,
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Callable[..., Any]:
-    """`call`, or what runs it once more in the backward pass where Keras would have that."""
+    """`call`, or its rematerialized version where Keras would use it."""
     if layer._remat_mode is None or id(layer) in _run_once.get():
         return call
-    return _rematerialised(layer, call, args, kwargs)
+    return _rematerialized(layer, call, args, kwargs)
 
 
-# The `id` of layers that Keras shall not run once more, in the running context.
+# The `id` of each layer that Keras must not rematerialize in the current context.
 _run_once: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(
     "run_once", default=frozenset()
 )
 
 
 @contextlib.contextmanager
-def not_rematerialised(layer: keras.layers.Layer) -> Iterator[None]:
-    """Keeps Keras from running a layer, or layers inside it, once more in the backward pass."""
+def not_rematerialized(layer: keras.layers.Layer) -> Iterator[None]:
+    """Context manager in which Keras does not rematerialize a layer or layers inside of it."""
     parts = [part for part, _ in _remat_modes(layer)]
     for part in parts:
         if "rematerialized_call" not in vars(part):
-            # It stays: other threads may be in a call of the same layer.
+            # It stays, because other threads may be calling the same layer.
             routes.Route(part, "rematerialized_call", functools.partial(_unless_run_once, part))
     token = _run_once.set(_run_once.get().union(map(id, parts)))
     try:
@@ -264,18 +267,18 @@ def not_rematerialised(layer: keras.layers.Layer) -> Iterator[None]:
         _run_once.reset(token)
 
 
-# The method of a batch normalisation that computes its statistics.
+# The method of a batch normalization that computes its statistics.
 MOMENTS = "_moments"
 
 
 def lead_moments(layer: keras.layers.Layer, run: Callable[..., Any]) -> None:
-    """From now on a batch normalisation asks `run` for its moments, as a `Route` does."""
+    """Routes the moments of a batch normalization through `run`, as a `Route` does."""
     if routes.route_of(layer, MOMENTS) is None:
         routes.Route(layer, MOMENTS, run)
 
 
 def _remat_modes(layer: keras.layers.Layer) -> list[tuple[keras.layers.Layer, Any]]:
-    """Pairs of a layer in `layer`, or itself, and the mode in which Keras runs it once more."""
+    """Pairs of a layer in `layer`, or `layer` itself, and its rematerialization mode."""
     modes = [(part, part._remat_mode) for part in parts_of(layer)]
     return [
         (part, mode)
@@ -295,9 +298,9 @@ def _unless_run_once(
 
 @contextlib.contextmanager
 def computing_in_float32(model: keras.Model) -> Iterator[None]:
-    """Makes all layers of a model that compute in less than float32 compute in that.
+    """Context manager in which all layers of a model compute in float32 or wider.
 
-    And models that are graphs take inputs as they are, and do not cast them to such a dtype.
+    Functional models take float32 inputs in it, instead of casting them to a narrower dtype.
     """
     narrow = ("float16", "bfloat16")
     wide = keras.DTypePolicy("float32")
@@ -318,10 +321,13 @@ def computing_in_float32(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_policies(policies: list[tuple[keras.layers.Layer, Any]]) -> Iterator[None]:
-    """Gives layers other dtype policies for a while: pairs of a layer and its policy.
+    """Context manager in which layers have other dtype policies.
 
-    The setter of `dtype_policy` would write to a policy that layers share, a `DTypePolicyMap`,
-    and cannot undo a quantised one.
+    The setter of `dtype_policy` is no use: it would write to a policy that layers share, a
+    `DTypePolicyMap`, and cannot restore the policy of a quantized layer.
+
+    Args:
+        policies: List of pairs of a layer and its policy.
     """
     before = [(layer, layer._dtype_policy) for layer, _ in policies]
     try:
@@ -334,9 +340,9 @@ def with_policies(policies: list[tuple[keras.layers.Layer, Any]]) -> Iterator[No
 
 
 def made_float32(layers: list[keras.layers.Layer], model: keras.Model) -> list[Callable[[], None]]:
-    """Makes layers compute in float32, from now on: a list of functions that undo it.
+    """Makes layers compute in float32, without changing their weights, as `with_policies` does.
 
-    Their weights stay. See `with_policies`.
+    Returns a list of functions that undo it.
     """
 
     def set_policy(layer: keras.layers.Layer, policy: Any) -> None:
@@ -352,7 +358,7 @@ def made_float32(layers: list[keras.layers.Layer], model: keras.Model) -> list[C
 
 
 def made_to_take_float32(model: keras.Model) -> list[Callable[[], None]]:
-    """Makes a model that is a graph take inputs in float32, not in less: a list as above."""
+    """Makes a Functional model take float32 inputs; returns a list of functions to undo it."""
     graph: Any = graph_of(model)
     layers = [each for each in layers_in(model) if isinstance(each, keras.layers.InputLayer)]
     inputs = [each for each in (*layers, *graph.inputs) if each._dtype in ("float16", "bfloat16")]
@@ -365,24 +371,24 @@ def made_to_take_float32(model: keras.Model) -> list[Callable[[], None]]:
 
 
 def forget_compiled_functions(model: keras.Model) -> None:
-    """Makes a model, and those in it, compile their steps anew."""
+    """Makes a model, and the models inside of it, compile their steps again."""
     for part in parts_of(model):
         if isinstance(part, keras.Model):
             part.train_function = part.test_function = part.predict_function = None
 
 
 def build_for_call(layer: keras.layers.Layer, call_spec: Any) -> None:
-    """Builds a layer as a call of it would, whatever signature its `build` has.
+    """Builds a layer as a call would, whatever the signature of its `build` is.
 
-    `layer.build` wants to be told shapes by the names that it gives its arguments.
+    `layer.build` expects shapes under the names of its own arguments.
     """
     layer._maybe_build(call_spec)
 
 
 def forget_losses(layer: keras.layers.Layer, losses: list[Any]) -> None:
-    """Makes a layer, and layers inside it, forget losses that its call has added, and no others.
+    """Removes the losses of the last call from a layer and the layers inside of it.
 
-    `_clear_losses` would take those of earlier calls with them.
+    `_clear_losses` would also remove those of earlier calls.
     """
     forgotten = set(map(id, losses))
     for part in parts_of(layer):
@@ -390,24 +396,24 @@ def forget_losses(layer: keras.layers.Layer, losses: list[Any]) -> None:
 
 
 def allow_any_positional_arguments(layer: keras.layers.Layer) -> None:
-    """Lets a layer be called by position with what is not a tensor.
+    """Allows positional arguments that are not tensors in calls of a layer.
 
-    Keras's own wrappers that take `*args`, and `Layer` for its subclasses, use a flag.
+    Keras uses this flag in its own wrappers that take `*args`.
     """
     layer._allow_non_tensor_positional_args = True
 
 
 def is_symbolic() -> bool:
-    """Whether shapes alone are computed."""
+    """Whether only shapes are being computed."""
     return in_symbolic_scope()
 
 
 def autocast_scope_of_call(layer: keras.layers.Layer, casts: bool) -> Callable[..., Any] | None:
-    """What makes the scope that `Layer.__call__` opens around a call, `None` for none.
+    """A function that makes the scope that `Layer.__call__` opens around a call, or `None`.
 
     Args:
-        layer: A layer whose `autocast` is off, in such a call of it.
-        casts: What its `autocast` would be.
+        layer: A layer whose `autocast` is off, and which is being called.
+        casts: Its original `autocast`.
     """
     scope = get_autocast_scope()
     if scope is None:
@@ -419,9 +425,10 @@ def autocast_scope_of_call(layer: keras.layers.Layer, casts: bool) -> Callable[.
 
 
 def no_autocast() -> contextlib.AbstractContextManager[Any]:
-    """A scope in which variables are read in the dtype that they have.
+    """Context manager in which variables are read in their own dtype.
 
-    So they are without any scope, while one without a dtype calls all of them float32.
+    Outside of all scopes they are, too. In a scope without a dtype, every `Variable.dtype` reads as
+    float32, so this opens one only where it must.
     """
     if get_autocast_scope() is None:
         return contextlib.nullcontext()
@@ -429,14 +436,14 @@ def no_autocast() -> contextlib.AbstractContextManager[Any]:
 
 
 def take_as_called(model: keras.Model, other: keras.Model) -> None:
-    """Lets a model count as called if `other` was: only then does Keras export to ONNX."""
+    """Marks a model as called if `other` was. Keras exports only called models to ONNX."""
     model._called = other._called
 
 
 def converts_inputs(layer: keras.layers.Layer) -> bool:
-    """Whether a call of a layer makes tensors of the dtype it wants of what it is given.
+    """Whether a call of a layer converts its inputs to tensors of its own dtype.
 
-    A Functional model leaves that to its graph.
+    A Functional model leaves this to its graph.
     """
     return bool(layer._convert_input_args)
 
@@ -444,7 +451,7 @@ def converts_inputs(layer: keras.layers.Layer) -> bool:
 def cast_inputs(
     layer: keras.layers.Layer, arguments: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Casts the tensors among the arguments of a call as `Layer.__call__` does."""
+    """Casts the tensors in the arguments of a call as `Layer.__call__` does."""
 
     def cast(x: Tensor) -> Tensor:
         mask = mask_of(x)
@@ -457,7 +464,7 @@ def cast_inputs(
 
 
 def add_part(layer: keras.layers.Layer, name: str, part: keras.layers.Layer) -> None:
-    """Makes `part` an attribute of a layer that may be built already."""
+    """Sets `part` as an attribute of a layer, even if the layer is already built."""
     tracker = layer._tracker
     was_locked = tracker.locked
     tracker.unlock()
@@ -474,19 +481,19 @@ def take_out(layer: keras.layers.Layer, name: str, part: keras.layers.Layer) -> 
 
 
 def move_variables_to(layer: keras.layers.Layer, other: keras.layers.Layer) -> None:
-    """Lets the paths of a layer's variables read as if they were those of another."""
+    """Gives the variables of a layer paths as if they belonged to another layer."""
     for variable in layer.variables:
         variable._path = f"{other.path or other.name}/{variable.name}"
 
 
 def call_context() -> Any:
-    """What layers hand on to those that they call, such as `training`, as it is now."""
+    """The current call-context arguments, such as `training`, that layers pass on to others."""
     return copy.copy(global_state.get_global_attribute(_CALL_CONTEXT))
 
 
 @contextlib.contextmanager
 def in_call_context(context: Any) -> Iterator[None]:
-    """Makes what `call_context` returned hold."""
+    """Context manager that restores what `call_context` returned."""
     before = global_state.get_global_attribute(_CALL_CONTEXT)
     global_state.set_global_attribute(_CALL_CONTEXT, copy.copy(context))
     try:
@@ -499,14 +506,14 @@ _CALL_CONTEXT = "current_call_ctx"
 
 
 def unpickled_model(file: Any) -> Any:
-    """The model that a pickle holds as a file."""
+    """The model in a pickle."""
     return keras.Model._unpickle_model(file)
 
 
 def own_value(variable: keras.Variable) -> Tensor | None:
-    """The value of a variable in no scope, `None` if it has none yet.
+    """The value of a variable outside of all scopes. `None` if it has none yet.
 
-    Inside a scope, asking for `value` asks the scope, and would make one.
+    Reading `value` inside a scope would ask the scope, or initialize the variable.
     """
     return variable._value
 
@@ -514,7 +521,7 @@ def own_value(variable: keras.Variable) -> Tensor | None:
 def mask_of(tensor: Tensor) -> Any:
     """The Keras mask of a tensor, or `None`.
 
-    An attribute where tensors have attributes; JAX's have none, and Keras a table.
+    It is an attribute of the tensor, or, since JAX arrays have no attributes, in a table of Keras.
     """
     return masking.get_keras_mask(tensor)
 
@@ -525,34 +532,34 @@ def set_mask(tensor: Tensor, mask: Tensor) -> None:
 
 
 def logits_of(tensor: Tensor) -> Any:
-    """The logits that Keras has left on the result of a softmax or sigmoid, or `None`.
+    """The logits that Keras has stored on the result of a softmax or sigmoid, or `None`.
 
-    On TensorFlow: its crossentropies compute from them.
+    On TensorFlow, Keras's crossentropies use them.
     """
     return getattr(tensor, "_keras_logits", None)
 
 
 def set_logits(tensor: Tensor, logits: Tensor) -> None:
-    """Leaves logits on a tensor, see `logits_of`."""
+    """Stores logits on a tensor, see `logits_of`."""
     tensor._keras_logits = logits
 
 
 def arguments_of_compile(model: keras.Model) -> dict[str, Any]:
-    """What `compile` was called with, a dict.
+    """The arguments of the last call of `compile`, a dict.
 
-    `get_compile_config` gives the same serialized, which not every loss can be.
+    `get_compile_config` returns them serialized, which not every loss supports.
     """
     return dict(model._compile_config.config)
 
 
 def variables_built_for(optimizer: Any) -> list[keras.Variable]:
-    """The variables that an optimizer was built for, in its order."""
+    """The variables that an optimizer was built for, in order."""
     return list(optimizer._trainable_variables)
 
 
 def track_variable(optimizer: Any, variable: keras.Variable) -> None:
-    """Makes a variable that was made elsewhere the next of an optimizer.
+    """Makes an existing variable the next variable of an optimizer.
 
-    `add_variable` would make another.
+    `add_variable` would create a new one.
     """
     optimizer._track_variable(variable)

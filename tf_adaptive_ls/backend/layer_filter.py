@@ -14,12 +14,12 @@ LayerFilter: TypeAlias = (
 def with_path(
     layer_filter: Callable[..., bool] | None,
 ) -> Callable[[keras.layers.Layer, str], bool]:
-    """A layer filter as a function of a layer and its path; `None` chooses all."""
+    """A layer filter as a function of a layer and its path. `None` selects every layer."""
     if layer_filter is None:
         return lambda layer, path: True
     try:
         parameters = [*inspect.signature(layer_filter).parameters.values()]
-    except ValueError:  # of some callables written in C
+    except ValueError:  # some callables written in C have no signature
         parameters = []
     required = [each for each in parameters if each.default is each.empty]
     if len(required) == 2:
@@ -38,7 +38,7 @@ def with_path(
 
 
 def check_layer_filter(layer_filter: Any, what: str) -> None:
-    """Raises a `ValueError` unless it is `None` or a function."""
+    """Raises a `ValueError` unless the argument is `None` or a function."""
     if layer_filter is not None and not callable(layer_filter):
         raise ValueError(
             "Expected `layer_filter` to be a function that takes a layer and returns "

@@ -19,18 +19,18 @@ def made_anew(
     dtype: str | None = None,
     plain: Callable[[Any], Any] = lambda copy: copy,
 ) -> Any:
-    """A model like `model`, from its config, with its weights.
+    """A new model like `model`, from its config, with its weights.
 
-    Classes of layers in it need not be registered.
+    Classes of layers need not be registered.
 
     Args:
         model: A built `keras.Model`.
-        plain_class: The class of the copy; that of the model if left out.
-        dtype: "float32" for layers that keep and compute float32. `None` keeps their dtypes.
-        plain: Function of the copy before it gets its weights; returns what is to be used.
+        plain_class: The class of the copy. Defaults to that of the model.
+        dtype: "float32" for layers that store and compute float32. `None` keeps their dtypes.
+        plain: Function that receives the copy before it gets weights, and returns the model to use.
 
     Raises:
-        Exception: Of any kind, if Keras cannot make it.
+        Exception: Of any type, if Keras cannot create the model.
     """
     plain_class = plain_class or type(model)
     policy = keras.config.dtype_policy()
@@ -47,7 +47,7 @@ def made_anew(
         copy = plain(copy)
         weights = [w for w in model.weights if not hasattr(w, "loss_scaled")]
         if len(copy.weights) < len(weights) and "input_shape" in build_config:
-            # Its `build` leaves layers to their first call.
+            # The model's `build` leaves building its layers to the first call.
             copy(keras.KerasTensor(build_config["input_shape"]))
         copy.set_weights([ops.convert_to_numpy(w) for w in weights])
     finally:
@@ -57,7 +57,7 @@ def made_anew(
 
 
 def layers_of_other_dtypes(model: keras.Model) -> dict[str, str]:
-    """The policies of layers that keep or compute floats, but not of float32, by name."""
+    """The dtype policies, by name, of layers with another floating dtype than float32."""
     return {
         part.name: part.dtype_policy.name
         for part in parts_of(model)
@@ -66,7 +66,7 @@ def layers_of_other_dtypes(model: keras.Model) -> dict[str, str]:
 
 
 def _arguments_of(plain_class: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what Keras adds to the config of a class whose `__init__` does not take it."""
+    """Removes config entries that Keras added but the class's `__init__` does not accept."""
     parameters = inspect.signature(plain_class.__init__).parameters.values()
     if "layers" in config or any(p.kind is p.VAR_KEYWORD for p in parameters):
         return config
@@ -80,7 +80,7 @@ def _classes_in(model: keras.Model) -> dict[str, type]:
 
 
 def _in_float32(config: Any, names_dtype: bool = False) -> Any:
-    """A config in which whatever names a floating dtype, or a policy of one, names float32."""
+    """A config in which every floating dtype, and every policy with one, is float32."""
     if isinstance(config, dict):
         return {
             key: _in_float32(value, names_dtype or key in ("dtype", "dtype_policy"))

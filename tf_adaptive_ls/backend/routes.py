@@ -8,35 +8,36 @@ import keras
 
 
 class Route:
-    """What stands for a method of one object.
+    """Replaces a method of one object.
 
     Args:
         thing: The object.
-        name: The name of the method.
-        run: Function `(original, args, kwargs)` that is called in its place.
+        name: Name of the method.
+        run: Function `(original, args, kwargs)` that is called instead.
 
     Attributes:
-        original: The method as it was.
+        original: The method before it was replaced.
     """
 
     def __init__(self, thing: keras.layers.Layer, name: str, run: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, getattr(thing, name))  # first: it copies all attributes
+        # before other attributes are set, because it copies all of them
+        functools.update_wrapper(self, getattr(thing, name))
         self.original = getattr(thing, name)
         self._thing, self._name, self._run = thing, name, run
-        # As it is: Keras keeps track of what is made an attribute of a layer.
+        # Bypasses Keras's attribute tracking.
         object.__setattr__(thing, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self.original, args, kwargs)
 
     def end(self) -> None:
-        """The method is again what it was. A function set since stays, and may call the route."""
+        """Restores the method, unless someone replaced it since; theirs may call this route."""
         self._run = _straight_on
         if route_of(self._thing, self._name) is not self:
             return
         if getattr(self.original, "__func__", None) is getattr(type(self._thing), self._name, None):
             del vars(self._thing)[self._name]
-        else:  # somebody else's
+        else:  # someone else has replaced it since
             object.__setattr__(self._thing, self._name, self.original)
 
 
@@ -47,13 +48,13 @@ def _straight_on(
 
 
 def behind(method: Route) -> Callable[..., Any]:
-    """What a method leads to in the end."""
+    """The method that a chain of routes leads to."""
     while isinstance(method, Route):
         method = method.original
     return method
 
 
 def route_of(thing: keras.layers.Layer, name: str) -> Route | None:
-    """The `Route` in the place of a method, or `None`."""
+    """The `Route` that replaces a method, or `None`."""
     own = vars(thing).get(name)
     return own if isinstance(own, Route) else None

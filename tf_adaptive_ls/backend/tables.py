@@ -12,25 +12,25 @@ from rich.table import Table as RichTable
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text.
+    """A table of strings.
 
     Attributes:
-        columns: Dict by title of the side that cells are aligned to, "left" or "right".
-        rows: A sequence of cells for each row.
+        columns: Dict from the title of each column to its alignment, "left" or "right".
+        rows: Sequence of rows, each a sequence of cells.
     """
 
     columns: dict[str, str]
     rows: Sequence[Sequence[str]]
 
     def as_text(self) -> str:
-        """Aligned columns."""
+        """The table as text with aligned columns."""
         table = RichTable(box=box.SIMPLE, pad_edge=False)
         for title, side in self.columns.items():
             table.add_column(title, justify="left" if side == "left" else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
-        # Wide enough for anything: a table in a log file must not wrap.
-        # Rich would color it, or show it in Jupyter instead.
+        # Wide enough for any table, because lines in a log file must not wrap. Without these
+        # settings, Rich adds colors, or displays the table itself in Jupyter.
         written = io.StringIO()
         console = Console(
             file=written,
@@ -46,7 +46,7 @@ class Table:
         return "\n".join(line.rstrip() for line in lines).strip("\n")
 
     def as_html(self) -> str:
-        """An HTML table without style of its own, but for alignment."""
+        """The table as HTML with no style except alignment."""
         sides = list(self.columns.values())
 
         def line(cells: Sequence[str], tag: str) -> str:
@@ -61,10 +61,10 @@ class Table:
 
 
 class Shown:
-    """A result that prints as text and tables, and that notebooks show as HTML."""
+    """A result that prints as text and tables, and that notebooks display as HTML."""
 
     def _parts(self) -> list[str | Table]:
-        """Paragraphs and tables, from top to bottom."""
+        """The paragraphs and tables of the result, from top to bottom."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -82,10 +82,10 @@ class Shown:
 
 
 def power(exponent: int | None) -> str:
-    """`2^exponent`, or nothing for `None`."""
+    """`2^exponent`; an empty string for `None`."""
     return "" if exponent is None else f"2^{exponent}"
 
 
 def powers(binades: tuple[int, int] | None) -> str:
-    """A range of binades, or nothing for `None`."""
+    """A range of binades; an empty string for `None`."""
     return f"{power(binades[0])} … {power(binades[1])}" if binades else ""

@@ -12,34 +12,34 @@ from tf_adaptive_ls.backend.types import Tensor
 
 
 def lasting_value(variable: keras.Variable) -> np.ndarray:
-    """The value of a variable, which no later assignment changes."""
+    """A value of the variable that later assignments do not change."""
     return variable.value if keras.backend.backend() == "jax" else variable.numpy()
 
 
 def sync_state(model: keras.Model) -> None:
-    """Brings the variables of a model up to date in the middle of `fit`.
+    """Writes the current values to the variables of a model during `fit`.
 
-    On JAX, `fit` keeps their values elsewhere.
+    On JAX, `fit` keeps them outside of the variables.
     """
     if keras.backend.backend() == "jax":
         model.jax_state_sync()
 
 
 def no_step(model: keras.Model, arguments: tuple[Any, ...]) -> Any:
-    """What `model.train_function(*arguments)` returns, without a training step."""
+    """What `model.train_function(*arguments)` would return, without taking a step."""
     logs = model.get_metrics_result()
     return (logs, arguments[0]) if keras.backend.backend() == "jax" else logs
 
 
 def num_replicas_of(model: keras.Model) -> int:
-    """On how many replicas `tf.distribute` runs the steps of `model.fit`."""
+    """The number of `tf.distribute` replicas that run `model.fit`."""
     if keras.backend.backend() != "tensorflow":
         return 1
     return model.distribute_strategy.num_replicas_in_sync
 
 
 def joined_batch(model: keras.Model, batch: Any) -> tuple[Tensor, Tensor]:
-    """A batch from the data of `model.fit` in one piece, if `tf.distribute` has divided it."""
+    """A batch from `model.fit` as a whole, if `tf.distribute` has split it."""
     if num_replicas_of(model) == 1:
         return batch
     import tensorflow as tf
@@ -51,14 +51,14 @@ def joined_batch(model: keras.Model, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def state_arguments(model: keras.Model) -> tuple[Any, ...]:
-    """What `model.train_step` takes before the batch: on JAX, the values of all variables."""
+    """The arguments of `model.train_step` before the batch: on JAX, values of all variables."""
     if keras.backend.backend() != "jax":
         return ()
     return (tuple([v.value for v in variables] for variables in _groups_of(model)),)
 
 
 def value_of_optimizer(model: keras.Model, variable: keras.Variable, arguments: Any) -> Tensor:
-    """The value of a variable of the optimizer in a call of `model.train_step(*arguments)`."""
+    """The value of an optimizer variable in the call `model.train_step(*arguments)`."""
     if keras.backend.backend() != "jax":
         return ops.convert_to_tensor(variable)
     _, _, values, _ = arguments[0]
@@ -72,19 +72,19 @@ def undone_step(
     arguments: tuple[Any, ...],
     values: Sequence[Tensor | None] = (),
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Runs a training step, and takes back what it does to variables.
+    """Runs a training step, and undoes its changes to the variables of the model.
 
-    Variables of the optimizer are not taken back: it must not update any.
+    Changes to optimizer variables are not undone, so the step must not update them.
 
     Args:
         model: The model.
         train_step: Its `train_step`.
-        arguments: Those of `train_step`.
-        values: Of the trainable weights during that step. Those for which it is `None`, or which
-            it leaves out at the end, have their own.
+        arguments: The arguments of `train_step`.
+        values: Values of the trainable weights during the step. Where there is `None` or nothing
+            for a weight, it keeps its own value.
 
     Returns:
-        The logs, and the values of all non-trainable weights as the step has left them.
+        The logs, and the values of all non-trainable weights after the step.
     """
     if keras.backend.backend() == "jax":
         (weights, *others), batch = arguments
@@ -108,7 +108,7 @@ def undone_step(
 
 
 def _groups_of(model: keras.Model) -> tuple[list[keras.Variable], ...]:
-    """All variables, as the state of JAX's `train_step` has them."""
+    """All variables, grouped as the state of `train_step` on JAX."""
     return (
         model.trainable_variables,
         model.non_trainable_variables,
@@ -118,7 +118,7 @@ def _groups_of(model: keras.Model) -> tuple[list[keras.Variable], ...]:
 
 
 def compiled_as_steps(model: keras.Model, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of tensors, compiled in the way the training steps of a model are."""
+    """A function of tensors, compiled as the training steps of `model` are."""
     if model.run_eagerly:
         return function
     if keras.backend.backend() == "jax":

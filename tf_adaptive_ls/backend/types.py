@@ -2,5 +2,5 @@
 
 from typing import Any, TypeAlias
 
-# Also a NumPy array, where nothing is differentiated, and a `tf.IndexedSlices` among gradients.
+# It may also be a NumPy array if it is not differentiated, and gradients may be `tf.IndexedSlices`.
 Tensor: TypeAlias = Any

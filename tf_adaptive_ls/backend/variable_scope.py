@@ -10,27 +10,28 @@ from tf_adaptive_ls.backend.types import Tensor
 
 
 class VariableScope(keras.StatelessScope):
-    """A scope in which variables have given values, and what is assigned to them is kept.
+    """A scope in which variables have given values, and which intercepts assignments.
 
-    Keras documents the scope, but not what it calls of it. Subclasses say what happens.
+    Keras documents the base class, but not which of its methods Keras calls. Subclasses define what
+    a read or an assignment does.
 
     Args:
-        values: Pairs of a variable and its value.
+        values: List of pairs of a variable and its value.
     """
 
     def __init__(self, values: list[tuple[keras.Variable, Tensor]]) -> None:
         super().__init__(values, collect_losses=True)
 
     def read(self, variable: keras.Variable, value: Tensor | None) -> Tensor | None:
-        """What a variable reads as here; `value` is what it was given, `None` for nothing."""
+        """The value that a variable reads as. `value` is the given value, or `None`."""
         raise NotImplementedError
 
     def assigned(self, variable: keras.Variable, value: Tensor) -> Tensor:
-        """What a variable that `value` is assigned to reads as from then on."""
+        """The value that a variable reads as after `value` is assigned to it."""
         raise NotImplementedError
 
     def value_outside(self, variable: keras.Variable) -> Tensor | None:
-        """What a variable reads as around the scope, `None` if it has no value yet."""
+        """The value of a variable outside of the scope, or `None`."""
         own = keras_internals.own_value(variable)
         if own is None:
             return None
@@ -40,9 +41,10 @@ class VariableScope(keras.StatelessScope):
         return ops.copy(own) if value is None else value
 
     def take_losses(self, layer: keras.layers.Layer) -> list[Tensor]:
-        """The losses that were added in the scope, which a layer then has not."""
+        """Removes the losses that were added in the scope from the layer, and returns them."""
         losses = list(self.losses)
-        self.losses.clear()  # Keras 3.12 would look for each by its value, which graphs have not
+        # Keras 3.12 would compare values to find each loss, which is impossible in a graph
+        self.losses.clear()
         keras_internals.forget_losses(layer, losses)
         return losses
 

@@ -1,8 +1,8 @@
-"""Makes Keras optimizers compute updates of 16-bit weights in float32.
+"""Makes Keras optimizers update 16-bit weights in float32.
 
-A step that is smaller than half of the last bit of a weight would be lost. Here the optimizer sees
-a float32 number for each of these weights; what it makes of that is rounded once, by a function
-that can do so without losing small steps on average. All that it keeps for itself is float32.
+An update smaller than half of the last bit of a weight would otherwise be lost. Here the
+optimizer sees each of these weights as float32. Its result is rounded once, by a function that
+can preserve small updates on average. All variables of the optimizer are float32.
 """
 
 import functools
@@ -15,24 +15,24 @@ from keras import ops
 from tf_adaptive_ls.backend import routes
 from tf_adaptive_ls.backend.types import Tensor
 
-# Function of a float32 tensor, the dtype to round to, the place of the weight among those that the
-# optimizer was built for, and how many steps it has taken.
+# Function of a float32 tensor, the dtype to round to, the index of the weight in the list that the
+# optimizer was built for, and the number of steps taken.
 Round = Callable[[Tensor, str, int, Tensor], Tensor]
 
 _NARROW = ("float16", "bfloat16")
 
 
 def is_of_16_bits(variable: Any) -> bool:
-    """Whether a variable, of Keras or of TensorFlow, holds floating-point numbers of 16 bits."""
+    """Whether a Keras or TensorFlow variable stores 16-bit floating-point numbers."""
     return keras.backend.standardize_dtype(variable.dtype) in _NARROW
 
 
 def update_in_float32(optimizer: keras.optimizers.Optimizer, rounded: Round) -> None:
-    """From now on an optimizer that is not built yet updates weights of 16 bits in float32.
+    """Makes an optimizer that is not built yet update 16-bit weights in float32.
 
     Args:
         optimizer: The optimizer.
-        rounded: How its results are rounded.
+        rounded: Function that rounds its results.
     """
     runs: dict[str, Callable[..., Any]] = {
         "add_variable": _add_variable,
@@ -50,10 +50,10 @@ def update_in_float32(optimizer: keras.optimizers.Optimizer, rounded: Round) -> 
 
 
 class _Wide(keras.Variable):
-    """What stands for a weight while it is updated: its numbers in float32."""
+    """Stands for a weight during its update, with the numbers in float32."""
 
     def __init__(self, narrow: Any) -> None:
-        # Not that of Keras: it is no variable that is to be made or tracked.
+        # Not Keras's `__init__`, which would create and track a variable.
         self.narrow = narrow
         self._numbers = ops.cast(ops.convert_to_tensor(narrow), "float32")
         self._name = narrow.name
@@ -105,7 +105,7 @@ def _update_step(
 
 
 def _dense(gradient: Any) -> Tensor:
-    """Of an embedding, on TensorFlow, it is given as the rows that there are."""
+    """The dense gradient. On TensorFlow, the gradient of an embedding is given as rows."""
     return gradient if keras.backend.backend() == "jax" else ops.convert_to_tensor(gradient)
 
 
@@ -127,7 +127,7 @@ def _key(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 def _decay_wide_weights(
     original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Those of 16 bits decay where they are updated."""
+    """Applies weight decay to other weights; 16-bit weights decay in their update."""
     (variables,) = args
     return original([v for v in variables if not is_of_16_bits(v)])
 
@@ -146,7 +146,7 @@ def _overwrite(
     (variables,) = args
     if not any(map(is_of_16_bits, variables)):
         return original(*args, **kwargs)
-    # On TensorFlow Keras assigns them as they are, which are of another dtype.
+    # On TensorFlow, Keras would assign these float32 numbers without casting.
     for variable, average in zip(variables, optimizer._model_variables_moving_average, strict=True):
         if average is not None:
             variable.assign(ops.cast(average, variable.dtype))

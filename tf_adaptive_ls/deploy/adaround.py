@@ -10,7 +10,7 @@ from tf_adaptive_ls.deploy.moments import Moments
 
 Floats = NDArray[np.floating]
 
-# Of the paper, sections 3.2 and 5, and of its authors' code.
+# From sections 3.2 and 5 of the paper, and the code of its authors.
 STRETCH = (-0.1, 1.1)
 PENALTY = 0.01
 EXPONENTS = (20.0, 2.0)
@@ -19,23 +19,23 @@ LEARNING_RATE = 0.01
 
 
 def rounded(weights: Floats, points: Points, moments: Moments, steps: int) -> Points:
-    """Chooses for every weight one of the two neighbours on its grid.
+    """Chooses one of the two neighboring grid points for each weight.
 
     Nagel, Amjad, van Baalen, Louizos and Blankevoort, "Up or Down? Adaptive Rounding for
-    Post-Training Quantization" (ICML 2020), equations 21 to 25: minimises the squared error of a
-    layer's outputs over numbers h between rounding down (0) and up (1), with a penalty that drives
-    them to either. The error is a quadratic function of weights, so that its gradient over all
-    calibration data comes from `Moments` at once, and no step depends on chance.
+    Post-Training Quantization" (ICML 2020), equations 21 to 25: minimizes the squared error of the
+    outputs of a layer over numbers h between rounding down (0) and rounding up (1), with a penalty
+    that drives h to 0 or 1. The error is a quadratic function of the weights, so `Moments` give its
+    exact gradient over all calibration data, and nothing is random.
 
     Args:
-        weights: Shape (groups, channels, inputs).
-        points: One for every channel; their scales stay.
-        moments: Of the inputs.
-        steps: Of Adam.
+        weights: Float array `[groups, channels, inputs]`.
+        points: `Points` with one point per channel. Their scales are kept.
+        moments: `Moments` of the inputs.
+        steps: Number of Adam steps.
 
     Returns:
-        Points of one for every channel. Where the error of a channel's outputs became no smaller,
-        those that were given.
+        `Points` with one point per channel. A channel whose output error did not decrease keeps the
+        given points.
     """
     q = np.array([largest_integer(int(bits)) for bits in points.bits]).reshape(weights.shape[:2])
     scales = points.scales[0].reshape(weights.shape[:2])
@@ -45,7 +45,8 @@ def rounded(weights: Floats, points: Points, moments: Moments, steps: int) -> Po
     down = np.floor(position)
     v = _inverse(position - down)
     mean, square = np.zeros_like(v), np.zeros_like(v)
-    # In units of the power of an average channel: the penalty weighs the same in every layer.
+    # Relative to the mean power of a channel, so that the penalty has the same weight in each
+    # layer.
     power = np.float32(moments.squares(weights).mean() or 1.0)
     limit = q[..., None].astype(np.float32)
     for step in range(steps):
@@ -73,7 +74,7 @@ def rounded(weights: Floats, points: Points, moments: Moments, steps: int) -> Po
 
 
 def _stretched(v: Floats) -> tuple[Floats, Floats]:
-    """The rectified sigmoid (equation 23), and its derivative."""
+    """The rectified sigmoid h(v) of equation 23, and its derivative."""
     low, high = STRETCH
     sigmoid = 1 / (1 + np.exp(-v))
     h = sigmoid * (high - low) + low
@@ -87,12 +88,12 @@ def _inverse(h: Floats) -> Floats:
 
 
 def _penalty_gradient(h: Floats, progress: float) -> Floats | float:
-    """Of the sum of 1 - |2h - 1|^beta (equation 24); none at the beginning."""
+    """The gradient of the sum of 1 - |2h - 1|^beta (equation 24). Zero at the beginning."""
     if progress < WARM_UP:
         return 0.0
-    # From the first exponent to the last along half a cosine.
+    # The exponent goes from the first to the last value along half a cosine.
     done = (progress - WARM_UP) / (1 - WARM_UP)
     first, last = EXPONENTS
     beta = last + 0.5 * (first - last) * (1 + math.cos(math.pi * done))
-    centred = 2 * h - 1
-    return -PENALTY * 2 * beta * np.sign(centred) * np.abs(centred) ** (beta - 1)
+    centered = 2 * h - 1
+    return -PENALTY * 2 * beta * np.sign(centered) * np.abs(centered) ** (beta - 1)

@@ -7,7 +7,7 @@ from tf_adaptive_ls.deploy import grids
 from tf_adaptive_ls.deploy.grids import Points
 from tf_adaptive_ls.deploy.sites import Site
 
-# Of a channel for which a budget is spent.
+# The bits, and the largest number of points, of a channel that the budget is spent on.
 MORE_BITS = 8
 MOST_POINTS = 3
 
@@ -15,11 +15,11 @@ MOST_POINTS = 3
 def with_budget(
     sites: list[Site], points: list[Points], method: str, budget: float
 ) -> list[Points]:
-    """Points with more bits, or more points, for the channels that need them most."""
+    """Gives more bits, or more points, to the channels that need them most."""
     left = budget * sum(each.bytes.sum() for each in points)
     points = list(points)
     while True:
-        # Each channel: what it would cost, and what its error is worth for each byte of that.
+        # For each channel: the cost of the next step, and the output error per byte of the cost.
         costs = [_costs(p, method) for p in points]
         worth = [s.output_errors(p) / c for s, p, c in zip(sites, points, costs, strict=True)]
         of_all = np.concatenate(worth)
@@ -28,7 +28,8 @@ def with_budget(
         order = np.argsort(-of_all, kind="stable")
         order = order[of_all[order] > 0]
         spent = np.cumsum(np.concatenate(costs)[order])
-        # All that can be paid: those that come first are not better off by others' going first.
+        # Buy in order of gain while the budget lasts; the gain of a channel does not depend on the
+        # others.
         taken = order[spent <= left]
         if not len(taken):
             return points
@@ -39,7 +40,7 @@ def with_budget(
 
 
 def _costs(points: Points, method: str) -> NDArray[np.floating]:
-    """Bytes that one more step would cost each channel; infinite where there is none."""
+    """The bytes that the next step would cost each channel. Infinite if there is none."""
     inputs = points.integers.shape[-1]
     if method == "multipoint":
         costs = grids.bytes_of_points(np.ones_like(points.counts), inputs, points.bits)

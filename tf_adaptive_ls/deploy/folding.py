@@ -16,27 +16,27 @@ FOLDABLE = (*CONVOLUTIONS, *TRANSPOSED, *DEPTHWISE, *SEPARABLE, *DENSE)
 
 
 def folded(model: keras.Model) -> keras.Model:
-    """A model without the batch normalisations that the layers before them can do.
+    """A model without those batch normalizations that the preceding layers can absorb.
 
-    The layer before takes over factor and offset, if nothing else uses its outputs and it has no
-    activation. Outputs are the same but for rounding.
+    The preceding layer absorbs the scale and offset if it has no activation, and if nothing else
+    uses its outputs. The outputs of the model are the same except for rounding.
 
     Args:
-        model: A model whose layers may be reused. Its graph, and those of models in it, are gone
-            through; what is not a graph stays.
+        model: A model whose layers may be reused. Only its graph, and the graphs of nested models,
+            are searched.
     """
     if not is_graph(model):
         return model
     parts: dict[int, list[Any]] = {}
-    for node, normalisation in _pairs(model):
+    for node, normalization in _pairs(model):
         layer = node.operation
-        parts[id(layer)] = [_with(layer, normalisation, node.input_tensors[0].shape)]
-        parts[id(normalisation)] = []
+        parts[id(layer)] = [_with(layer, normalization, node.input_tensors[0].shape)]
+        parts[id(normalization)] = []
     return rebuilt(model, parts)
 
 
 def _pairs(model: Any) -> Iterator[tuple[Any, Any]]:
-    """Pairs of the call of a layer, and the normalisation of its outputs."""
+    """Pairs of a layer and the batch normalization of its outputs."""
     graph: Any = graph_of(model)
     for each in layers_in(graph):
         if is_graph(each):
@@ -61,7 +61,7 @@ def _pairs(model: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _axis(layer: Any, rank: int) -> int | None:
-    """The axis of the outputs of a layer in which its channels are, and nothing else."""
+    """The axis of a layer's outputs that holds the channels, and nothing else."""
     if isinstance(layer, layers.EinsumDense):
         last = layer.equation[-1]
         channels = set(layer.equation.split("->")[1]) - set(layer.equation.split(",")[0])
@@ -69,11 +69,11 @@ def _axis(layer: Any, rank: int) -> int | None:
     return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
 
 
-def _with(layer: Any, normalisation: Any, input_shape: tuple[Any, ...]) -> Any:
-    """The layer, with a normalisation in its last kernel and its bias."""
-    mean, variance = _wide(normalisation.moving_mean), _wide(normalisation.moving_variance)
-    gamma, beta = _wide(normalisation.gamma, 1.0), _wide(normalisation.beta)
-    factor = gamma / np.sqrt(variance + normalisation.epsilon)
+def _with(layer: Any, normalization: Any, input_shape: tuple[Any, ...]) -> Any:
+    """Multiplies a normalization into the last kernel and the bias of a layer."""
+    mean, variance = _wide(normalization.moving_mean), _wide(normalization.moving_variance)
+    gamma, beta = _wide(normalization.gamma, 1.0), _wide(normalization.beta)
+    factor = gamma / np.sqrt(variance + normalization.epsilon)
     config = layer.get_config()
     if isinstance(layer, layers.EinsumDense):
         config["bias_axes"] = layer.equation[-1]

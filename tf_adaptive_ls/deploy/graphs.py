@@ -7,19 +7,20 @@ import keras
 
 from tf_adaptive_ls.backend.keras_internals import graph_of, layers_in
 
-# What runs in the place of a layer, by the layer's `id`: one layer after another.
+# The layers that run instead of a layer, one after the other, by the `id` of the layer.
 Parts = Mapping[int, Sequence[Any]]
 
 
 def rebuilt(model: keras.Model, parts: Parts) -> keras.Model:
-    """A Functional model around the same layers, but for some in whose place others run.
+    """A Functional model around the same layers, with some of them replaced.
 
     Args:
-        model: A model that is a graph. Models in its graph are gone into.
-        parts: What runs instead of a layer. None at all for what hands on its inputs.
+        model: A Functional or Sequential model. Nested models are rebuilt, too.
+        parts: Dict from the `id` of a layer to the list of layers that run instead of it. An empty
+            list passes the inputs on.
 
     Returns:
-        The model, or `model` itself if none of these layers is in it.
+        The new model, or `model` itself if it contains none of the layers.
     """
     graph = graph_of(model)
     assert graph is not None
@@ -49,7 +50,7 @@ def rebuilt(model: keras.Model, parts: Parts) -> keras.Model:
 
 
 def is_graph(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is a model that is a graph and nothing more: Sequential or Functional."""
+    """Whether a layer is a Sequential or Functional model, and not a subclass that does more."""
     return (
         isinstance(layer, keras.Model)
         and graph_of(layer) is not None

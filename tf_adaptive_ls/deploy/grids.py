@@ -1,6 +1,6 @@
-"""Integer grids: the weights of a channel as scales times small integers.
+"""Integer grids: the weights of a channel as small integers times scales.
 
-Arrays in, arrays out, in NumPy: quantization runs once, after training.
+All functions take and return NumPy arrays, because quantization runs once, after training.
 """
 
 import dataclasses
@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating]
 Integers = NDArray[np.int8]
 
-# Scales that are tried, as fractions of the one by which the largest weight is on the grid.
+# Scales to try, relative to the scale that maps the largest weight to the largest integer.
 FRACTIONS = np.linspace(1.0, 0.1, 37)
 
 
 def largest_integer(bits: int) -> int:
-    """The grid of `bits` bits is symmetric: -q … q, as in LiteRT."""
+    """The q of a symmetric grid -q … q with `bits` bits, as in LiteRT."""
     return int(2 ** (bits - 1) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Weights as sums of *points*: `scales[j] * integers[j]`, summed over j, per channel.
+    """The weights of channels as sums of *points*: the sum over j of `scales[j] * integers[j]`.
 
     Attributes:
-        integers: Int8 array of shape (points, channels, inputs).
-        scales: Float32 array of shape (points, channels). Zero where a channel has fewer points.
-        bits: Int array of shape (channels,): of each point of the channel.
+        integers: Int8 array `[points, channels, inputs]`.
+        scales: Float32 array `[points, channels]`. Zero where a channel has fewer points.
+        bits: Int array `[channels]`. Bits per integer.
     """
 
     integers: Integers
@@ -39,22 +39,22 @@ class Points:
 
     @property
     def values(self) -> Floats:
-        """The weights, float32 of shape (channels, inputs)."""
+        """The weights, a float32 array `[channels, inputs]`."""
         points = self.integers * self.scales.astype(np.float64)[..., None]
         return points.sum(axis=0).astype(np.float32)
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """The number of points of each channel, shape (channels,). Zeros are one point."""
+        """The number of points of each channel, `[channels]`. A zero channel has one point."""
         return np.maximum((self.scales != 0).sum(axis=0), 1)
 
     @property
     def bytes(self) -> Floats:
-        """The bytes of each channel, shape (channels,): integers, packed, and float32 scales."""
+        """The size of each channel, `[channels]`: packed integers and float32 scales."""
         return bytes_of_points(self.counts, self.integers.shape[-1], self.bits)
 
     def replaced(self, channels: NDArray[np.int64], others: "Points") -> "Points":
-        """These points, but for some channels those of `others`."""
+        """The same points, with some channels taken from `others`."""
         number = max(len(self.scales), len(others.scales))
         integers, scales = _padded(self.integers, number), _padded(self.scales, number)
         integers[:, channels] = _padded(others.integers, number)
@@ -65,7 +65,7 @@ class Points:
 
 
 def bytes_of_points(counts: NDArray[np.int64], inputs: int, bits: NDArray[np.int64]) -> Floats:
-    """The bytes of channels of `counts` points of `inputs` integers of `bits` bits each."""
+    """The size of channels: `counts` points of `inputs` integers with `bits` bits each."""
     return np.asarray(counts * (inputs * bits / 8 + 4))
 
 
@@ -75,10 +75,10 @@ def _padded(points: NDArray[Any], number: int) -> NDArray[Any]:
 
 
 def nearest(weights: Floats, bits: int) -> Points:
-    """Rounds weights to the grid on which the largest weight of a channel is the last point.
+    """Rounds weights to the grid whose largest integer is the largest weight of the channel.
 
     Args:
-        weights: Shape (channels, inputs).
+        weights: Float array `[channels, inputs]`.
         bits: 2 … 8.
     """
     largest = np.abs(weights).max(axis=1).astype(np.float64)
@@ -86,29 +86,29 @@ def nearest(weights: Floats, bits: int) -> Points:
 
 
 def best_scale(weights: Floats, bits: int) -> Points:
-    """Rounds weights to the grid that leaves the smallest squared error.
+    """Rounds weights to the grid with the smallest squared error.
 
-    Of each of `FRACTIONS` of the scale in `nearest`, beyond which weights are clipped, and of the
-    least-squares scale for the integers found by it.
+    It tries each of `FRACTIONS` of the scale of `nearest`, which clips larger weights. For the
+    integers that each of them gives, it also tries the least-squares scale.
 
     Args:
-        weights: Shape (channels, inputs).
+        weights: Float array `[channels, inputs]`.
         bits: 2 … 8.
     """
     return _stacked([_best(weights.astype(np.float64), bits)], bits)
 
 
 def multipoint(weights: Floats, bits: int, points: int) -> Points:
-    """Rounds weights to a sum of points, each the best for what the ones before it leave.
+    """Rounds weights to a sum of points. Each point is the best for the remaining error.
 
-    Liu, Ye, Zhou and Liu, "Post-training Quantization with Multiple Points" (AAAI 2021), which is
-    greedy. Here all scales are tried for the first point, and the one is kept with which the error
-    in the end is smallest.
+    Liu, Ye, Zhou and Liu, "Post-training Quantization with Multiple Points" (AAAI 2021). The paper
+    is greedy. This also tries all scales for the first point, and keeps the one that leads to the
+    smallest final error.
 
     Args:
-        weights: Shape (channels, inputs).
+        weights: Float array `[channels, inputs]`.
         bits: 2 … 8.
-        points: The number of points of every channel, at least 1.
+        points: Number of points of each channel, at least 1.
     """
     weights = weights.astype(np.float64)
     best: Points | None = None
@@ -128,7 +128,7 @@ def multipoint(weights: Floats, bits: int, points: int) -> Points:
 
 
 def _left(weights: Floats, values: Floats) -> Floats:
-    """What is left of weights; nothing where float32 tells no difference."""
+    """The remaining error of weights. Zero where it is below the precision of float32."""
     left = weights - values
     return np.where(np.abs(left) <= np.abs(weights) * 2.0**-24, 0, left)
 
@@ -149,9 +149,10 @@ class _Point:
 
 
 def _candidates(weights: Floats, bits: int) -> Iterator[_Point]:
-    """Points of all scales that are tried. The largest weight of a channel is rounded to q.
+    """Points for all scales to try, relative to the scale that maps the largest weight to q.
 
-    Also of the largest power of two that is such a scale: exact where weights were made on one.
+    The largest power of two among them is included, so that weights that lie on a grid of a power
+    of two are quantized exactly.
     """
     largest, q = np.abs(weights).max(axis=1), largest_integer(bits)
     power = np.exp2(np.floor(np.log2(np.where(largest == 0, 1, largest) / q))) * q
@@ -166,7 +167,7 @@ def _best(weights: Floats, bits: int) -> _Point:
 
 
 def _rounded(weights: Floats, largest: Floats, bits: int) -> _Point:
-    """The nearest integers on grids whose last points are at `largest`."""
+    """Rounds to the nearest integers on grids whose largest integer is at `largest`."""
     q = largest_integer(bits)
     scales = (largest / q).astype(np.float32)
     divisor = np.where(scales == 0, 1, scales).astype(np.float64)[:, None]
@@ -180,7 +181,7 @@ def _with_scales(weights: Floats, integers: Integers, scales: Floats) -> _Point:
 
 
 def _least_squares(weights: Floats, integers: Integers) -> Floats:
-    """The scales with which integers are nearest to weights, per channel."""
+    """For each channel, the scale that brings the integers nearest to the weights."""
     wide = integers.astype(np.float64)
     squares = np.square(wide).sum(axis=1)
     scales = (weights * wide).sum(axis=1) / np.where(squares == 0, 1, squares)
@@ -188,7 +189,7 @@ def _least_squares(weights: Floats, integers: Integers) -> Floats:
 
 
 def _better(a: _Point, b: _Point) -> _Point:
-    """Per channel the one with the smaller error; `a` if they are equal."""
+    """For each channel, the one with the smaller error. `a` if they are equal."""
     is_b = b.errors < a.errors
     return _Point(
         np.where(is_b[:, None], b.integers, a.integers),

@@ -1,8 +1,8 @@
-"""Reads kernels of layers as matrices: which weights meet which inputs.
+"""Reads the kernels of layers as matrices: which weights are multiplied by which inputs.
 
-In its group, each channel of a layer's outputs is the scalar product of the channel's weights and
-of the inputs at one position. So a kernel is a *matrix* of shape (groups, channels, inputs), and
-what it is multiplied with are *rows* of shape (groups, positions, inputs):
+In each group, an output channel at one position is the scalar product of the weights of the
+channel and the inputs of that position. A kernel is therefore a *matrix* of shape
+(groups, channels, inputs). It is multiplied by *rows* of shape (groups, positions, inputs):
 
     outputs[g, p, c] = sum over i of rows[g, p, i] * matrix[g, c, i]
 """
@@ -27,31 +27,31 @@ DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 DENSE = (layers.Dense, layers.EinsumDense)
 
-# Numbers that rows may have at once: 256 MB.
+# The most numbers that rows may have at once: 256 MB.
 _MOST = 2**26
 
 
 class Kernel(Protocol):
-    """One kernel of a layer."""
+    """One kernel of a layer, as a matrix."""
 
     @property
     def variable(self) -> keras.Variable:
         """The weight."""
 
     def matrix(self, kernel: Array) -> Array:
-        """Shape (groups, channels, inputs), of an array of the shape of the weight."""
+        """The matrix `[groups, channels, inputs]` of an array that has the shape of the weight."""
 
     def kernel(self, matrix: Array) -> Array:
         """Undoes `matrix`."""
 
     def rows(self, x: Tensor) -> Iterator[Array]:
-        """The rows of some inputs of the layer, float32, part by part."""
+        """Yields the rows of inputs of the layer in parts, as float32."""
 
 
 def kernels_of(layer: keras.layers.Layer) -> "list[Kernel]":
     """The kernels of a layer that can be quantized, in the order in which they are applied.
 
-    None of a layer whose call is its author's own: it may do anything with its kernel.
+    A layer with a user-defined `call` has none, because it may use its kernel in any way.
     """
     if not is_from_keras(type(layer).call):
         return []
@@ -72,11 +72,11 @@ def kernels_of(layer: keras.layers.Layer) -> "list[Kernel]":
 
 @dataclasses.dataclass(frozen=True)
 class EinsumKernel:
-    """Of Dense and EinsumDense.
+    """The kernel of Dense and EinsumDense.
 
     Attributes:
         variable: The weight.
-        equation: As of `EinsumDense`.
+        equation: As in `EinsumDense`.
     """
 
     variable: keras.Variable
@@ -97,7 +97,7 @@ class EinsumKernel:
         groups, _, summed = self._labels
         x = _array(x)
         labels = self.equation.partition(",")[0].replace("...", "")
-        ahead = x.ndim - len(labels)  # what an ellipsis stands for, which is in front
+        ahead = x.ndim - len(labels)  # the axes that the ellipsis stands for; they come first
         axes = {label: ahead + i for i, label in enumerate(labels)}
         positions = [
             i for i in range(x.ndim) if i not in {axes[label] for label in groups + summed}
@@ -111,7 +111,7 @@ class EinsumKernel:
 
     @property
     def _labels(self) -> tuple[str, str, str]:
-        """Labels of the axes of the kernel: of groups, of channels, of inputs."""
+        """The labels of the kernel's axes: of groups, of channels, of inputs."""
         inputs, outputs = self.equation.partition(",")[0], self.equation.partition("->")[2]
         kinds = {label: (label in inputs, label in outputs) for label in self._of_kernel}
         return (
@@ -127,22 +127,23 @@ class EinsumKernel:
 
 @dataclasses.dataclass(frozen=True)
 class _Convolution:
-    """How an op convolves: its function `(layer, x, kernel)`, and how its kernel is arranged."""
+    """A kind of convolution: a function `(layer, x, kernel)`, and the layout of its kernel."""
 
     apply: Any
-    # From (window, inputs or channels, …) of a kernel, to (groups, channels, inputs, window).
+    # From the layout (window, inputs or channels, …) of a kernel to (groups, channels, inputs,
+    # window).
     to_matrix: Any
     to_kernel: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionKernel:
-    """Of convolutions, also depthwise, grouped and transposed ones.
+    """The kernel of a convolution: plain, depthwise, grouped or transposed.
 
     Attributes:
-        layer: It has strides, padding and so on.
+        layer: The layer, which has strides, padding and so on.
         variable: The weight.
-        convolution: How the layer convolves.
+        convolution: The kind of convolution.
     """
 
     layer: keras.layers.Layer
@@ -159,7 +160,7 @@ class ConvolutionKernel:
         return kernel.reshape(*window, *kernel.shape[-2:])
 
     def rows(self, x: Tensor) -> Iterator[Array]:
-        """What the convolution gives for a kernel that hands on each input by itself."""
+        """The outputs of the convolution for a kernel that copies each input separately."""
         groups, _, inputs = self.matrix(np.empty(self.variable.shape, "float32")).shape
         unit = np.broadcast_to(np.eye(inputs, dtype="float32"), (groups, inputs, inputs))
         kernel = ops.convert_to_tensor(self.kernel(unit), "float32")
@@ -174,7 +175,7 @@ class ConvolutionKernel:
 
 @dataclasses.dataclass(frozen=True)
 class _PointwiseKernel(ConvolutionKernel):
-    """The second kernel of a separable convolution: its inputs are outputs of the first."""
+    """The second kernel of a separable convolution, whose inputs are outputs of the first."""
 
     first: ConvolutionKernel
 
@@ -185,7 +186,7 @@ class _PointwiseKernel(ConvolutionKernel):
 
 
 def _parts(x: Tensor, size: int) -> Iterator[Tensor]:
-    """Batches of as many examples as `_MOST` allows, where one has `size` numbers."""
+    """Splits a batch into parts of at most `_MOST` numbers; an example makes `size` numbers."""
     step = max(1, _MOST // max(size, 1))
     for start in range(0, x.shape[0], step):
         yield x[start : start + step]
@@ -228,7 +229,7 @@ def _convolved_pointwise(layer: Any, x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _matrix(kernel: Array, groups: int) -> Array:
-    """Of (window, inputs of a group, channels)."""
+    """From the layout (window, inputs of a group, channels)."""
     window, inputs, channels = kernel.shape
     split = kernel.reshape(window * inputs, groups, channels // groups)
     return split.transpose(1, 2, 0)
@@ -240,7 +241,7 @@ def _kernel(matrix: Array, window: int) -> Array:
 
 
 def _matrix_transposed(kernel: Array, groups: int) -> Array:
-    """Of (window, channels, inputs)."""
+    """From the layout (window, channels, inputs)."""
     window, channels, inputs = kernel.shape
     return kernel.transpose(1, 0, 2).reshape(1, channels, window * inputs)
 
@@ -251,7 +252,7 @@ def _kernel_transposed(matrix: Array, window: int) -> Array:
 
 
 def _matrix_depthwise(kernel: Array, groups: int) -> Array:
-    """Of (window, inputs, multiplier): every input is a group."""
+    """From the layout (window, inputs, multiplier). Each input is a group."""
     return kernel.transpose(1, 2, 0)
 
 

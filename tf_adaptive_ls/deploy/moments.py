@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a kernel, from which output errors follow."""
+"""Second moments of the inputs of a kernel, which give output errors."""
 
 from typing import Any
 
@@ -9,26 +9,27 @@ Floats = NDArray[np.floating]
 
 
 class Moments:
-    """Sums up products of a kernel's inputs, so that the error of any weights can be told.
+    """Sums of products of a kernel's inputs, from which the output error of any weights follows.
 
-    The squared error of a channel's outputs, over all positions, for an error `e` of its weights is
-    e^T (X^T X) e, with X the rows of inputs. While there are fewer rows than inputs, they are kept
-    as they are.
+    For an error `e` of the weights of a channel, the squared error of the outputs, summed over
+    positions, is e^T (X^T X) e, where X is the matrix of all rows. As long as there are fewer rows
+    than inputs, the rows themselves are stored.
 
     Args:
-        groups: Of the kernel.
-        inputs: Of a channel of the kernel.
+        groups: Number of groups of the kernel.
+        inputs: Number of inputs of a channel.
     """
 
     def __init__(self, groups: int, inputs: int) -> None:
         self._kept: list[Floats] = []
-        self._gram: Any = None  # float64, of shape (groups, inputs, inputs)
-        self._narrow: tuple[int, Floats] | None = None  # the same in float32, of so many positions
+        self._gram: Any = None  # float64, `[groups, inputs, inputs]`
+        # the same in float32, for this number of positions
+        self._narrow: tuple[int, Floats] | None = None
         self._shape = groups, inputs
         self.positions = 0
 
     def add(self, rows: Floats) -> None:
-        """Adds rows of inputs, float32 of shape (groups, positions, inputs)."""
+        """Adds rows of inputs, a float32 array `[groups, positions, inputs]`."""
         self.positions += rows.shape[1]
         self._kept.append(rows)
         if self._gram is not None or self.positions > self._shape[1]:
@@ -39,12 +40,12 @@ class Moments:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all inputs are."""
+        """Whether all added inputs were finite."""
         parts = self._kept if self._gram is None else [self._gram]
         return all(bool(np.isfinite(part).all()) for part in parts)
 
     def times(self, weights: Floats) -> Floats:
-        """Half the gradient of `squares`: of the shape and dtype of weights."""
+        """Half of the gradient of `squares`, with the shape and dtype of `weights`."""
         if not self.positions:
             return weights
         if self._gram is not None:
@@ -63,15 +64,15 @@ class Moments:
         return self._narrow[1]
 
     def squares(self, weights: Floats) -> Floats:
-        """Sums over positions of the squared outputs of weights.
+        """The squared outputs of weights, summed over positions.
 
-        Without any rows, as for inputs that are independent and of variance 1.
+        If no rows were added, inputs are assumed to be independent, with variance 1.
 
         Args:
-            weights: Shape (groups, channels, inputs).
+            weights: Float array `[groups, channels, inputs]`.
 
         Returns:
-            Float64 of shape (groups, channels).
+            Float64 array `[groups, channels]`.
         """
         weights = weights.astype(np.float64)
         return np.maximum((self.times(weights) * weights).sum(axis=-1), 0)

@@ -116,7 +116,7 @@ def quantize_weights(
 
 
 def _copy(model: keras.Model) -> keras.Model:
-    """A copy in float32, with batch normalisations folded."""
+    """A copy in float32 with batch normalizations folded."""
     try:
         copy = made_anew(model, dtype="float32")
         result = folded(copy)
@@ -149,7 +149,7 @@ def _sites(model: keras.Model, wants: Callable[[keras.layers.Layer, str], bool])
 def _with_paths(
     layer: keras.layers.Layer, prefix: str, seen: set[int]
 ) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """Layers at any depth, each once, and their names behind those of what they are inside of."""
+    """All layers at any depth, each once, with their paths."""
     for each in layers_in(layer):
         if id(each) not in seen:
             seen.add(id(each))
@@ -160,7 +160,7 @@ def _with_paths(
 def _observed(
     model: keras.Model, sites: list[Site], inputs: Iterable[Any], verbose: bool
 ) -> list[Site]:
-    """Runs the model on calibration data; the sites in the order in which they are called."""
+    """Runs the model on calibration data. Returns the sites in the order of calls."""
     order: list[Site] = []
     routes = []
     for layer in {id(site.layer): site.layer for site in sites}.values():
@@ -169,7 +169,7 @@ def _observed(
         def run(original: Any, args: Any, kwargs: Any, own: list[Site] = own) -> Any:
             x = args[0] if args else kwargs["inputs"]
             order.extend(site for site in own if site not in order)
-            if belong_to(None, [x]):  # else it is traced, and there are no numbers
+            if belong_to(None, [x]):  # otherwise the call is traced, and its inputs have no values
                 for site in own:
                     for rows in site.kernel.rows(x):
                         site.moments.add(rows)
@@ -192,7 +192,7 @@ def _observed(
 
 
 def _inputs(calibration: Any) -> list[Any]:
-    """The inputs of batches."""
+    """The inputs of the batches of `data`."""
     if _is_array(calibration) or isinstance(calibration, dict):
         batches = [x for (x, _) in batches_of((calibration, None))]
     else:
@@ -235,7 +235,7 @@ def _report(model: keras.Model, sites: list[Site], points: list[Points]) -> Quan
 
 
 def _with_points(model: keras.Model, sites: list[Site], points: list[Points]) -> keras.Model:
-    """The model with quantized weights; with more channels where there are more points."""
+    """The model with quantized weights, and with additional channels for additional points."""
     for site, each in zip(sites, points, strict=True):
         matrix = each.values.reshape(site.weights.shape)
         site.kernel.variable.assign(site.kernel.kernel(matrix))
@@ -254,7 +254,7 @@ def _with_points(model: keras.Model, sites: list[Site], points: list[Points]) ->
 
 
 def _layers_of_graphs(model: keras.Model) -> set[int]:
-    """The `id` of layers in a graph, and in those of models in it."""
+    """The `id` of each layer in the graph of a model and of nested models."""
     found = set()
     for layer in layers_in(model):
         found |= _layers_of_graphs(layer) if is_graph(layer) else {id(layer)}

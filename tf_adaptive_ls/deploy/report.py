@@ -123,7 +123,7 @@ def _rms(values: NDArray[np.floating]) -> float:
 
 
 def _counted(values: NDArray[np.int64]) -> str:
-    """Such as "4", or "4 (8: 3)" for three channels of 8."""
+    """Text such as "4", or "4 (8: 3)" if three channels have 8."""
     most = min(values)
     others = [f"{value}: {(values == value).sum()}" for value in sorted({*values} - {most})]
     return f"{most} ({', '.join(others)})" if others else str(most)

@@ -1,4 +1,4 @@
-"""A kernel to quantize, with statistics of the inputs of its layer."""
+"""`Site`: a kernel to quantize, with statistics of its inputs."""
 
 import dataclasses
 from typing import Any
@@ -13,13 +13,13 @@ from tf_adaptive_ls.deploy.moments import Moments
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """A kernel that is quantized, and what it is multiplied with.
+    """A kernel to quantize, with statistics of its inputs.
 
     Attributes:
-        layer: Whose kernel it is.
+        layer: The layer of the kernel.
         kernel: The kernel.
-        weights: Its matrix, float32.
-        moments: Of its inputs.
+        weights: The matrix of the kernel, float32.
+        moments: `Moments` of the inputs.
     """
 
     layer: Any
@@ -29,11 +29,11 @@ class Site:
 
     @property
     def flat(self) -> NDArray[np.float32]:
-        """The weights, of shape (channels of all groups, inputs)."""
+        """The weights as an array `[channels of all groups, inputs]`."""
         return self.weights.reshape(-1, self.weights.shape[-1])
 
     def output_errors(self, points: Points) -> NDArray[np.floating]:
-        """Squared errors of the channels' outputs, as shares of those of the layer's outputs."""
+        """The squared output error of each channel, relative to the outputs of the layer."""
         error = points.values.astype(np.float64).reshape(self.weights.shape) - self.weights
         power = self.moments.squares(self.weights).mean()
         return np.asarray(self.moments.squares(error).reshape(-1) / (power or 1.0))

@@ -1,4 +1,4 @@
-"""Points as extra channels, each on its grid, and a 0/1 layer that adds them."""
+"""Layers whose channels are single points, followed by a 0/1 layer that sums them."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def can_be_wide(layer: Any) -> bool:
 
 
 def split(layer: Any) -> list[Any]:
-    """The two convolutions that a separable one is; any other layer alone."""
+    """The two convolutions that a separable convolution consists of; any other layer by itself."""
     if not isinstance(layer, SEPARABLE):
         return [layer]
     dimensions = len(layer.kernel_size)
@@ -49,11 +49,11 @@ def split(layer: Any) -> list[Any]:
 
 
 def wide(layer: Any, points: Points) -> list[Any]:
-    """The layers that run in the place of one, so that each kernel is on one grid per channel.
+    """The layers that run instead of a layer, so that each kernel has one point per channel.
 
     Args:
-        layer: See `can_be_wide`. Not a separable convolution.
-        points: Of its kernel.
+        layer: A layer for which `can_be_wide` is true; not a separable convolution.
+        points: `Points` of its kernel.
     """
     (kernel,) = kernels_of(layer)
     shape = kernel.matrix(kernel.variable.numpy()).shape
@@ -75,7 +75,7 @@ def wide(layer: Any, points: Points) -> list[Any]:
 
 
 def _wide_depthwise(layer: Any, kernel: Kernel, of_points: Array, used: Array) -> list[Any]:
-    """Inputs come as often as they have points."""
+    """For a depthwise convolution: each input is repeated once per point."""
     groups, channels = of_points.shape[1:3]
     extra = [(j, g) for j in range(1, len(used)) for g in range(groups) if used[j, g]]
     taken = [*range(groups), *(g for _, g in extra)]
@@ -97,16 +97,16 @@ def _kernel(kernel: Kernel, matrix: Array) -> Array:
     """A kernel with another number of channels."""
     if isinstance(kernel, ConvolutionKernel):
         return kernel.kernel(matrix)
-    return matrix[0].T  # of Dense
+    return matrix[0].T  # a Dense layer
 
 
 def _sums(layer: Any, adds: Array, name: str) -> Any:
-    """A layer that adds up channels, and has bias and activation of another.
+    """A layer that sums channels, and applies the bias and activation of another layer.
 
     Args:
-        layer: The other.
-        adds: Shape (channels, sums), or with axes of length 1 in front.
-        name: Of the layer.
+        layer: The other layer.
+        adds: 0/1 array `[channels, sums]`, or with leading axes of length 1.
+        name: Name of the new layer.
     """
     options = {
         "use_bias": layer.use_bias,
@@ -131,7 +131,7 @@ def _inputs(layer: Any) -> int:
 
 
 def _shape(layer: Any, channels: int) -> tuple[int | None, ...]:
-    """Of inputs of a layer like another, of so many channels."""
+    """The input shape of a layer like `layer` with another number of channels."""
     sizes = (None,) * (0 if isinstance(layer, layers.Dense) else len(layer.kernel_size))
     first = getattr(layer, "data_format", None) == "channels_first"
     return (None, channels, *sizes) if first else (None, *sizes, channels)

@@ -1,1 +1,1 @@
-"""HALP: training with offsets of few bits from a center that moves (De Sa et al. 2018)."""
+"""HALP: training with low-bit offsets from a moving center (De Sa et al. 2018)."""

@@ -1,4 +1,4 @@
-"""`BitCentered`: an optimizer that keeps the distance of weights from a center in few bits."""
+"""`BitCentered`: an optimizer that stores weights as low-bit offsets from a center."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from tf_adaptive_ls.numerics.rounding import NOISE_BITS_OF_16, rounded_to_intege
 
 MOST_BITS = 16
 
-# Of the counter of steps, before there is a center.
+# The value of the step counter before there is a center.
 _NO_CENTER = -1
 
 
@@ -86,8 +86,8 @@ class BitCentered(keras.optimizers.Optimizer):
         _check_arguments(bits, mu, momentum, seed)
         super().__init__(learning_rate=learning_rate, name=name)
         self.bits, self.mu, self.momentum, self.seed = bits, mu, momentum, seed
-        # The gradients of the batch at the center, by the place of their weight: being noted, and
-        # to be subtracted. Set as they are: Keras would track what is in them.
+        # The gradients of a batch at the center, by index of the weight: those being stored, and
+        # those to subtract. The dicts bypass Keras's attribute tracking.
         object.__setattr__(self, "_noted", None)
         object.__setattr__(self, "_at_center", None)
 
@@ -121,7 +121,7 @@ class BitCentered(keras.optimizers.Optimizer):
 
     @property
     def steps_since_center(self) -> int | None:
-        """The number of steps since the last center; `None` if there was none."""
+        """The number of steps since the last center. `None` before the first center."""
         steps = int(self._steps) if self.built else _NO_CENTER
         return None if steps == _NO_CENTER else steps
 
@@ -129,12 +129,11 @@ class BitCentered(keras.optimizers.Optimizer):
         """Makes the current weights the center, and sets all offsets to zero.
 
         Args:
-            full_gradients: The gradient of the loss over all data at the current weights: one
-                float32 tensor of finite numbers for each trainable weight, in their order; `None`
-                for those without one.
+            full_gradients: List with the gradient of the loss over all data for each trainable
+                weight, in order: float32 tensors, or `None` for a weight without a gradient.
 
         Raises:
-            ValueError: If gradients are not finite.
+            ValueError: If a gradient is not finite.
         """
         weights = [
             (i, v, gradient)
@@ -152,7 +151,7 @@ class BitCentered(keras.optimizers.Optimizer):
                 )
         for i, variable, gradient in weights:
             gradient = ops.zeros(variable.shape) if gradient is None else gradient
-            # JAX's `fit` gives the memory of all variables away: no two may share it.
+            # On JAX, `fit` donates the memory of all variables, so no two may share it.
             self.centers[i].assign(ops.copy(ops.convert_to_tensor(variable)))
             self.full_gradients[i].assign(gradient)
             self.offsets[i].assign(ops.zeros(variable.shape, self._offset_dtype))
@@ -160,20 +159,20 @@ class BitCentered(keras.optimizers.Optimizer):
         self._steps.assign(np.int32(0))
 
     def is_at_offsets(self) -> bool:
-        """Whether the weights are the center and the offset: not so if others were loaded."""
+        """Whether weights equal center plus offset. False if other weights were loaded."""
         for i, variable in enumerate(self._trainable_variables):
             if self.centers[i] is not None:
                 expected = ops.convert_to_numpy(self._weight(i, self._offset(i)))
-                # Compilers may round a product and a sum at once.
+                # Compilers may fuse a multiplication and an addition, with one rounding.
                 if not np.allclose(ops.convert_to_numpy(variable.value), expected, 1e-6, 1e-30):
                     return False
         return True
 
     @contextlib.contextmanager
     def noting_gradients(self) -> Iterator[dict[int, Tensor]]:
-        """While it is entered, `apply` updates nothing: it puts gradients into the dict given.
+        """Context manager in which `apply` does not update, but stores gradients in the given dict.
 
-        By the places of their weights among those that the optimizer was built for.
+        The keys are the indices of weights in the list that the optimizer was built for.
         """
         noted: dict[int, Tensor] = {}
         object.__setattr__(self, "_noted", noted)
@@ -184,10 +183,10 @@ class BitCentered(keras.optimizers.Optimizer):
 
     @contextlib.contextmanager
     def given_gradients_at_center(self, gradients: dict[int, Tensor]) -> Iterator[None]:
-        """While it is entered, `apply` takes steps.
+        """Context manager in which `apply` takes steps.
 
         Args:
-            gradients: Of the same batch, at the center, as from `noting_gradients`.
+            gradients: Gradients of the same batch at the center, as from `noting_gradients`.
         """
         object.__setattr__(self, "_at_center", gradients)
         try:
@@ -200,11 +199,11 @@ class BitCentered(keras.optimizers.Optimizer):
         grads: Sequence[Tensor | None],
         trainable_variables: Sequence[keras.Variable] | None = None,
     ) -> None:
-        """Takes a step, if the gradients at the center are known.
+        """Takes a step. The gradients at the center must be known.
 
         Args:
             grads: Gradients of one batch.
-            trainable_variables: Their weights; those the optimizer was built for by default.
+            trainable_variables: Their weights. Defaults to those that the optimizer was built for.
         """
         if self._noted is not None:
             variables = self._trainable_variables
@@ -233,7 +232,7 @@ class BitCentered(keras.optimizers.Optimizer):
         offset = moved if self.bits is None else self._rounded(i, moved)
         self.offsets[i].assign(ops.cast(offset, self._offset_dtype))
         weight = self._weight(i, ops.cast(offset, "float32"))
-        # An integer cannot be NaN, but a weight says so.
+        # An integer cannot be NaN, so a NaN is shown by the weight.
         self.assign(variable, ops.where(ops.isnan(moved), moved, weight))
 
     @property
@@ -246,24 +245,24 @@ class BitCentered(keras.optimizers.Optimizer):
         return ops.cast(self.offsets[i], "float32")
 
     def _distance(self, i: int, offset: Tensor) -> Tensor:
-        """How far an offset is from the center."""
+        """The distance of an offset from the center, `s * z`."""
         return offset if self.bits is None else offset * self.offset_scales[i]
 
     def _weight(self, i: int, offset: Tensor) -> Tensor:
         return self.centers[i] + self._distance(i, offset)
 
     def _offset_scale(self, gradient: Tensor) -> Tensor:
-        """The distance between neighboring offsets. At the optimum it is 0."""
+        """The distance `s` between neighboring offsets. Zero at the optimum."""
         if self.bits is None:
             return ops.ones(())
-        # Squares of float32 numbers overflow, or underflow, before their root does.
+        # Squares of float32 numbers can overflow or underflow although the root does not.
         largest = ops.max(ops.abs(gradient)) if 0 not in gradient.shape else ops.zeros(())
         unit = ops.where(largest > 0, largest, ops.ones_like(largest))
         norm = largest * ops.sqrt(ops.sum(ops.square(gradient / unit)))
         return norm / (self.mu * (2 ** (self.bits - 1) - 1))
 
     def _rounded(self, i: int, moved: Tensor) -> Tensor:
-        """Integers whose distance is near a given one."""
+        """The integers `z` for given distances, rounded stochastically."""
         assert self.bits is not None
         scale = ops.convert_to_tensor(self.offset_scales[i])
         usable = scale >= np.finfo(np.float32).tiny

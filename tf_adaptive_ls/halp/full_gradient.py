@@ -1,4 +1,4 @@
-"""The gradient of a model's loss over all data, batch by batch."""
+"""`FullGradients`: computes the gradient of the loss over all data, batch by batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from tf_adaptive_ls.backend.types import Tensor
 
 
 class FullGradient(NamedTuple):
-    """A loss and its gradient over all data.
+    """The loss over all data, and its gradient.
 
     Attributes:
         loss: Float.
-        gradients: Of each weight that the optimizer was built for, a float32 tensor; `None` where
-            there is none.
+        gradients: List with a float32 tensor, or `None`, for each weight that the optimizer was
+            built for.
     """
 
     loss: float
@@ -33,12 +33,13 @@ class FullGradient(NamedTuple):
 
 
 class FullGradients:
-    """Takes full gradients with the training step of a model, which it leaves as it is.
+    """Computes full gradients with the training step of a model. The model is not changed.
 
     Args:
-        model: A compiled model whose optimizer is a `BitCentered` that is built.
+        model: A compiled model whose optimizer is a built `BitCentered`.
         train_step: The `train_step` of the model.
-        data, batch_size: As for `Recenter`.
+        data: As for `Recenter`.
+        batch_size: As for `Recenter`.
         verbose: Whether to show progress.
     """
 
@@ -59,8 +60,8 @@ class FullGradients:
         """The full gradient at the current weights.
 
         Raises:
-            ValueError: If there are no data, or others than at the first call; if the loss is not
-                finite; if training steps change more than weights.
+            ValueError: If there are no data, or other data than at the first call; if the loss is
+                not finite; or if training steps change more than weights.
         """
         metrics = [(v, trainer.lasting_value(v)) for v in self._model.metrics_variables]
         try:
@@ -91,7 +92,7 @@ class FullGradients:
         return FullGradient(loss / count, [sums[i] / count if i in sums else None for i in places])
 
     def _on_batch(self, *arguments: Any) -> tuple[dict[int, Tensor], dict[str, Any], list[Tensor]]:
-        """Gradients by the place of their weight, logs, and non-trainable weights."""
+        """Gradients by index of the weight, logs, and non-trainable weights."""
         with self._model.optimizer.noting_gradients() as gradients:
             logs, left = trainer.undone_step(self._model, self._train_step, arguments)
         return gradients, logs, left
@@ -124,13 +125,13 @@ class FullGradients:
 
 
 def check_data(data: Any, batch_size: int) -> None:
-    """Raises a `ValueError` for what cannot be data."""
+    """Raises a `ValueError` if `data` cannot be training data."""
     batches_of(data, batch_size)
     check_repeatable(data)
 
 
 def _as_fit_gives_it(batch: Any) -> Any:
-    """A batch as tensors, floats of the default dtype."""
+    """A batch as `fit` passes it: tensors, with floats of the default dtype."""
 
     def converted(leaf: Any) -> Any:
         if leaf is None or keras.ops.is_tensor(leaf):

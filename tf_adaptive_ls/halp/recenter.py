@@ -68,13 +68,13 @@ class Recenter(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         optimizer.build(self.model.trainable_variables)
         _check_weights(self.model)
-        _end_route(self.model)  # of a `fit` that ended with an error
+        _end_route(self.model)  # left by a `fit` that ended with an error
         route = _StepFromCenter(self.model)
         self._full_gradients = FullGradients(
             self.model, route.original, self.data, self.batch_size, self.verbose
         )
         self.model.make_train_function(force=True)
-        # What another callback may restore is known with the first batch.
+        # Checked at the first batch, when other callbacks may have restored the model.
         self._begun = False
 
     def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
@@ -107,9 +107,10 @@ class Recenter(keras.callbacks.Callback):
 
 
 class _StepFromCenter(Route):
-    """Runs a step of training with the gradients of its batch at the center, and at the weights.
+    """Runs each training step twice on its batch: at the center, and at the weights.
 
-    It knows the model by itself: asking a callback for `model` ends a step of `fit` on JAX.
+    It refers to the model itself, because reading `model` of a callback ends a step of `fit` on
+    JAX.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -119,7 +120,7 @@ class _StepFromCenter(Route):
     def _both(self, train_step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         model, optimizer = self._model, self._model.optimizer
         arguments = (*args, *kwargs.values())
-        if not isinstance(optimizer, BitCentered):  # after an error, and another `compile`
+        if not isinstance(optimizer, BitCentered):  # after an error, or another `compile`
             return train_step(*arguments)
         values = [
             None if center is None else trainer.value_of_optimizer(model, center, arguments)

@@ -1,4 +1,4 @@
-"""The layer calls that a model consists of, from which its scale plan is derived."""
+"""`CallGraph`: the layer calls of a model, from which its scale plan is derived."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from keras import tree
 
 @dataclasses.dataclass(frozen=True)
 class GraphCall:
-    """One call of an operation. Tensors are known by keys.
+    """One call of an operation. Tensors are identified by keys.
 
     Attributes:
-        operation: The layer or operation that is called.
-        args: The keys of the leaves of its arguments by position, `None` for what is no tensor
-            of the graph.
-        kwargs: Likewise a dict of those by name.
-        inputs: The keys of all tensors that it takes.
-        outputs: The keys of those that it returns.
-        takes_values: Whether it takes what may have gradients and is no tensor of the graph: a
-            variable, or what was computed from one.
+        operation: The layer or operation.
+        args: The keys of the leaves of the positional arguments. `None` for a leaf that is not a
+            tensor of the graph.
+        kwargs: The keys of the leaves of each keyword argument, likewise.
+        inputs: The keys of all tensors that the call takes.
+        outputs: The keys of all tensors that it returns.
+        takes_values: Whether it takes a value outside of the graph that may have gradients: a
+            variable, or something computed from one.
     """
 
     operation: Any
@@ -36,11 +36,11 @@ class CallGraph:
     """What a model computes.
 
     Attributes:
-        calls: List of `GraphCall`, in an order in which they can be run.
-        inputs: The keys of its inputs.
-        ends: The keys of all tensors that are used outside of these calls: what it returns, losses
-            that it adds, and what it leaves elsewhere.
-        order: What has a scale and is called, in the order of the calls; `None` if not known.
+        calls: List of `GraphCall`, in an order in which they can run.
+        inputs: The keys of the inputs of the model.
+        ends: The keys of all tensors that are used outside of the calls: outputs, losses that the
+            model adds, and tensors that it stores.
+        order: The scaled layers in the order of their calls. `None` if not known.
     """
 
     calls: list[GraphCall]
@@ -52,13 +52,13 @@ class CallGraph:
 def graph_call(
     node: Any, operation: Any, key_of: Callable[..., Any], takes_values: bool = False
 ) -> GraphCall:
-    """The `GraphCall` of a node of Keras.
+    """Makes the `GraphCall` of a Keras node.
 
     Args:
         node: The node.
-        operation: What stands for its operation.
-        key_of: Function of a `KerasTensor` to its key.
-        takes_values: As the attribute.
+        operation: The operation to record for it.
+        key_of: Function from a `KerasTensor` to its key.
+        takes_values: As in `GraphCall`.
     """
 
     def keys(structure: Any) -> tuple[int | None, ...]:

@@ -1,4 +1,4 @@
-"""Compiles a model like another one, with the state of its optimizer."""
+"""Compiles a model like another model, with the state of its optimizer."""
 
 import collections
 import math
@@ -14,9 +14,9 @@ from tf_adaptive_ls.training.optimizer import INITIAL_SCALE
 def compile_like(
     model: keras.Model, result: keras.Model, make_optimizer: Callable[..., Any]
 ) -> None:
-    """Compiles `result` as `model` is, with a copy of its optimizer and its state."""
+    """Compiles `result` as `model` is compiled, with a copy of its optimizer and the state."""
     if type(model).compile is not keras.Model.compile:
-        return  # only its author knows what it takes
+        return  # only the author of the class knows the arguments of its `compile`
     config = arguments_of_compile(model)
     optimizer, loss_scale = model.optimizer, INITIAL_SCALE
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
@@ -29,7 +29,7 @@ def compile_like(
     copy = type(optimizer).from_config(optimizer.get_config())
     result.compile(**{**config, "optimizer": make_optimizer(copy, initial_scale=loss_scale)})
     if optimizer.built:
-        # A twin of the old optimizer tells what each of its variables is for.
+        # A newly built copy of the old optimizer shows the role of each of its variables.
         twin = type(optimizer).from_config(optimizer.get_config())
         roles = _roles_of_variables(twin, lambda: twin.build(variables_built_for(optimizer)))
         values = dict(zip(roles, optimizer.variables, strict=True))
@@ -38,18 +38,19 @@ def compile_like(
         )
         for role, variable in zip(roles, copy.variables, strict=True):
             if role in values:
-                # JAX gives the memory of variables away when it trains: no two may share it.
+                # On JAX, training donates the memory of variables, so no two variables may share
+                # it.
                 variable.assign(keras.ops.copy(values[role]))
 
 
 def _roles_of_variables(
     optimizer: Any, build: Callable[..., Any]
 ) -> list[tuple[int | None, str, int]]:
-    """Builds an optimizer, and tells what each of its variables is for.
+    """Builds an optimizer, and returns the role of each of its variables.
 
     Returns:
-        A list of tuples, one for each of `optimizer.variables`: the `id` of the weight
-        that it belongs to, or `None`; its name; and how many before it have the same of both.
+        List of a tuple for each of `optimizer.variables`: the `id` of the weight that it belongs
+        to, or `None`; its name; and the number of earlier variables with the same two entries.
     """
     weight_of = {}
     add = optimizer.add_variable_from_reference
@@ -67,7 +68,8 @@ def _roles_of_variables(
     counts: collections.Counter[Any] = collections.Counter()
     roles = []
     for variable in optimizer.variables:
-        # Inside a `LossScaleOptimizer` Keras loses sight of some: names tell which.
+        # Keras does not find all slots inside of a `LossScaleOptimizer`; the names of the others
+        # say what they belong to.
         kind = weight_of.get(id(variable)), variable.name
         roles.append((*kind, counts[kind]))
         counts[kind] += 1

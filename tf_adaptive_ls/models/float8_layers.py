@@ -12,15 +12,15 @@ from tf_adaptive_ls.training.float8.settings import Float8, check_is_float8
 
 
 def float8_layers(model: keras.Model, float8: Float8) -> set[int]:
-    """By `id` the layers of a model that are to compute in float8.
+    """The `id` of each layer of a model that computes in float8.
 
     Raises:
-        ValueError: If there are none, or `float8` is no `Float8`.
+        ValueError: If there is no such layer, or if `float8` is not a `Float8`.
     """
     check_is_float8(float8)
     candidates = list(_with_products(model, ""))
     if float8.layer_filter is None:
-        # Mellempudi et al. 2019: input and output need more precision.
+        # As in Mellempudi et al. 2019: the first and last layer need more precision.
         candidates = candidates[1:-1]
     wants = with_path(float8.layer_filter)
     chosen = {id(layer) for layer, path in candidates if wants(layer, path)}
@@ -40,7 +40,7 @@ def float8_layers(model: keras.Model, float8: Float8) -> set[int]:
 def _with_products(
     model: keras.layers.Layer, prefix: str
 ) -> Collection[tuple[keras.layers.Layer, str]]:
-    """Layers with products and their paths, once each, in the order that `model` runs them."""
+    """The layers that have matmuls, with their paths, once each, in the order of their calls."""
     found: dict[int, tuple[keras.layers.Layer, str]] = {}
     for layer in _in_order(model):
         path = prefix + layer.name
@@ -53,7 +53,7 @@ def _with_products(
 
 
 def _in_order(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    """The layers of a model as it runs them; without a graph, as they were made."""
+    """The layers of a model in the order of their calls, or as created if there is no graph."""
     graph = graph_of(model)
     if graph is None:
         yield from layers_inside(model)

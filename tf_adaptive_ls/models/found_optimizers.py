@@ -1,4 +1,4 @@
-"""Finds the optimizers of a model, under whatever names its `compile` gives them."""
+"""Finds the optimizers of a model, whatever attributes its `compile` stores them in."""
 
 import keras
 
@@ -6,13 +6,13 @@ from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
 
 def adaptive_optimizers(model: keras.Model) -> dict[str, AdaptiveLossScaleOptimizer]:
-    """The `AdaptiveLossScaleOptimizer`s of a model by the names of its attributes.
+    """The `AdaptiveLossScaleOptimizer`s of a model by the name of the attribute.
 
-    Those in lists and dicts are numbered, or have the name of their place there, too.
+    For those in lists and dicts, the index or key is added to the name.
     """
     found: dict[AdaptiveLossScaleOptimizer, str] = {}
     for name, value in vars(model).items():
-        if name.startswith("_self_"):  # TensorFlow's own notes of them
+        if name.startswith("_self_"):  # attributes that TensorFlow adds
             continue
         if isinstance(value, AdaptiveLossScaleOptimizer):
             found.setdefault(value, name)

@@ -23,10 +23,10 @@ _METHODS = ("call", "symbolic_call", "add_loss")
 
 
 class PlannedCall:
-    """Leads the call of a model, or of a layer made of layers.
+    """Runs the calls of a model, or of a layer that is made of layers, under a `ScalePlan`.
 
-    The call runs under a `ScalePlan`, unless that of a model around it covers it. There is one
-    plan for every kind of arguments: shapes, dtypes, and what is no tensor, such as `training`.
+    If the plan of an enclosing model includes the call, that plan is used. There is one plan for
+    every signature: the shapes and dtypes of tensors, and all other arguments, such as `training`.
 
     Args:
         layer: The model or layer.
@@ -43,7 +43,7 @@ class PlannedCall:
         self._routes = [routes.Route(layer, name, getattr(self, f"_{name}")) for name in _METHODS]
 
     def uses(self, find: Callable[..., Any], has_plans: bool) -> None:
-        """Sets what looks for new layers inside, and whether there are plans."""
+        """Sets the function that finds new layers inside, and whether to use plans."""
         self._find, self._has_plans = find, has_plans
         self._known_layers = None
         self._plans.clear()
@@ -54,14 +54,14 @@ class PlannedCall:
         del vars(self._layer)[_ATTRIBUTE]
 
     def find_layers(self) -> None:
-        """Looks for layers inside if others are there than before."""
+        """Finds new layers inside, if the list of layers has changed."""
         layers = tuple(map(id, keras_internals.layers_in(self._layer)))
         if layers != self._known_layers:
             self._known_layers = layers
             self._find()
 
     def reasons(self) -> dict[str, str]:
-        """Why gradients return to the scale of the surroundings: dict of reasons by layer name."""
+        """Why gradients return to scale S: dict of reasons by layer name."""
         found: dict[str, str] = {}
         for _, reasons in self._plans.values():
             found |= reasons
@@ -99,7 +99,7 @@ class PlannedCall:
             return None
         parts = keras_internals.parts_of(self._layer)
         if not self._has_run and not all(part.built for part in parts if part is not self._layer):
-            return None  # the first run builds them
+            return None  # the first call builds the layers
         key = _signature(args, kwargs), _state_of(parts)
         if key not in self._plans:
             self._plans[key] = self._traced(original, args, kwargs, parts)
@@ -112,7 +112,7 @@ class PlannedCall:
         kwargs: dict[str, Any],
         parts: list[keras.layers.Layer],
     ) -> tuple[ScalePlan | None, dict[str, str]]:
-        """The plan, `None` if there is none, and reasons by the names of layers."""
+        """The plan, or `None`, and the dict of reasons by layer name."""
         try:
             graph, opaque = tracing.trace(self._layer, original, args, kwargs, _scaling_or_itself)
         except tracing.NotTraceable as error:
@@ -151,7 +151,7 @@ def planned_call_of(layer: keras.layers.Layer) -> Any:
 
 
 def reasons_for_no_plan(model: keras.layers.Layer) -> dict[str, str]:
-    """Where gradients return to the scale of the surroundings: dict of reasons by name."""
+    """Where gradients return to scale S between layers: dict of reasons by layer name."""
     found: dict[str, str] = {}
     for part in keras_internals.parts_of(model):
         if planned_call_of(part) is not None:
@@ -165,7 +165,7 @@ def _scaling_or_itself(operation: Any) -> Any:
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What of arguments a plan depends on; hashable."""
+    """Hashable: everything in the arguments that a plan depends on."""
 
     def of_leaf(leaf: Any) -> str | tuple[str, str, bool]:
         if ops.is_tensor(leaf) or isinstance(leaf, np.ndarray):
@@ -179,12 +179,12 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _state_of(parts: list[keras.layers.Layer]) -> tuple[tuple[Any, ...], ...]:
-    """What of layers a plan depends on; hashable."""
+    """Hashable: everything in the layers that a plan depends on."""
     return tuple((id(part), part.built, *_flags(part)) for part in parts)
 
 
 def _flags(part: keras.layers.Layer) -> tuple[tuple[str, Any], ...]:
-    """The attributes of an author's layer that say what it does: numbers, strings, flags."""
+    """The attributes of a user-defined layer that control it: numbers, strings and booleans."""
     if planned_call_of(part) is None:
         return ()
     return tuple(

@@ -1,4 +1,4 @@
-"""The class of wrapped models: their state, and how they are saved."""
+"""The class of wrapped models: what it remembers, and how it is saved."""
 
 import contextlib
 import dataclasses
@@ -37,24 +37,25 @@ def _rounds_at_its_scale(part: Any) -> bool:
 
 @_registered
 class LossScaledModel(WithHiddenVariables):
-    """Mixin for models that are wrapped.
+    """Mixin of wrapped models.
 
-    There is one subclass for every class of model; a model is given it in place of its own class,
-    and has its own again when it is stripped. All are saved under this name: it is the only one
-    that is sure to be registered when a file is loaded.
+    For each class of model there is one subclass of the mixin and that class. A model gets this
+    subclass when it is wrapped, and its own class again when it is stripped. All subclasses are
+    saved under the name of the mixin, because only this name is certain to be registered when a
+    file is loaded.
     """
 
     base_class: Any = None
-    # Whether it was read from a file in which `LossScaled` layers stand in its graph.
+    # Whether it was loaded from a file whose graph contains `LossScaled` layers.
     is_with_wrappers = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # A copy that Keras makes of a wrapped model is plain.
+        # Copies that Keras makes of a wrapped model are plain.
         return cls.base_class(*args, **kwargs)
 
     @property
     def trainable_weights(self) -> list[keras.Variable]:
-        # TensorFlow's trainers take gradients by these.
+        # TensorFlow's trainer differentiates by these.
         weights = super().trainable_weights
         known = set(map(id, weights))
         of_scaling = [v for v in self.trainable_variables if is_of_scaling(v)]
@@ -70,7 +71,7 @@ class LossScaledModel(WithHiddenVariables):
     def make_train_function(self, force: bool = False) -> Callable[..., Any] | None:
         find_layers(self)
         known = isinstance(self.optimizer, AdaptiveLossScaleOptimizer)
-        # A `compile` of the model's own leaves Keras's default optimizer in `self.optimizer`.
+        # A user-defined `compile` may leave Keras's default optimizer in `self.optimizer`.
         adaptive = known or bool(adaptive_optimizers(self))
         if not adaptive and any(_rounds_at_its_scale(each) for each in parts_of(self)):
             raise ValueError(
@@ -94,12 +95,12 @@ class LossScaledModel(WithHiddenVariables):
                 "`jit_compile=False`."
             )
         if known and num_replicas == 1 and all(part.built for part in parts_of(self)):
-            # TensorFlow traces a function that makes variables twice.
+            # TensorFlow would trace the step twice if it created variables.
             self.optimizer.build_once(self.trainable_variables)
         return super().make_train_function(force)
 
     def load_weights(self, filepath: str, *args: Any, **kwargs: Any) -> None:
-        """As in Keras, but a file that cannot be read leaves the model as it was."""
+        """Loads weights as Keras does. If the file cannot be read, the model is unchanged."""
         optimizer = getattr(self, "optimizer", None)
         variables = [*self.variables, *(optimizer.variables if optimizer else ())]
         before = [(variable, trainer.lasting_value(variable)) for variable in variables]
@@ -107,7 +108,8 @@ class LossScaledModel(WithHiddenVariables):
             super().load_weights(filepath, *args, **kwargs)
         except Exception:
             for variable, value in before:
-                # Processes of JAX assign together: not where but one of them has failed.
+                # On JAX, all processes must assign together, but this process may be the only one
+                # whose load failed.
                 if variable.value is not value:
                     variable.assign(value)
             raise
@@ -117,7 +119,7 @@ class LossScaledModel(WithHiddenVariables):
         find_layers(self)
 
     def __reduce__(self) -> Any:
-        # Keras would name a method of this class, which pickle could not find.
+        # Keras would refer to a method of this class, which pickle cannot find.
         return keras_internals.unpickled_model, super().__reduce__()[1]
 
     def get_config(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class LossScaledModel(WithHiddenVariables):
         with_wrappers = is_with_wrappers(config)
         config = opened(config, "wrapped model", ["base_class"], optional=None)
         choice = _choice_of(config)
-        if with_wrappers:  # those that have a scale have it
+        if with_wrappers:  # in such a file, the scaled layers are already wrapped
             choice = dataclasses.replace(choice, wants=lambda layer, path: False)
         name = config.pop("base_class")
         known = {"Functional": functional_class(), "Sequential": keras.Sequential}
@@ -146,13 +148,13 @@ class LossScaledModel(WithHiddenVariables):
             )
         with keras.saving.custom_object_scope(custom_objects or {}):
             model = base_class.from_config(config)
-        # One that Keras has made for a copy stays plain.
+        # A copy that Keras makes stays plain.
         return model if cls.base_class is not None else scale(model, choice, with_wrappers)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Walked:
-    """By which `Walk` a model was wrapped, at which path in that, and what undoes it."""
+    """The `Walk` that wrapped a model, the model's path in it, and a function to undo it."""
 
     walk: Walk
     path: str
@@ -161,34 +163,34 @@ class _Walked:
 
 @functools.cache
 def _planned_class(base_class: Any, with_wrappers: bool) -> type:
-    """The class of wrapped models of `base_class`."""
+    """The class of wrapped models of class `base_class`."""
 
     def get_config(self: Any) -> dict[str, Any]:
         return LossScaledModel.get_config(self)
 
-    # Keras makes a config by itself only for a class that has none.
+    # Keras creates a config automatically only for classes that do not define `get_config`.
     vars(get_config).update(vars(base_class.get_config))
     names = {name: getattr(base_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     members = {**names, "base_class": base_class, "get_config": get_config}
     members["is_with_wrappers"] = with_wrappers
     if hasattr(base_class, "save_to_preset"):
         members["save_to_preset"] = _save_to_preset
-    # Files name the variables of a model inside another after its class.
+    # Files name the variables of a nested model after its class.
     name = f"LossScaled{base_class.__name__}" if with_wrappers else base_class.__name__
     planned_class = type(name, (LossScaledModel, base_class), members)
-    # The name stands for the subclass when saving, for the mixin when loading.
+    # The registered name refers to the subclass for saving, and to the mixin for loading.
     _registered(planned_class)
     _registered(LossScaledModel)
     return planned_class
 
 
 def scale(model: keras.Model, choice: Choice, with_wrappers: bool = False) -> keras.Model:
-    """Scales all layers of a model, which is changed; all or nothing.
+    """Scales all layers of a model in place. If it fails, the model is unchanged.
 
     Args:
-        model: A `keras.Model`. Layers that are scaled already stay as they are.
+        model: A `keras.Model`. Layers that are already scaled stay as they are.
         choice: The `Choice`.
-        with_wrappers: Whether `LossScaled` layers stand in its graph, as files have it.
+        with_wrappers: Whether the graph of the model contains `LossScaled` layers, as in old files.
 
     Returns:
         The model.
@@ -216,11 +218,11 @@ def unscale(model: keras.Model) -> None:
         for name in ("call", "rematerialized_call", keras_internals.MOMENTS):
             route = routes.route_of(part, name)
             if route is not None:
-                route.end()  # of layers inside of others that have run
+                route.end()  # companions inside of layers that have already run
 
 
 def find_layers(model: keras.Model) -> None:
-    """Scales layers that a model has got since it was wrapped."""
+    """Scales layers that were added to a model after it was wrapped."""
     for part in parts_of(model):
         if planned_call_of(part) is not None:
             planned_call_of(part).find_layers()
@@ -232,7 +234,10 @@ def find_layers(model: keras.Model) -> None:
 
 @contextlib.contextmanager
 def without_companions(model: keras.Model) -> Iterator[None]:
-    """Takes what scales layers out of them: Keras quantises only layers with none inside."""
+    """Context manager in which layers have no companions.
+
+    Keras's `quantize` skips layers that have sublayers.
+    """
     companions = [each for each in map(companion_of, parts_of(model)) if each is not None]
     for companion in companions:
         companion.leave()
@@ -245,7 +250,7 @@ def without_companions(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_plain(model: keras.Model) -> Iterator[None]:
-    """A model as it was before it was wrapped, for what writes it in a format of its own."""
+    """Context manager in which a model is as it was before it was wrapped."""
     exchanged = [
         (part, type(part)) for part in parts_of(model) if isinstance(part, LossScaledModel)
     ]
@@ -260,13 +265,13 @@ def as_plain(model: keras.Model) -> Iterator[None]:
 
 
 def _save_to_preset(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A preset of KerasHub is the plain model's, and is loaded without this library."""
+    """Saves a KerasHub preset of the plain model, which loads without this library."""
     with as_plain(self):
         return self.save_to_preset(*args, **kwargs)
 
 
 def _choice_of(config: dict[str, Any]) -> Choice:
-    """Takes out of the config of a wrapped model what it says of the `Choice`."""
+    """Removes the `Choice` from the config of a wrapped model, and returns it."""
     left_out = set(config.pop("left_out", ()))
     float8 = {path: Float8.from_config(each) for path, each in config.pop("float8", {}).items()}
     return Choice(
@@ -280,7 +285,7 @@ def _choice_of(config: dict[str, Any]) -> Choice:
 def exchange(
     model: keras.Model, walk: Walk, path: str, with_wrappers: bool
 ) -> Callable[[], None] | None:
-    """Gives a model the class of wrapped ones; returns what undoes that."""
+    """Gives a model the class of wrapped models, and returns a function that undoes it."""
     plain_class: Any = type(model)
     if issubclass(plain_class, LossScaledModel):
         return None
@@ -291,7 +296,7 @@ def exchange(
         in_float8 = [each.name for each in parts_of(model) if getattr(each, "float8", None)]
         if in_float8:
             raise ValueError(
-                f"Expected model '{model.name}' to be quantised once. Received: `quantize` for a "
+                f"Expected model '{model.name}' to be quantized once. Received: `quantize` for a "
                 f"model with LossScaled layers that compute in float8 already: {in_float8}. "
                 "`strip_model` it before, or leave `float8` out."
             )
@@ -303,15 +308,15 @@ def exchange(
         object.__setattr__(model, "__class__", plain_class)
         del vars(model)[_WALK]
 
-    # Both as they are: Keras keeps track of what is made an attribute of a model.
+    # Bypass Keras's tracking of a model's attributes.
     object.__setattr__(model, "__class__", _planned_class(plain_class, with_wrappers))
     object.__setattr__(model, _WALK, _Walked(walk, path, undo))
-    route = routes.Route(model, "quantize", quantize)  # Keras gives every layer one of its own
+    route = routes.Route(model, "quantize", quantize)  # Keras gives every layer its own
     return undo
 
 
 @functools.cache
 def functional_class() -> type:
-    """The class of Functional models, which Keras does not export."""
+    """The class of Functional models, which has no public name in Keras."""
     tensor = keras.Input(())
     return type(keras.Model(tensor, keras.layers.Identity()(tensor)))

@@ -1,4 +1,4 @@
-"""Derives a scale plan from the layer calls of a model."""
+"""`plan_of`: derives a scale plan from the layer calls of a model."""
 
 import collections
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tf_adaptive_ls.models.calls import CallGraph, GraphCall
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.scale_plan import AT_S, Route, ScaleGroup, ScalePlan
 
-_NORMALISATIONS = (
+_NORMALIZATIONS = (
     keras.layers.BatchNormalization,
     keras.layers.GroupNormalization,
     keras.layers.LayerNormalization,
@@ -29,8 +29,8 @@ def plan_of(
     """Derives the `ScalePlan` of a `CallGraph`.
 
     Args:
-        graph: The graph. What has a scale stands in it as a `LayerScaling`.
-        models: As those of the plan.
+        graph: The graph. Scaled layers appear in it as their `LayerScaling`.
+        models: As in `ScalePlan`.
     """
     times_called = collections.Counter(
         id(layer) for call in graph.calls for layer in _scaled_layers(call.operation)
@@ -75,7 +75,7 @@ def plan_of(
 
 
 def _grouped(graph: CallGraph, times_called: dict[int, int]) -> "_Groups":
-    """The `_Groups` of the tensors of a graph."""
+    """Groups the tensors of a graph: returns its `_Groups`."""
     groups = _Groups()
     groups.pin([*graph.inputs, *graph.ends])
     for call in graph.calls:
@@ -84,7 +84,7 @@ def _grouped(graph: CallGraph, times_called: dict[int, int]) -> "_Groups":
             if times_called[id(operation)] > 1:
                 groups.pin([*inputs, *outputs])
             if operation.layer.activity_regularizer is not None:
-                groups.pin(outputs)  # its loss may be computed outside of the border
+                groups.pin(outputs)  # the loss may be computed from it outside of the border
             for tensor in inputs:
                 groups.add_consumer(tensor, operation)
         else:
@@ -95,7 +95,7 @@ def _grouped(graph: CallGraph, times_called: dict[int, int]) -> "_Groups":
 
 
 def _scaled_layers(operation: Any) -> list[LayerScaling]:
-    """What has a scale and may be run at its border by a call of `operation`."""
+    """The scaled layers whose border a call of `operation` crosses."""
     if isinstance(operation, LayerScaling):
         return [operation]
     if not isinstance(operation, keras.layers.Layer):
@@ -104,17 +104,17 @@ def _scaled_layers(operation: Any) -> list[LayerScaling]:
 
 
 def _may_pass(call: GraphCall) -> bool:
-    """Whether a call is one of a layer that normalises its only input."""
+    """Whether a call is a normalization of a single input."""
     layer = call.operation.layer
     return (
-        isinstance(layer, _NORMALISATIONS)
+        isinstance(layer, _NORMALIZATIONS)
         and is_plain_keras_layer(layer)
         and len(call.inputs) == len(call.outputs) == 1
     )
 
 
 def _only_hands_gradients_on(operation: Any) -> bool:
-    """Whether `operation` has a linear backward pass and no gradients of its own."""
+    """Whether the backward pass of `operation` is linear, and it has no gradients of its own."""
     if not isinstance(operation, keras.layers.Layer):
         return is_from_keras(type(operation))
     return all(
@@ -124,7 +124,7 @@ def _only_hands_gradients_on(operation: Any) -> bool:
 
 
 class _Groups:
-    """Union-find over the tensors of a graph, by their keys, with what is known of each group."""
+    """Union-find over the keys of tensors, with the properties of each group."""
 
     def __init__(self) -> None:
         self._parent: dict[Any, Any] = {}
@@ -152,7 +152,7 @@ class _Groups:
                     self._pinned.add(first)
 
     def pin(self, tensors: Sequence[Any]) -> None:
-        """Lets the groups of `tensors` travel at S."""
+        """Makes the gradients of the groups of `tensors` travel at S."""
         self._pinned.update(self._find(tensor) for tensor in tensors)
 
     def add_consumer(self, tensor: Any, layer: LayerScaling) -> None:
@@ -164,7 +164,7 @@ class _Groups:
         self._passing.setdefault(self._find(tensor), []).append(layer)
 
     def consumers(self, tensor: Any) -> tuple[LayerScaling, ...]:
-        """The layers that take what is in the group of `tensor`, none if it travels at S."""
+        """The layers that consume the group of `tensor`. Empty if its gradients travel at S."""
         root = self._find(tensor)
         return () if root in self._pinned else tuple(self._consumers.get(root, ()))
 

@@ -1,8 +1,8 @@
 """Traces a model by calling it on symbolic tensors.
 
-Keras records what is called on a `KerasTensor`, layers and operations alike. A model, or a layer
-that is made of layers, is looked into: its own `call` runs on those tensors, and what it returns
-stands for what came out of it. Where that is not possible it is one call among others.
+Keras records every layer and operation that is called on a `KerasTensor`. The trace looks into
+models and layers that are made of layers: their own `call` runs on the symbolic tensors, so
+that the graph shows the calls inside. Where this is impossible, the layer is one opaque call.
 """
 
 import contextvars
@@ -27,41 +27,42 @@ from tf_adaptive_ls.models.calls import CallGraph, graph_call
 from tf_adaptive_ls.training.call_tensors import is_inexact
 from tf_adaptive_ls.training.noted_calls import noting
 
-# Sizes of batches that a model is traced with, one after the other: code that asks for the size
-# wants a number, and some wants it even.
+# Batch sizes to trace with, one after the other: code may need a number for the batch size, and
+# some code needs an even one.
 _BATCH_SIZES = (8, None)
 
 _tracing: contextvars.ContextVar["_Trace | None"] = contextvars.ContextVar("trace", default=None)
-# Keras writes what is called into the layers themselves.
+# Traces run one at a time, because Keras records calls in the layers themselves.
 _one_at_a_time = threading.RLock()
 
 
 class NotTraceable(Exception):
-    """What a model computes cannot be known before it runs.
+    """The model's computation cannot be known before it runs.
 
     Args:
-        reason: Why, for a person.
+        reason: Why, as part of a sentence.
     """
 
 
 def current() -> "_Trace | None":
-    """The `_Trace` that runs, or `None`."""
+    """The running `_Trace`, or `None`."""
     return _tracing.get()
 
 
 class _Trace:
-    """A trace that runs.
+    """A running trace.
 
     Attributes:
-        ends: Tensors that are used outside of the calls.
-        called: What was noted to be called, in order.
+        ends: Tensors that are used outside of the recorded calls.
+        called: The scaled layers that were called, in order.
     """
 
     def __init__(self, opaque: dict[Any, Any]) -> None:
         self._opaque = opaque
         self._inside: dict[
             int, Any
-        ] = {}  # by the `id` of a tensor that has left a layer: it, and what it was
+            # by the `id` of a tensor outside of a traced layer: that tensor, and the tensor inside
+        ] = {}
         self._times_called: dict[Any, int] = {}
         self.ends: list[Any] = []
         self.called: list[Any] = []
@@ -74,14 +75,17 @@ class _Trace:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """What a layer that is made of layers returns for symbolic tensors.
+        """Calls a layer that is made of layers on symbolic tensors.
 
         Args:
             layer: The layer.
             original: Its `call`.
             plain: Its `symbolic_call`.
-            args: Arguments by position.
-            kwargs: Arguments by name.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+
+        Returns:
+            Its outputs.
         """
         self._times_called[id(layer)] = self._times_called.get(id(layer), 0) + 1
         if id(layer) in self._opaque:
@@ -96,7 +100,7 @@ class _Trace:
         return tree.map_structure(lambda tensor: self._outside(layer, tensor), outputs)
 
     def _outside(self, layer: keras.layers.Layer, tensor: Tensor) -> Tensor:
-        # Keras will write into it that it comes from the layer.
+        # Keras will record in this copy that it comes from the layer.
         twin = keras.KerasTensor(tensor.shape, tensor.dtype)
         mask = keras_internals.mask_of(tensor)
         if mask is not None:
@@ -110,15 +114,15 @@ class _Trace:
         return id(operation) in self._times_called and id(operation) not in self._opaque
 
     def key_of(self, tensor: Tensor) -> Any:
-        """The key of a tensor: one that has left a layer is what it was in there."""
+        """The key of a tensor. The output of a traced layer has the key that it has inside."""
         return id(self._within(tensor))
 
     def node_of(self, tensor: Tensor) -> Any:
-        """The node that a tensor comes from, `None` for an input."""
+        """The node that a tensor comes from. `None` for an input."""
         return keras_internals.node_of(self._within(tensor))
 
     def twins(self) -> list[Tensor]:
-        """The tensors that stand for others outside of layers."""
+        """The tensors outside of traced layers that stand for tensors inside."""
         return [twin for twin, _ in self._inside.values()]
 
     def _within(self, tensor: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ class _Trace:
         return tensor
 
     def called_often(self) -> list[Any]:
-        """The `id` of layers that were called more than once, and looked into."""
+        """The `id` of each traced layer that was called more than once."""
         return [key for key, n in self._times_called.items() if n > 1 and key not in self._opaque]
 
 
@@ -138,28 +142,29 @@ def trace(
     kwargs: dict[str, Any],
     stands_for: Callable[..., Any],
 ) -> tuple[CallGraph, dict[int, str]]:
-    """What a call of a model would compute.
+    """Traces a call of a model or layer.
 
     Args:
         layer: The model, or a layer that is made of layers. All must be built.
-        original: Function `(*args, **kwargs)`, its `call`.
-        args: Arguments of such a call by position.
-        kwargs: Those by name.
-        stands_for: Function of an operation to what is to stand for it in the graph.
+        original: Its `call`, a function `(*args, **kwargs)`.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        stands_for: Function from an operation to the one to record in the graph.
 
     Returns:
-        A `CallGraph`, and a dict by the `id` of layers that are not looked into, of reasons.
+        The `CallGraph`, and a dict from the `id` of each opaque layer to the reason.
 
     Raises:
-        NotTraceable: If it cannot be known.
+        NotTraceable: If the computation cannot be known.
     """
     with _one_at_a_time:
         for batch_size in _BATCH_SIZES:
             opaque: dict[int, Any] = {}
             try:
-                # Those called at several places have plans of their own.
+                # Layers that are called more than once get plans of their own.
                 while True:
-                    # What a layer is told, such as `training`, Keras tells all that follow.
+                    # Keras passes on call-context arguments such as `training` to all layers
+                    # inside.
                     with keras_internals.in_call_context(keras_internals.call_context()):
                         graph, often = _traced(
                             layer, original, args, kwargs, stands_for, batch_size, opaque
@@ -183,7 +188,7 @@ def _told(error: Exception) -> str:
     return f"{where + ': ' if where else ''}{type(error).__name__}: {text}"[:200]
 
 
-# What Keras writes around the message of an error in a layer or an operation.
+# The words that Keras adds around the error message of a layer or operation.
 _KERAS_ADDS = re.compile(
     r"(?:Exception encountered when calling (.*)\.call\(\)\.\s*)?(?:\x1b\[1m)?([^\x1b]*)"
 )
@@ -210,8 +215,8 @@ def _traced(
             tree.map_structure(lambda leaf: _symbolic(leaf, batch_size), (args, kwargs)),
             stands_for,
         )
-        # What is still there when nobody here knows it is somewhere else: in an attribute, a list
-        # of the author's, a closure.
+        # A tensor that is still alive is referenced elsewhere: in an attribute, a list or a closure
+        # of the model's author.
         if any(ref() is not None for _, ref in tensors):
             gc.collect()
         escaped = {key for key, ref in tensors if ref() is not None}
@@ -237,7 +242,7 @@ def _recorded(
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
     stands_for: Callable[..., Any],
 ) -> Any:
-    """The `CallGraph`, layers called often, and weak references to all tensors, with their keys."""
+    """The `CallGraph`, the layers called more than once, and weak references to tensors by key."""
     token = _tracing.set(running)
     try:
         args, kwargs = arguments
@@ -248,7 +253,7 @@ def _recorded(
             raise NotTraceable("it returns no tensor that depends on what it is given")
         ends = [*outputs, *filter(_is_symbolic, running.ends)]
         all_nodes = state.new_nodes()
-        # Those of layers that were looked into stand for others.
+        # Nodes of traced layers are replaced by the nodes inside.
         nodes = [node for node in all_nodes if not running.is_looked_into(node.operation)]
         nodes = _sorted(nodes, ends, running, state)
     finally:
@@ -299,7 +304,7 @@ def _symbolic_leaves(structure: Any) -> list[Tensor]:
 
 
 def _sorted(nodes: list[Any], ends: list[Tensor], running: _Trace, state: "_State") -> list[Any]:
-    """All nodes of a trace, each behind those whose outputs it takes."""
+    """All nodes of a trace, each after the nodes whose outputs it takes."""
     order, seen = [], set()
     stack = [*reversed(nodes)]
     stack += [node for node in map(running.node_of, ends) if node is not None]
@@ -313,7 +318,7 @@ def _sorted(nodes: list[Any], ends: list[Tensor], running: _Trace, state: "_Stat
             stack.append((node, True))
             before = [running.node_of(tensor) for tensor in node.input_tensors]
             stack += [(other, False) for other in before if other is not None]
-    # Operations that are in no layer are found by what they take.
+    # Operations outside of layers are found through the tensors that they take.
     followers = [
         follower
         for node in order
@@ -324,7 +329,7 @@ def _sorted(nodes: list[Any], ends: list[Tensor], running: _Trace, state: "_Stat
 
 
 def _check_shows_all(operation: Any, node: Any) -> None:
-    """Raises `NotTraceable` if an operation calls functions, which may take tensors unseen."""
+    """Raises `NotTraceable` if an operation calls functions, which may use tensors unseen."""
     if isinstance(operation, keras.layers.Layer):
         return
     leaves = tree.flatten((node.arguments.args, node.arguments.kwargs))
@@ -336,7 +341,7 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 def _takes_values(node: Any) -> bool:
-    """Whether it takes a variable, or a tensor that may come from one."""
+    """Whether a node takes a variable, or a tensor that may be computed from one."""
 
     def is_value(leaf: Any) -> bool:
         if isinstance(leaf, keras.Variable):
@@ -347,20 +352,20 @@ def _takes_values(node: Any) -> bool:
 
 
 def _take_apart(node: Any) -> None:
-    """Frees the tensors of a node, which are otherwise left to the garbage collector."""
+    """Frees the tensors of a node now, instead of leaving them to the garbage collector."""
     for tensor in node.outputs:
         vars(tensor).pop("_keras_history", None)
     node.outputs, node.arguments, node.operation = [], None, None
 
 
-# What Keras writes to while layers run, and does not have to be put back.
+# Attributes that layers write while they run, and that need not be restored.
 _OF_KERAS = frozenset(
     ["_inbound_nodes", "_outbound_nodes", "_losses", "_loss_ids", "_called", "built"]
 )
 
 
 class _State:
-    """What layers had before a trace, to be given back to them."""
+    """What layers recorded before a trace, to be restored after it."""
 
     def __init__(self, parts: list[keras.layers.Layer]) -> None:
         operations = [each for part in parts for each in keras_internals.operations_of(part)]
@@ -373,11 +378,11 @@ class _State:
         ]
 
     def new_nodes(self) -> list[Any]:
-        """What was called since then."""
+        """The nodes of calls made during the trace."""
         return [node for each, number, _ in self._nodes for node in calls_of(each)[number:]]
 
     def new_nodes_after(self, node: Any) -> list[Any]:
-        """What takes what comes from the operation of a call."""
+        """The new nodes that take an output of `node`'s operation."""
         outbound = calls_after(node.operation)
         known = (number for each, _, number in self._nodes if each is node.operation)
         return outbound[next(known, 0) :]

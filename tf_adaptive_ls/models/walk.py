@@ -1,4 +1,4 @@
-"""Walks through any model and gives each layer with weights a companion."""
+"""`Walk`: goes through any model, and gives each layer with weights a companion."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -18,13 +18,13 @@ from tf_adaptive_ls.training.saved_inputs import save_inputs, saves_inputs
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What is to be done in a model.
+    """How to scale a model.
 
     Attributes:
-        wants: Function `(layer, path) -> bool`, which layers are scaled.
-        float8_of: Function `(layer, path) -> Float8 | None`, how each computes.
-        plans: Whether gradients travel at scales of layers.
-        saved_activations: The format that inputs of layers are kept in for the backward pass.
+        wants: Function `(layer, path) -> bool`: whether to scale the layer.
+        float8_of: Function `(layer, path) -> Float8 | None`: its float8 settings.
+        plans: Whether gradients travel between layers at the scales of the layers.
+        saved_activations: The format in which layers save their inputs for the backward pass.
     """
 
     wants: Callable[[keras.layers.Layer, str], bool] = lambda layer, path: True
@@ -34,10 +34,10 @@ class Choice:
 
 
 class Walk:
-    """Goes through a model, now and whenever a part of it is called that has got new layers.
+    """Goes through a model, and again whenever a part of it that is called has new layers.
 
-    A model is walked, and a layer of an author's own that is made of layers, or has no weights:
-    what is inside it is scaled layer by layer, and its call runs under a plan. Every other layer
+    The walk enters models, and user-defined layers that are made of layers or have no weights:
+    layers inside of them are scaled one by one, and their calls run under plans. Every other layer
     is scaled as a whole.
 
     Args:
@@ -52,7 +52,7 @@ class Walk:
         self._undo: list[Callable[[], Any]] = []
 
     def visit(self, layer: keras.layers.Layer, path: str = "", is_root: bool = False) -> None:
-        """Scales a layer, or what is inside it."""
+        """Scales a layer, or the layers inside of it."""
         if isinstance(layer, LayerScaling) or wrapper_of(layer) or companion_of(layer):
             return
         if is_root or is_walked(layer):
@@ -63,12 +63,12 @@ class Walk:
             self._save(layer)
 
     def undo(self) -> None:
-        """Undoes all that was done."""
+        """Undoes all changes of the walk."""
         while self._undo:
             self._undo.pop()()
 
     def config(self, path: str) -> dict[str, Any]:
-        """What is to be saved with the model at a path: a dict."""
+        """What to save with the model at `path`: a dict."""
         prefix = f"{path}/" if path else ""
 
         def below(paths: Iterable[str]) -> list[str]:
@@ -99,7 +99,7 @@ class Walk:
             self._undo.append(save_inputs(layer))
 
     def _is_now_walked(self, layer: keras.layers.Layer, path: str) -> bool:
-        """Walks into a layer that has got layers inside when it was built."""
+        """Enters a layer if it got sublayers when it was built. Returns whether."""
         if not is_walked(layer):
             return False
         detach(layer)
@@ -127,20 +127,20 @@ class Walk:
 
 
 def layers_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """The layers inside a layer, one level deep."""
+    """The layers inside of a layer, one level deep."""
     if isinstance(layer, keras.Sequential):
         return layer.layers
     return keras_internals.layers_in(layer)
 
 
 def is_walked(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is a model, or an author's own in which other layers compute, or none."""
+    """Whether a layer is a model, or user-defined and made of layers or without weights."""
     if isinstance(layer, keras.Model):
         return True
     if keras_internals.computes_as_keras_does(layer):
         return False
-    if keras_internals.may_be_rematerialised(layer):
-        return False  # borders inside it would have to run once more, too
+    if keras_internals.may_be_rematerialized(layer):
+        return False  # in a rematerialized layer, borders inside would have to run again, too
     inside = [part for part in layers_inside(layer) if not isinstance(part, LayerScaling)]
     if own_weights(layer) or not layer.built:
         return any(may_be_trained(part) or not part.built for part in inside)

@@ -120,14 +120,14 @@ def strip_model(model: Model) -> Model:
 
 
 def _forget_functions(model: keras.Model) -> None:
-    """What was traced before would run as before."""
+    """Drops compiled steps, which would run as they were traced before."""
     for part in parts_of(model):
         if isinstance(part, keras.Model):
             part.train_function = part.test_function = part.predict_function = None
 
 
 def _is_compiled_for_layers(model: keras.Model) -> bool:
-    """Whether the optimizer knows all scales, or is yet to be told."""
+    """Whether the optimizer is built with all scales, or not built yet."""
     optimizer = model.optimizer
     if not isinstance(optimizer, AdaptiveLossScaleOptimizer):
         return False
@@ -136,7 +136,7 @@ def _is_compiled_for_layers(model: keras.Model) -> bool:
 
 
 def _without_wrappers(model: keras.Model) -> keras.Model:
-    """A model around the same layers, without the `LossScaled` layers in the graph of `model`."""
+    """A model around the same layers, without the `LossScaled` layers of the graph."""
     _check_has_them_in_graphs_alone(model)
 
     def plain(operation: Any) -> Any:
@@ -151,7 +151,7 @@ def _without_wrappers(model: keras.Model) -> keras.Model:
         layers = [model.inputs[0], *map(plain, model.layers)]
         result = type(model)(layers, trainable=model.trainable, name=model.name)
     else:
-        # By way of an uncompiled model, since cloning would compile anew.
+        # Of an uncompiled model, because cloning would compile it again.
         graph = keras.models.clone_model(
             keras.Model(model.input, model.output),
             input_tensors=model.input,
@@ -177,7 +177,7 @@ def _check_has_them_in_graphs_alone(model: keras.Model) -> None:
 
 
 def _wrappers_in_graphs(model: keras.Model) -> Iterator[int]:
-    """The `id` of the `LossScaled` layers in the graph of a model and of those nested in it."""
+    """The `id` of each `LossScaled` layer in the graph of a model and of nested models."""
     graph = graph_of(model)
     for node in nodes_of(graph) if graph is not None else ():
         if isinstance(node.operation, keras.Model):

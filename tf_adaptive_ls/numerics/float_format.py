@@ -97,7 +97,7 @@ class FloatFormat:
 
 # What spectra of layers of several formats are counted in: it has every binade that any
 # narrow format has. And what is taken for the format of layers that have a wide one, whose
-# neighbours may have a narrow one.
+# neighbors may have a narrow one.
 COUNTING_FORMAT = FloatFormat("float16")
 
 

@@ -22,13 +22,13 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.readings import LayerSnapshot
 
-# Scales have settled once none has moved by more than this many binades for so many
-# batches: by less they follow how batches differ.
+# Scales have settled if none has moved by more than this many binades in this many batches. Smaller
+# moves follow differences between batches.
 _STILL_BINADES = 2
 _STILL_BATCHES = 5
 
-# The share of a layer's gradients that may be lost, and that its range leaves out at
-# the lower end: that of Zhao et al.
+# The share of a layer's gradients that may be lost, and that its range leaves out at the lower end,
+# as in Zhao et al.
 _TAIL = 1e-3
 
 
@@ -161,7 +161,7 @@ def calibrate(model: keras.Model, batches: Any, *, batch_size: int = 32) -> Cali
     first = next(batches, None)
     if first is None:
         raise ValueError("`calibrate` expected at least one batch. Received: none.")
-    seen: list[Snapshot] = []  # after each batch, since the last overflow
+    seen: list[Snapshot] = []  # after each batch since the last overflow
     with _standing_still(model) as optimizer:
         for batch in itertools.chain([first], batches):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
@@ -172,7 +172,7 @@ def calibrate(model: keras.Model, batches: Any, *, batch_size: int = 32) -> Cali
         used, log2_loss_scale = optimizer.steps, round(math.log2(optimizer.loss_scale))
         log2_scales = [layer.log2_scale for layer in layers]
 
-    if seen:  # else every batch overflowed, and the scales mean nothing
+    if seen:  # otherwise every batch overflowed, and the scales mean nothing
         change_of_s = round(math.log2(model.optimizer.loss_scale)) - log2_loss_scale
         for layer, r in zip(layers, log2_scales, strict=True):
             layer.log2_scale = max(-MAX_LOG2_SCALE, min(r - change_of_s, MAX_LOG2_SCALE))
@@ -193,7 +193,7 @@ def _is_settled(snapshots: list[Snapshot]) -> bool:
 
 
 class _Still(keras.optimizers.Optimizer):
-    """An optimizer that leaves weights as they are."""
+    """An optimizer that does not change weights."""
 
     def update_step(
         self, gradient: Tensor, variable: Tensor, learning_rate: keras.Variable
@@ -203,9 +203,9 @@ class _Still(keras.optimizers.Optimizer):
 
 @contextlib.contextmanager
 def _standing_still(model: keras.Model) -> Iterator[AdaptiveLossScaleOptimizer]:
-    """Lets `model` be trained without changing its weights, and then undoes the rest.
+    """Context manager in which training a model does not change it.
 
-    Yields the `AdaptiveLossScaleOptimizer` that moves the scales meanwhile.
+    Yields the `AdaptiveLossScaleOptimizer` that changes the scales in it.
     """
     optimizer, train_function = model.optimizer, model.train_function
     variables = [*model.variables, *model.metrics_variables]
@@ -231,7 +231,7 @@ def _calibration(
     settled: bool,
     batches: int,
 ) -> Calibration:
-    """Figures from what was seen in the last batches."""
+    """The result, from what was seen in the last batches."""
     found = []
     for i, (name, layer) in enumerate(named):
         of_layer = [snapshot.layers[i] for snapshot in snapshots]
@@ -268,7 +268,7 @@ def _calibration(
 
 
 def _binades(of_layer: list[LayerSnapshot]) -> tuple[int, int] | None:
-    """Lowest and highest binade of gradients seen at several scales, less their tail."""
+    """Lowest and highest binade of gradients seen at several scales, without the smallest 0.1 %."""
     lows, highs = [], []
     for each in of_layer:
         if each.spectrum.nonzero and each.peaks is not None:

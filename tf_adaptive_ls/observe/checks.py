@@ -1,4 +1,4 @@
-"""Checks of arguments: models that can be trained, and paths."""
+"""Checks arguments: models and paths."""
 
 import os
 from typing import Any
@@ -7,11 +7,11 @@ import keras
 
 
 def check_ready(model: Any, expected_by: str | None = None) -> None:
-    """Raises a `ValueError` for what has no loss yet.
+    """Raises a `ValueError` unless the argument is a built model with a loss.
 
     Args:
-        model: What was given as a model.
-        expected_by: Name of the function it was given to, to begin the message with.
+        model: The argument.
+        expected_by: Name of the function, for the error message.
     """
     problem = _problem_of(model)
     if problem is not None:
@@ -28,7 +28,7 @@ def check_ready(model: Any, expected_by: str | None = None) -> None:
 
 
 def check_built(model: Any, expected_by: str) -> None:
-    """Raises a `ValueError` for what is no built model; see `check_ready`."""
+    """Raises a `ValueError` unless the argument is a built model, see `check_ready`."""
     problem = _problem_of(model)
     if problem is not None:
         raise ValueError(
@@ -44,6 +44,6 @@ def _problem_of(model: Any) -> str | None:
 
 
 def check_path(name: str, path: Any) -> None:
-    """Raises a `ValueError` if `path` is none."""
+    """Raises a `ValueError` unless `path` is a path."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ValueError(f"Expected `{name}` to be the path of a file. Received: {name}={path!r}.")

@@ -1,4 +1,4 @@
-"""Writes a run as one HTML page with table, pictures and a search by layer."""
+"""Writes a run as one HTML page with a table, pictures, and a search by layer."""
 
 import base64
 import html
@@ -59,7 +59,12 @@ _PICTURES_OF_LOSS_CHANGES = {
 
 
 def page_of(run: Run, title: str) -> str:
-    """The page as a string of HTML. Args: run: A `Run`; title: String."""
+    """The page as a string of HTML.
+
+    Args:
+        run: A `Run`.
+        title: String.
+    """
     summary: list[str] = []
     pictures: dict[str, Callable[..., Any]] = {}
     layers = ""
@@ -102,7 +107,7 @@ def _cell(kind: str, text: str, side: str) -> str:
 
 
 def _picture(name: str, plot: Callable[..., Any], run: Run) -> str:
-    """In light and dark, whichever the reader prefers."""
+    """A picture in light and in dark; the browser shows the one that the reader prefers."""
     return (
         f"<h2>{html.escape(name)}</h2>\n<picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{_data(plot(run, dark=True))}">'
@@ -111,7 +116,7 @@ def _picture(name: str, plot: Callable[..., Any], run: Run) -> str:
 
 
 def _data(figure: Any) -> str:
-    """A figure as a URL that holds it."""
+    """A figure as a data URL."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -22,7 +22,7 @@ from tf_adaptive_ls.observe.sinks import Logs, Sinks
 from tf_adaptive_ls.observe.tensorboard import TensorBoardWriter
 from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 
-# How many parts of a model are named in a message.
+# The largest number of parts to name in a message.
 _NAMED = 5
 
 
@@ -87,8 +87,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         optimizer: The `AdaptiveLossScaleOptimizer` to monitor, or a dict of several by name. By
             default, the monitor finds all that are attributes of the model, or in lists or dicts
             that are: the one of `compile`, or `d_optimizer` and `g_optimizer` of a GAN. If there
-                are
-            several, their names become part of the names of figures, files and directories:
+            are several, their names become part of the names of figures, files and directories:
             `d_optimizer_loss_scale`, "run-d_optimizer.jsonl".
         stuck_after: Int >= 1, or `None` for never. After this many skipped steps in a row, `fit`
             does not train on the next batch, but raises a `StuckTrainingError` that says what is
@@ -100,7 +99,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
             `AdaptiveLossScaleOptimizer`, or if its outputs for `batch` are not finite in float32.
     """
 
-    # Batches end here without waiting for the device.
+    # Allows Keras to end batches without waiting for the device.
     async_safe = True
 
     def __init__(
@@ -144,7 +143,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._room_watch: RoomWatch | None = None
 
     def _named_optimizers(self) -> dict[str, AdaptiveLossScaleOptimizer]:
-        """By name; a single one has none."""
+        """The optimizers by name. A single one has an empty name."""
         named = self.optimizer
         if named is None:
             named = adaptive_optimizers(self.model)
@@ -164,10 +163,10 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._epoch = epoch
         self._batches_done = 0
 
-    # Records are made before a batch, not after: Keras may call what is after one in
-    # another thread, while the next is being trained on.
+    # Records are made before a batch, not after one: Keras may call `on_train_batch_end` in another
+    # thread while the next batch is being trained on.
     def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
-        # What a callback after this one may restore is known with the first batch.
+        # Started at the first batch, when later callbacks may have restored the model.
         self._begin()
         self._unseen += batch - self._batches_done
         self._batches_done = batch
@@ -201,7 +200,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
             )
 
     def _begin(self) -> None:
-        """Watches what there is to be seen: which layers one of several scales it knows later."""
+        """Starts an `OptimizerWatch` for each optimizer, and opens files."""
         several = len(self._optimizers) > 1
         for name, optimizer in self._optimizers.items():
             if name in self._watches or (several and not optimizer.built):
@@ -229,7 +228,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
         return " ".join(watch.complaint() for watch in self._watches.values() if watch.stuck)
 
     def _look(self, end: bool = False) -> None:
-        """Reads the scales; records them if it is time."""
+        """Reads the scales, and records them if it is time."""
         trainer.sync_state(self.model)
         self._unseen = 0
         steps = []
@@ -262,7 +261,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
             batch = keras.utils.unpack_x_y_sample_weight(batch)
             try:
                 explanation = explain_nonfinite(self.model, *batch)
-            except Exception as error:  # a step of its own that cannot be run like this
+            except Exception as error:  # a user-defined step that cannot be run like this
                 raise StuckTrainingError(
                     f"{complaint}\nTo find out where, the next batch could not be run "
                     f"again: {error}"
@@ -289,7 +288,7 @@ def _is_adaptive(optimizer: Any) -> bool:
 
 
 def _inputs_of(batch: Any) -> Any:
-    """The inputs in a batch."""
+    """The inputs of a batch."""
     x = batch[0] if isinstance(batch, tuple) and batch else batch
     leaves = keras.tree.flatten(x)
     if not leaves or not all(getattr(leaf, "shape", ()) and leaf.shape[0] for leaf in leaves):
@@ -302,10 +301,10 @@ def _inputs_of(batch: Any) -> Any:
 
 
 def _overflows(model: keras.Model, x: Any) -> list[str]:
-    """A line that names the parts of a model that overflow in the forward pass, if any does."""
+    """A sentence that names parts that overflow in the forward pass, or an empty string."""
     try:
         flagged = forward_range(model, [x], room=0).flagged
-    except Exception:  # no model that can be run so: all else has been said
+    except Exception:  # a model that cannot be run like this; the rest of the message is enough
         return []
     if not flagged:
         return []

@@ -13,29 +13,29 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling
 def named_layers(model: keras.Model) -> Iterator[tuple[str, keras.layers.Layer]]:
     """Pairs of a name and a layer, in the order of `model`.
 
-    Models nested in it are gone through in turn, and prefix the names of their layers.
-    Any other layer stands for all that is inside it, but is followed by the layers among that
-    which have a scale, if it has none itself.
+    Nested models are entered, and their names are prefixes of the names of layers. Any other layer
+    is listed without the layers inside of it. If it is not scaled, but layers inside of it are,
+    these follow it.
 
     Args:
-        model: A `keras.Model`, or a layer to list by itself.
+        model: A `keras.Model`, or a single layer to list.
     """
     yield from _named(model.layers if isinstance(model, keras.Model) else [model], "")
 
 
 def scaled_layers(model: keras.Model) -> list[tuple[str, LayerScaling]]:
-    """Pairs of a name and a `LayerScaling`, of those of `named_layers` that have one."""
+    """Pairs of a name and a `LayerScaling`, of the scaled layers in `named_layers`."""
     named = ((name, scaling_of(layer)) for name, layer in named_layers(model))
     return [(name, scaling) for name, scaling in named if scaling is not None]
 
 
 def owners_of_variables(model: keras.Model) -> dict[int, str]:
-    """Names of layers, as in `named_layers`, by `id` of their variables: of the innermost."""
+    """By `id` of variable, the name of the innermost layer that owns it, as in `named_layers`."""
     return {id(v): name for name, layer in named_layers(model) for v in layer.variables}
 
 
 def scaled_inside(layer: keras.layers.Layer) -> list[Any]:
-    """The layers with a scale inside one that has none itself."""
+    """The scaled layers inside of a layer that is not scaled."""
     if scaling_of(layer) is not None:
         return []
     return [

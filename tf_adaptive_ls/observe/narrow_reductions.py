@@ -12,7 +12,7 @@ from tf_adaptive_ls.observe.named_layers import named_layers
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 _ACTIVATIONS = (keras.activations.softmax, keras.activations.log_softmax)
-# Operations between layers, by the names of their classes, which Keras does not export.
+# Operations between layers, by the names of their classes, which are not public in Keras.
 _OPERATIONS = {"Softmax": "softmax", "LogSoftmax": "softmax", "Logsumexp": "logsumexp"}
 
 
@@ -32,17 +32,17 @@ class NarrowReduction:
 
 
 def narrow_reductions(model: keras.layers.Layer) -> tuple[NarrowReduction, ...]:
-    """Sums, and outputs of a model, that had better be computed in float32.
+    """Finds float16 operations that should compute in float32.
 
-    That is a softmax, also inside attention, a logsumexp, an activity regularizer, whose
-    gradient is the scale itself and which Keras cannot add to a float32 loss on TensorFlow,
-    and an output of the model, which its loss is computed from.
+    These are: a softmax, also inside of attention; a logsumexp; an activity regularizer, whose
+    gradient is the loss scale itself, and which Keras cannot add to a float32 loss on TensorFlow;
+    and an output of the model, because its loss is computed from it.
 
     Args:
         model: Any `keras.Model` or layer.
 
     Returns:
-        A tuple of one `NarrowReduction` for each, in the model's order.
+        Tuple of `NarrowReduction`, in the order of the model.
     """
     reasons: dict[str, list[str]] = {}
 
@@ -69,7 +69,7 @@ def narrow_reductions(model: keras.layers.Layer) -> tuple[NarrowReduction, ...]:
 
 
 def advice(reductions: tuple[NarrowReduction, ...]) -> str:
-    """What to do about `narrow_reductions`, to be put below a table; empty if there are none."""
+    """What to do about `narrow_reductions`, to print below a table. Empty if there are none."""
     lines = [f"  {each.name}: {each.reason}" for each in reductions]
     heading = 'Better computed in float32, by `dtype="float32"`:'
     return "\n".join([heading, *lines]) if lines else ""

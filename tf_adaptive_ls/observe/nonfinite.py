@@ -22,7 +22,7 @@ from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variable
 from tf_adaptive_ls.training.call_tensors import CallTensors, is_inexact
 from tf_adaptive_ls.training.held_variables import is_scaled_weight
 
-# What is printed of the tensors before the first that is not finite.
+# How many of the tensors before the first non-finite one are printed.
 _SHOWN = 8
 
 
@@ -212,18 +212,18 @@ def _readings_of_step(
     watched = list(_watched(model))
 
     def run(watch: "_Watch", values: Sequence[Tensor] = ()) -> Tensor:
-        # The scope also holds back updates of statistics and seeds.
+        # The scope also discards updates of statistics and seeds.
         mapping = list(zip(variables, values, strict=False))
         with keras.StatelessScope(mapping), _intercepted(watched, watch):
             outputs = model(x, training=True)
             return model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
 
-    # Once forward, to see what tensors there are; once more with a probe on each.
+    # The first pass finds out which tensors there are. The second pass has a probe on each of them.
     watch = _Watch()
     loss = run(watch)
     for layer, place, tensor in watch.seen:
         reading = _reading("forward", layer, place, tensor)
-        if place != _INPUT or reading.kind:  # what enters a layer has left another
+        if place != _INPUT or reading.kind:  # a tensor that enters one layer has left another
             yield reading
     yield _reading("loss", "", "loss", loss)
 
@@ -242,11 +242,11 @@ def _readings_of_gradients(
     model: keras.Model, watch: "_Watch", variables: list[keras.Variable], gradients: list[Tensor]
 ) -> list[TensorReading]:
     owners = owners_of_variables(model)
-    # By time of the forward pass, which the backward pass runs through in reverse.
+    # In reverse order of the forward pass, which is the order of the backward pass.
     readings = []
     for variable, gradient in zip(variables, gradients, strict=False):
         if gradient is not None:
-            gradient, *_ = arrays.dense_parts(gradient)[0]  # of embeddings: sparse
+            gradient, *_ = arrays.dense_parts(gradient)[0]  # gradients of embeddings are sparse
             owner = owners.get(id(variable), "")
             reading = _reading("backward", owner, f"gradient of {variable.name}", gradient)
             readings.append((watch.entered.get(owner, 0) - 0.5, reading))
@@ -265,16 +265,17 @@ _INPUT, _OUTPUT, _LOGITS = "input", "output", "logits"
 
 
 class _Watch:
-    """Sees every floating-point tensor that enters or leaves an operation.
+    """Records every floating-point tensor that enters or leaves an operation.
 
     Args:
-        probes: Tensors `[3]`, one for each of them, whose gradients are to tell of
-            theirs; `None` only to look.
+        probes: A tensor `[3]` for each of these tensors. The gradient of a probe is the summary of
+            the tensor's gradient. `None` to record only.
     """
 
     def __init__(self, probes: list[Tensor] | None = None) -> None:
         self.seen: list[Any] = []  # (layer, place, tensor)
-        self.entered: dict[str, int] = {}  # by layer: how many tensors had been seen when it began
+        # by layer: the number of recorded tensors when its call began
+        self.entered: dict[str, int] = {}
         self._probes = probes
 
     def __call__(
@@ -309,7 +310,7 @@ class _Watch:
 
 @contextlib.contextmanager
 def _intercepted(operations: list[tuple[str, Any]], watch: _Watch) -> Iterator[None]:
-    """Passes every call of `operations`, pairs of a name and one, to `watch`."""
+    """Context manager in which all calls of `operations`, pairs of a name and one, pass `watch`."""
     with contextlib.ExitStack() as undo:
         for name, operation in operations:
             undo.callback(routes.Route(operation, "call", functools.partial(watch, name)).end)
@@ -318,7 +319,7 @@ def _intercepted(operations: list[tuple[str, Any]], watch: _Watch) -> Iterator[N
 
 def _watched(model: keras.Model) -> Iterator[tuple[str, keras.layers.Layer]]:
     """Pairs of a name and an operation: layers, and operations between them."""
-    # Layers of Keras may run what is inside them in loops, of which nothing gets out.
+    # Keras layers may run the layers inside of them in loops, whose values cannot be read outside.
     closed: str | tuple[str, ...] = ()
     for name, layer in named_layers(model):
         if not name.startswith(closed):
@@ -338,7 +339,7 @@ def _reading(phase: str, layer: keras.layers.Layer, tensor: str, value: Tensor) 
 
 
 def _summary(x: Tensor) -> Tensor:
-    """Largest finite magnitude, number of infinities and of NaNs, `[3]`."""
+    """Largest finite magnitude, number of infinities, and number of NaNs: a tensor `[3]`."""
     x = ops.cast(arrays.real_numbers(x), "float32")
     magnitudes = ops.where(ops.isfinite(x), ops.abs(x), 0.0)
     infs, nans = (ops.sum(ops.cast(faults, "float32")) for faults in (ops.isinf(x), ops.isnan(x)))

@@ -1,4 +1,4 @@
-"""The state of a `LossScaleMonitor` for one optimizer."""
+"""`OptimizerWatch`: the state of a `LossScaleMonitor` for one optimizer."""
 
 import collections
 import warnings
@@ -11,26 +11,27 @@ from tf_adaptive_ls.observe.record.snapshot import Snapshot
 
 _RECENT = 6
 
-# Of so many steps at least a share is told of, and which is worth a word.
+# Warn if more than this share of at least this many steps were skipped.
 _SKIPS_SEEN_OVER = 300
 _MANY_SKIPS = 0.05
 
 
 class OptimizerWatch:
-    """What was seen of one optimizer, from a moment on when all is as it is to go on from.
+    """What a monitor has seen of one optimizer.
 
     Args:
         model: The model that is trained.
         optimizer: The `AdaptiveLossScaleOptimizer`.
-        name: What it is called beside others; empty if there is no other.
-        every: Steps from one record to the next.
-        stuck_after: Steps skipped in a row after which training is stuck, `None` for never.
+        name: Its name. Empty if there is only one optimizer.
+        every: Number of steps between two records.
+        stuck_after: Number of skipped steps in a row after which training is stuck. `None` for
+            never.
 
     Attributes:
-        layers: Pairs of a name and a `LossScaled` layer: those that it scales.
-        first_step: Its step at that moment.
-        figures: What is added to the logs.
-        stuck: Whether training was found to be stuck.
+        layers: Pairs of a name and a `LayerScaling`, of the layers that it scales.
+        first_step: The step at which the watch began.
+        figures: Dict of the figures for the logs.
+        stuck: Whether training is stuck.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class OptimizerWatch:
         return snapshot
 
     def look(self, end: bool = False) -> Snapshot | None:
-        """Reads the scales, notices if training is stuck; a `Snapshot` if it is to be recorded."""
+        """Reads the scales and checks for stuck training. A `Snapshot` if it is time to record."""
         snapshot = self._take_snapshot()
         self._recent.append(snapshot)
         stuck_after = self._stuck_after
@@ -75,7 +76,7 @@ class OptimizerWatch:
         return None
 
     def _look_at_skips(self, snapshot: Snapshot) -> None:
-        """Warns, once, if many steps are skipped, though never many in a row."""
+        """Warns once if many steps are skipped, though not many in a row."""
         steps = snapshot.step - self._skips_since.step
         if steps < _SKIPS_SEEN_OVER or self._skips_told:
             return
@@ -91,7 +92,7 @@ class OptimizerWatch:
             )
 
     def complaint(self) -> str:
-        """That training is stuck, since when, and at what scales."""
+        """A sentence: training is stuck, since when, and at what scales."""
         last = self._recent[-1]
         since = last.step - last.skipped_in_a_row
         scales = ", ".join(f"2^{m.log2_loss_scale} at {m.step}" for m in self._recent)
@@ -103,7 +104,7 @@ class OptimizerWatch:
         return text + self._blamed()
 
     def _blamed(self) -> str:
-        """A sentence, or nothing."""
+        """A sentence about the layer that overflowed most, or an empty string."""
         blamed = [
             f"'{name}' ({layer_snapshot.overflows - before})"
             for (name, _), layer_snapshot, before in zip(

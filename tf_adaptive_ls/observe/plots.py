@@ -1,7 +1,13 @@
-"""Pictures of gradients and scales in a training run.
+"""Pictures of gradients and scales of a training run.
 
-Each function takes a `Run` (see `load_run`), the path of its record, or a model that is
-being trained, and returns a `matplotlib.figure.Figure`.
+Each function takes a `Run` (see `load_run`), the path of its record, or a model that is being
+trained, and returns a `matplotlib.figure.Figure`:
+
+```python
+model.compile(optimizer, loss=loss_fn)
+model.fit(x, y, verbose=0, callbacks=[als.LossScaleMonitor("run.jsonl", every=1)])
+als.plots.plot_scales("run.jsonl").savefig("scales.png")
+```
 """
 
 import collections
@@ -61,16 +67,16 @@ __all__ = [
     "plot_training",
 ]
 
-# As many snapshots as a picture has columns of pixels, or nearly.
+# About as many snapshots as a picture has columns of pixels.
 MAX_SNAPSHOTS = 500
 
 _LOST, _SUBNORMAL, _SKIPPED = RED, ORANGE, RED
-_COLOURS_OF_SCALES = "viridis"
-# A single step out of thousands has to be seen, too: the least share of the width of a bar.
+_COLORS_OF_SCALES = "viridis"
+# The least width of a bar, as a share of the axis, so that one step in thousands is visible.
 _LEAST_SHARE_OF_WIDTH = 1 / 300
-# Binades beyond all that any format has.
+# More binades than any format has.
 _FAR = 400
-# Ridges are drawn on top of each other: more have thinner outlines.
+# Ridges overlap. If there are many, outlines are thinner.
 _MANY_LAYERS = 60
 
 # What can be drawn: a run, the path of its record, or a model that is being trained.
@@ -78,15 +84,17 @@ Drawable: TypeAlias = Run | str | os.PathLike[str] | keras.Model
 
 
 def plot_scales(run: Drawable, *, dark: bool = False) -> Figure:
-    """Every layer's scale over time, with the steps that were skipped.
+    """Draws the scale of every layer over time, and the skipped steps.
 
-    A row is a layer, the first on top; its colour is log2 of the scale S * 2**r that
-    it works at. Crosses mark where the layer overflowed, and bars above how many steps
-    were skipped.
+    Each row is a layer, from first to last. Its color is log2 of the scale S * 2**r at which it
+    works. Crosses mark overflows of the layer. Bars above show how many steps were skipped.
 
     Args:
         run: A `Run`, the path of its record, or a model.
         dark: Whether to draw on black.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
     """
     with _drawing(run, dark) as run:
         layers = len(run.layers)
@@ -98,12 +106,12 @@ def plot_scales(run: Drawable, *, dark: bool = False) -> Figure:
         steps = edges_of(run.steps)
         total = run.log2_loss_scale[:, None] + run.log2_scales
         mesh = axes.pcolormesh(
-            steps, np.arange(layers + 1) - 0.5, total.T, cmap=_COLOURS_OF_SCALES, rasterized=True
+            steps, np.arange(layers + 1) - 0.5, total.T, cmap=_COLORS_OF_SCALES, rasterized=True
         )
         times, places = np.nonzero(_increase(run.overflows))
         if len(times):
-            for colour, size, width in (("white", 5, 2.4), (_SKIPPED, 4, 1.4)):
-                style = {"color": colour, "markersize": size, "markeredgewidth": width}
+            for color, size, width in (("white", 5, 2.4), (_SKIPPED, 4, 1.4)):
+                style = {"color": color, "markersize": size, "markeredgewidth": width}
                 axes.plot(run.steps[times], places, "x", **style)
         axes.set_xlabel("step")
         axes.set_xlim(steps[0], steps[-1])
@@ -122,18 +130,20 @@ def plot_scales(run: Drawable, *, dark: bool = False) -> Figure:
 
 
 def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) -> Figure:
-    """What every layer's gradients span, against what the format holds.
+    """Draws the magnitudes of every layer's gradients, and what the format can represent.
 
-    A ridge is a layer, the first on top: how many of its gradients lie in each binade.
-    On the left the gradients themselves, as the format would have to hold them without
-    any scale; beside that as they are at the layer's scale. If layers compute in float8,
-    those that they round to it stand on the right, before they are rounded. The zones are
-    those of the format that most layers have; the others' is told beside their names.
+    Each ridge is a layer, from first to last: the number of its gradients in each binade. On the
+    left are gradients without any scale, beside them gradients at the scale of the layer. If layers
+    use float8, the right shows gradients before they are quantized to float8. Shaded zones are
+    those of the format that most layers have; for other layers, the format stands beside the name.
 
     Args:
         run: A `Run`, the path of its record, or a model.
-        step: Int. The snapshot to show, or the last before it; defaults to the last.
+        step: Int. Shows the last snapshot up to this step. Defaults to the last snapshot.
         dark: Whether to draw on black.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
     """
     if step is not None and not isinstance(step, numbers.Integral):
         raise ValueError(f"Expected `step` to be a whole number. Received: step={step!r}.")
@@ -179,14 +189,17 @@ def plot_spectra(run: Drawable, *, step: int | None = None, dark: bool = False) 
 
 
 def plot_training(run: Drawable, *, dark: bool = False) -> Figure:
-    """Loss and loss scale over time, with the steps that were skipped.
+    """Draws the loss and the loss scale over time, and the skipped steps.
 
-    The loss is that of Keras's logs, a mean over the epoch so far. The band shows from
-    the smallest to the largest scale of any layer.
+    The loss is that of Keras's logs, a mean over the epoch so far. The band extends from the
+    smallest to the largest scale of any layer.
 
     Args:
         run: A `Run`, the path of its record, or a model.
         dark: Whether to draw on black.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
     """
     with _drawing(run, dark) as run:
         figure = Figure(figsize=(9, 5), layout="constrained")
@@ -220,7 +233,7 @@ def plot_training(run: Drawable, *, dark: bool = False) -> Figure:
 
 @contextlib.contextmanager
 def _drawing(run: Drawable, dark: bool) -> Iterator[Run]:
-    """Makes a `Run` of what stands for one, to be drawn in light or dark inside."""
+    """Context manager that yields the `Run` of `run`, to draw in light or dark."""
     if isinstance(run, (str, os.PathLike)):
         run = load_run(run, MAX_SNAPSHOTS)
     elif isinstance(run, keras.Model):
@@ -262,7 +275,7 @@ def _bars_of_skipped(axes: Any, run: Run) -> None:
 
 
 def _draw_ridges(axes: Any, counts: np.ndarray, binades: np.ndarray, shifts: np.ndarray) -> None:
-    """One ridge per row of `counts`, moved sideways by `shifts`, the later in front."""
+    """Draws one ridge per row of `counts`, shifted sideways by `shifts`, later ones in front."""
     edge = matplotlib.rcParams["axes.edgecolor"]
     height = 1.5
     outlines, polygons = [], []
@@ -275,7 +288,7 @@ def _draw_ridges(axes: Any, counts: np.ndarray, binades: np.ndarray, shifts: np.
         y = place - height * np.concatenate([[0.0], row[span] / row.max(), [0.0]])
         polygons.append(np.column_stack([x, y]))
         outlines.append(place)
-    shades = matplotlib.colormaps[_COLOURS_OF_SCALES](
+    shades = matplotlib.colormaps[_COLORS_OF_SCALES](
         0.15 + 0.7 * np.array(outlines) / max(len(counts) - 1, 1)
     )
     width = 0.8 if len(counts) <= _MANY_LAYERS else 0.4
@@ -291,14 +304,14 @@ def _shade_zones(axes: Any, float_format: FloatFormat) -> None:
     highest = float_format.max_exponent + 1
     middle = (lowest + normal) / 2
     zones = (
-        # Beside the next name, which may be wider than its zone.
+        # Beside the name of the next zone, which may be wider than its zone.
         (-_FAR, lowest, _LOST, "///", "lost", min(lowest, middle - 6), "right"),
         (lowest, normal, _SUBNORMAL, "", "subnormal", middle, "center"),
         (highest, _FAR, _LOST, "///", "overflow", highest, "left"),
     )
-    for start, end, colour, hatch, name, place, align in zones:
+    for start, end, color, hatch, name, place, align in zones:
         axes.axvspan(
-            start, end, facecolor=colour, alpha=0.18, hatch=hatch, edgecolor=colour, linewidth=0
+            start, end, facecolor=color, alpha=0.18, hatch=hatch, edgecolor=color, linewidth=0
         )
         axes.text(
             place,
@@ -324,5 +337,5 @@ def _limits(
 
 
 def _increase(counts: np.ndarray) -> np.ndarray:
-    """By how much counts have grown since the snapshot before, the first since nothing."""
+    """The increase of counts since the snapshot before; for the first snapshot, the counts."""
     return np.diff(counts, axis=0, prepend=np.zeros_like(counts[:1]))

@@ -1,4 +1,4 @@
-"""A picture of the quantization errors of all channels."""
+"""Draws the quantization errors of all channels."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,19 +9,22 @@ from tf_adaptive_ls.observe.drawing import BLUE, GREEN, ORANGE, height_of, label
 
 
 def plot_quantization(report: QuantizationReport, *, dark: bool = False) -> Figure:
-    """The error of the outputs of every channel of a quantized model, and the bytes of its kernels.
+    """Draws the output error of every channel of a quantized model, and the size of its kernels.
 
-    A row is a kernel, in the order of calls. To the left a dot is a channel: its error on the
-    calibration data, as a share of the outputs of its layer. Channels that got more bits than
-    most of their kernel, or more points, are orange. To the right are the kernel's bytes, in front
-    of those in float32.
+    Each row is a kernel, in the order of calls. On the left, each dot is a channel: its error on
+    the calibration data, relative to the outputs of the layer. Channels with more points, or more
+    bits than most channels of the kernel, are orange. On the right is the size of the kernel, in
+    front of its size in float32.
 
     Args:
-        report: What `quantize_weights` returned.
+        report: A `QuantizationReport`.
         dark: Whether to draw on black.
 
+    Returns:
+        A `matplotlib.figure.Figure`.
+
     Raises:
-        ValueError: If `report` is something else.
+        ValueError: If `report` is not a `QuantizationReport`.
     """
     if not isinstance(report, QuantizationReport):
         raise ValueError(
@@ -34,8 +37,8 @@ def plot_quantization(report: QuantizationReport, *, dark: bool = False) -> Figu
         axes, sizes = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
         for row, kernel in zip(rows, report.kernels, strict=True):
             more = (kernel.bits > kernel.bits.min()) | (kernel.points > 1)
-            colours = np.where(more, ORANGE, BLUE)
-            axes.scatter(kernel.output_error, np.full(len(more), row), s=12, c=colours, alpha=0.6)
+            colors = np.where(more, ORANGE, BLUE)
+            axes.scatter(kernel.output_error, np.full(len(more), row), s=12, c=colors, alpha=0.6)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("error of outputs, by channel (orange: got more bytes)")
         axes.set_xlim(left=0)

@@ -112,7 +112,7 @@ class ScaleTable(Shown, list[ScaleRow]):
         return [table, advice(self.narrow_reductions), without]
 
 
-# Names of columns, and the side that their cells are aligned to.
+# Titles of columns, and the alignment of their cells.
 COLUMNS = {
     "layer": "left",
     "class": "left",
@@ -122,16 +122,17 @@ COLUMNS = {
     "underflow": "right",
     "not scaled because": "left",
 }
-# Those that follow if any layer computes in float8.
+# Additional columns if any layer uses float8.
 FLOAT8_COLUMNS = {"float8": "left", "flushed": "right", "saturated steps": "right"}
-# That which follows if any layer keeps 8 bits.
+# Additional column if any layer saves 8 bits.
 SAVED_COLUMNS = {"kept in 8 bits": "right"}
 
 
 def columns_of(rows: ScaleTable) -> dict[str, str]:
-    """The columns that have cells.
+    """The titles of the columns that have cells.
 
-    These are `COLUMNS`, without "not scaled because" if all rows are scaled, and optional ones.
+    These are `COLUMNS`, without "not scaled because" if all rows are scaled, and with optional
+    columns where needed.
     """
     columns = dict(COLUMNS)
     if rows and not any(row.note for row in rows):
@@ -144,7 +145,7 @@ def columns_of(rows: ScaleTable) -> dict[str, str]:
 
 
 def cells_of(row: ScaleRow, columns: Iterable[str]) -> list[str]:
-    """What a `ScaleRow` shows in columns: strings."""
+    """The cells of a `ScaleRow`, a dict of strings by column."""
     cells = {
         "layer": row.name,
         "class": row.layer_class,
@@ -232,13 +233,13 @@ def _with_float8(
 def float8_row(
     row: ScaleRow, formats: tuple[FloatFormat | None, FloatFormat | None], shown: LayerSnapshot
 ) -> ScaleRow:
-    """A `ScaleRow` that tells about float8, too.
+    """A `ScaleRow` with float8 information added.
 
     Args:
-        row: One that does not.
-        formats: The `FloatFormat` of inputs and kernels, and that of gradients; each `None` if
-            the layer does not compute in float8.
-        shown: The layer's `LayerSnapshot`.
+        row: A row without float8 information.
+        formats: The `FloatFormat` of inputs and kernels, and that of gradients. Both `None` if the
+            layer does not use float8.
+        shown: The `LayerSnapshot` of the layer.
     """
     names = [each.name.removeprefix("float8_") for each in formats if each]
     row = dataclasses.replace(row, float8=", ".join(names))
@@ -248,7 +249,7 @@ def float8_row(
 
 
 def _why_wide(layers: list[keras.layers.Layer]) -> Iterator[str]:
-    """Why each of the layers of a model does not compute in float8, if it does not."""
+    """For each layer of a model that does not use float8, the reason."""
     have_products = [bool(layer.weights and products_in(layer)) for layer in layers]
     places = [place for place, has in enumerate(have_products) if has]
     for place, (layer, has) in enumerate(zip(layers, have_products, strict=True)):
@@ -274,7 +275,7 @@ def _row(
         row = scaled_row(name, type(layer).__name__, shown[id(scaling)], log2_loss_scale)
         if layer.trainable or row.log2_scale or row.binades:
             return row
-        # It is frozen, and gradients did not pass it, either.
+        # It is frozen, and no gradients passed through it, either.
         return ScaleRow(name, type(layer).__name__, None, None, None, None, _why_not(layer))
     inside = scaled_inside(layer)
     layers = "layer" if len(inside) == 1 else "layers"
@@ -285,7 +286,7 @@ def _row(
 def scaled_row(
     name: str, layer_class: str, layer_snapshot: LayerSnapshot, log2_loss_scale: int | None
 ) -> ScaleRow:
-    """The `ScaleRow` of a scaled layer, from a `LayerSnapshot` of its state."""
+    """The `ScaleRow` of a scaled layer, from its `LayerSnapshot`."""
     r, spectrum = layer_snapshot.log2_scale, layer_snapshot.spectrum
     total = None if log2_loss_scale is None else log2_loss_scale + r
     underflow = spectrum.underflow_share if spectrum.nonzero else None

@@ -1,4 +1,4 @@
-"""`Sinks`: the outputs of a callback, none of which may stop training."""
+"""`Sinks`: the outputs of a callback. An output that fails does not stop training."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ Logs: TypeAlias = dict[str, Any]
 
 
 class Sink(Protocol):
-    """What can be written to."""
+    """An output of a callback."""
 
     @property
     def path(self) -> str | os.PathLike[str]:
-        """Where that is."""
+        """The path that it writes to."""
 
     def add(self, snapshot: Snapshot, epoch: int, logs: Logs) -> None:
-        """Adds a `Snapshot`, with the epoch and what Keras has logged."""
+        """Adds a `Snapshot`, with the epoch and Keras's logs."""
 
     def add_loss_change(
         self,
@@ -30,20 +30,20 @@ class Sink(Protocol):
         allocation: Allocation,
         as_trained: Allocation | None,
     ) -> None:
-        """Adds the `Allocation` of a path from one step to another, and that as trained."""
+        """Adds the `Allocation` of a path between two steps, and the one as trained."""
 
     def add_forward_rooms(self, step: int, epoch: int, rooms: dict[str, float]) -> None:
-        """Adds the room of each part of the forward pass in binades, by name."""
+        """Adds the room of each part of the forward pass, in binades, by name."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Ends the output."""
 
 
 class Sinks:
-    """Several of a callback: where one fails, it is left out from then on, with a warning.
+    """The outputs of a callback. An output that fails is dropped, with a warning.
 
     Args:
-        callback: The name of the callback.
+        callback: Name of the callback, for warnings.
     """
 
     def __init__(self, callback: str) -> None:
@@ -57,25 +57,25 @@ class Sinks:
         layers: list[Any],
         step: int,
     ) -> None:
-        """Adds `kind(path, layers, step)`, if there is a path."""
+        """Adds the output `kind(path, layers, step)`, unless `path` is `None`."""
         if path is not None:
             with self._only_warning(path):
                 self._sinks.append(kind(path, layers, step))
 
     def add(self, *args: Any) -> None:
-        """As that of a `Sink`, of all."""
+        """Calls `Sink.add` of all outputs."""
         self._call(lambda sink: sink.add(*args))
 
     def add_loss_change(self, *args: Any) -> None:
-        """As that of a `Sink`, of all."""
+        """Calls `Sink.add_loss_change` of all outputs."""
         self._call(lambda sink: sink.add_loss_change(*args))
 
     def add_forward_rooms(self, *args: Any) -> None:
-        """As that of a `Sink`, of all."""
+        """Calls `Sink.add_forward_rooms` of all outputs."""
         self._call(lambda sink: sink.add_forward_rooms(*args))
 
     def close(self) -> None:
-        """As that of a `Sink`, of all."""
+        """Calls `Sink.close` of all outputs."""
         self._call(lambda sink: sink.close())
 
     def _call(self, write: Callable[[Sink], None]) -> None:

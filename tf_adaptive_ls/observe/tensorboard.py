@@ -1,4 +1,4 @@
-"""Writes a run for TensorBoard."""
+"""`TensorBoardWriter`: writes a run for TensorBoard."""
 
 import contextlib
 import math
@@ -17,24 +17,24 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 
 class TensorBoardWriter:
-    """Scalars and histograms per layer.
+    """Writes scalars and histograms of each layer.
 
-    A histogram shows how many gradients lie in each binade: its axis is log2 of their
+    A histogram shows the number of gradients in each binade. Its axis is the log2 of their
     magnitude, without any scale.
 
     Args:
         path: Directory to write event files to.
-        layers: Pairs of a name and a `LossScaled` layer.
-        step: How many steps had been taken or skipped before.
+        layers: Pairs of a name and a `LayerScaling`.
+        step: Number of steps before the first record.
 
     Raises:
-        OSError: If they cannot be written, now or later.
+        OSError: If files cannot be written, now or later.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], layers: list[tuple[str, LayerScaling]], step: int
     ) -> None:
-        # Here, so that only who asks for it needs TensorFlow on another backend.
+        # Imported here, so that other backends need TensorFlow only for TensorBoard.
         import tensorflow as tf
 
         self.path = path
@@ -45,7 +45,7 @@ class TensorBoardWriter:
             self._writer.init()
 
     def add(self, snapshot: Snapshot, epoch: int, logs: dict[str, Any]) -> None:
-        """Adds a `Snapshot`; Keras's own callback adds what it has logged."""
+        """Adds a `Snapshot`. Keras's own callback adds the logs."""
         values = [
             self._scalar("log2_loss_scale", snapshot.log2_loss_scale),
             self._scalar("skipped_steps", snapshot.skipped_steps),
@@ -76,7 +76,7 @@ class TensorBoardWriter:
         allocation: Allocation,
         as_trained: Allocation | None,
     ) -> None:
-        """Adds what the weights of every layer were given, see `RunWriter.add_loss_change`."""
+        """Adds the share of each layer, see `RunWriter.add_loss_change`."""
         values = [
             self._scalar("loss_change/error", allocation.error),
             self._scalar("loss_change/helping", allocation.helping),
@@ -90,7 +90,7 @@ class TensorBoardWriter:
         self._write(step, values)
 
     def add_forward_rooms(self, step: int, epoch: int, rooms: dict[str, float]) -> None:
-        """Adds the room of each part of the forward pass in binades, by name."""
+        """Adds the room of each part of the forward pass, in binades, by name."""
         values = {name: room for name, room in rooms.items() if math.isfinite(room)}
         self._write(
             step, [self._scalar(f"forward_room/{name}", room) for name, room in values.items()]
@@ -119,7 +119,7 @@ class TensorBoardWriter:
     def _histogram(self, tag: str, layer: keras.layers.Layer) -> Any:
         counts = layer.spectrum.counts[1 : spectrum.NONFINITE]
         exponents = layer.spectrum.float_format.exponents
-        # Left and right edge and count of each bin: what TensorBoard's plugin stores
+        # The left edge, right edge and count of each bin, as TensorBoard's plugin stores them
         # (tensorboard/plugins/histogram/summary_v2.py).
         bins = [
             (

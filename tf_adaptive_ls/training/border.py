@@ -15,21 +15,22 @@ from tf_adaptive_ls.training.scale_plan import AT_S, ScaleGroup
 
 
 class Border:
-    """The border in one call of a layer.
+    """The taps around one call of a layer.
 
-    With S * 2**r the scale of the layer, S * 2**r_in and S * 2**r_out those that gradients
-    travel at outside (r_in = r_out = 0 without a plan), taps shift
+    Let S * 2**r be the scale of the layer, S * 2**r_in the scale at which the gradient of an input
+    leaves it, and S * 2**r_out the scale at which the gradient of an output arrives. Without a
+    plan, r_in = r_out = 0. The taps multiply
 
-        gradient of an output    * 2**(r - r_out)   coming in
-        gradient of an input     * 2**(r_in - r)    going out
-        gradient of a weight     * 2**-r            in float32
-        loss added by the layer  * 2**r
+        the gradient of an output     by 2**(r - r_out)  when it arrives
+        the gradient of an input      by 2**(r_in - r)   when it leaves
+        the gradient of a weight      by 2**-r           in float32
+        a loss that the layer adds    by 2**r
 
     Args:
-        scaled: The `LossScaled` layer.
-        at_own_scale: Whether it works at a scale of its own; otherwise r is 0, whatever it is.
-        reports: Whether the taps report. Only then what comes before the layer costs anything
-            in the backward pass if nobody else asks for gradients there.
+        scaled: The `LayerScaling` of the layer.
+        at_own_scale: Whether the layer works at its own scale. If not, the border uses r = 0.
+        reports: Whether the taps report to the optimizer. Reports make the backward pass go
+            through this layer even if nothing before it needs gradients.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class Border:
         self._receivers: tuple[Tensor, ...] = ()
         if reports:
             self._receivers = scaled.loss_scale.value, scaled.loss_scale_report.value
-        # At whose scale the layer works.
+        # The group at whose scale the layer works.
         self._own = ScaleGroup((scaled,)) if at_own_scale else AT_S
         self.passes_from: tuple[Any, ...] = ()
         self.passes_with: tuple[Any, ...] = ()
         if at_own_scale and self._route and self._route.passes_from:
             self._own = self._route.outputs[0]
             self.passes_from, self.passes_with = self._route.passes_from, self._own.layers
-        # 2**r and 2**-r; `None` for 1.
+        # 2**r and 2**-r; `None` stands for 1.
         self._up, self._down = (None, None)
         if at_own_scale:
             self._up, self._down = scale_plan.factors(self._own)
@@ -55,27 +56,29 @@ class Border:
     def tap_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: list[keras.Variable]
     ) -> tuple[tuple[Any, ...], dict[str, Any], list[tuple[keras.Variable, Tensor]]]:
-        """Where gradients leave.
+        """Taps the inputs and weights of the layer, where gradients leave.
 
         Args:
-            args: The arguments of the call by position, a tuple.
-            kwargs: Those by name, a dict.
-            weights: List of variables.
+            args: Tuple of the positional arguments of the call.
+            kwargs: Dict of its keyword arguments.
+            weights: List of the variables whose gradients are scaled.
 
         Returns:
-            The arguments, and pairs of a variable and its value, to run the layer on.
+            The arguments `(args, kwargs)` and a list of pairs of a variable and its value, to run
+            the layer on.
         """
         self._arguments = arguments = Arguments(self._scaled, args, kwargs, self._route)
 
         def tap(tensors: list[Tensor], places: list[int], narrow: list[bool]) -> list[Tensor]:
             def report(gradients: list[Tensor], _: Any) -> Tensor:
-                # The optimizer sees those of weights for itself.
+                # The optimizer inspects the gradients of weights itself.
                 return report_of_produced(gradients, narrow=narrow)
 
             divisors = [self._divisor_out(arguments.groups[place]) for place in places]
             return self._tapped(tensors, divisors, report)
 
-        # The data, mostly, is not differentiated by: the gradient would be computed to be reported.
+        # Usually the data is not differentiated. A tap would then make the backward pass compute
+        # its gradient only to report it.
         tensors = list(arguments.tensors)
         wanted = autodiff.may_be_differentiated(tensors, self._receivers)
         chosen = [index for index, is_wanted in enumerate(wanted) if is_wanted]
@@ -90,13 +93,13 @@ class Border:
             place: tap([tensor], [place], [is_narrow(tensor)])[0]
             for place, tensor in arguments.logits.items()
         }
-        # One by one: a weight that is not used is to have no gradient.
+        # One tap per weight: a weight that the call does not use must not get a gradient.
         values = [gradient_tap([weight.value], [self._up])[0] for weight in weights]
         args, kwargs = arguments.replaced(tensors, logits=logits)
         return args, kwargs, list(zip(weights, values, strict=True))
 
     def tap_outputs(self, outputs: Any) -> Any:
-        """Where gradients arrive. What a layer passes on is not looked at on arrival."""
+        """Taps the outputs, where gradients arrive, unless the layer passes them on."""
         self._arguments.return_masks()
         if self.passes_from:
             return outputs
@@ -122,7 +125,7 @@ class Border:
         return gradient_tap(tensors, divisors, self._receivers, report) if tensors else []
 
     def tap_loss(self, loss: Tensor) -> Tensor:
-        """Where the gradient of a loss that the layer has added arrives, 1 times S."""
+        """Taps a loss that the layer has added. Its gradient arrives as 1 times S."""
         narrow = [is_narrow(loss)]
 
         def report(gradients: list[Tensor], divisors: list[Tensor]) -> Tensor:
@@ -132,11 +135,11 @@ class Border:
         return tapped
 
     def _divisor_out(self, group: ScaleGroup) -> Tensor | None:
-        """2**r over the factor that the gradients of a group travel at, `None` for one."""
+        """2**r divided by the factor of `group`; `None` stands for 1."""
         return self._quotient(self._up, group, 1)
 
     def _divisor_in(self, group: ScaleGroup) -> Tensor | None:
-        """The inverse of that."""
+        """The factor of `group` divided by 2**r; `None` stands for 1."""
         return self._quotient(self._down, group, 0)
 
     def _quotient(self, own: Tensor | None, group: ScaleGroup, which: int) -> Tensor | None:

@@ -13,28 +13,30 @@ from tf_adaptive_ls.training.scale_plan import AT_S, Route, ScaleGroup
 
 
 class CallTensors:
-    """The inexact tensors that a nested structure is made of: floating-point and complex ones.
+    """The floating-point and complex tensors in a nested structure.
 
-    Those of a ragged or a sparse tensor are its components. Keras computes crossentropies from
-    the logits behind the result of a softmax or sigmoid: those that it has left on a tensor belong
-    to that; where it looks for an operation behind an output, what comes into it stands for that.
+    A ragged or sparse tensor counts as its dense components. Keras computes crossentropies from the
+    logits that led to a softmax or sigmoid. Logits that Keras has stored on a tensor are found
+    here, too. Where Keras instead looks for the operation that made an output, the input of that
+    operation stands for the output.
 
     Args:
-        structure: The structure.
+        structure: The nested structure.
         are_outputs: Whether losses may be computed from the tensors.
 
     Attributes:
-        tensors: List of the dense ones, in the order of `tree.flatten`.
-        places: Which leaf of the structure each belongs to.
-        others: List of all else that the structure is made of.
-        masks: The Keras mask of each leaf that is or has a tensor, or `None`.
-        logits: Dict of the logits that Keras has left on leaves, by place.
+        tensors: List of these dense tensors, in the order of `tree.flatten`.
+        places: For each of them, the index of the leaf that it belongs to.
+        others: List of everything else in the structure.
+        masks: The Keras mask of each leaf that contains one of the tensors, otherwise `None`.
+        logits: Dict from the index of a leaf to the logits that Keras has stored on it.
     """
 
     def __init__(self, structure: Any, are_outputs: bool = False) -> None:
         self._structure = structure
         self._originals = tree.flatten(structure)
-        self._leaves = []  # of each: which of its parts are inexact, and what makes it of all
+        # for each leaf: which of its parts are inexact, and a function that rebuilds it
+        self._leaves = []
         self._replaced: list[Any] = []
         self.tensors: list[Tensor] = []
         self.places: list[int] = []
@@ -64,13 +66,13 @@ class CallTensors:
         masks: Any = None,
         logits: dict[int, Any] | None = None,
     ) -> Any:
-        """The structure with other things in place of these.
+        """The same structure with other contents.
 
         Args:
-            tensors: List of tensors in place of `self.tensors`.
-            others: List as the attribute, which it defaults to.
-            masks: List as the attribute, which it defaults to.
-            logits: Dict as the attribute, which it defaults to.
+            tensors: List of tensors to use instead of `self.tensors`.
+            others: List to use instead of `self.others`, its default.
+            masks: List to use instead of `self.masks`, its default.
+            logits: Dict to use instead of `self.logits`, its default.
         """
         left, others_left = iter(tensors), iter(self.others if others is None else others)
         masks = self.masks if masks is None else masks
@@ -87,14 +89,14 @@ class CallTensors:
         return tree.pack_sequence_as(self._structure, leaves)
 
     def return_masks(self) -> None:
-        """Gives the tensors the masks that those in their place have now.
+        """Gives the original tensors the masks that their replacements have now.
 
-        Keras's attention takes away the masks of tensors that it is called on, for good.
+        Keras's attention permanently removes the masks of the tensors that it is called on.
         """
         for place in set(self.places):
             original, leaf = self._originals[place], self._replaced[place]
             mask = keras_internals.mask_of(leaf)
-            # What had to be cast would be a copy in plain Keras, too.
+            # A tensor that was cast is a copy in plain Keras, too, and the original keeps its mask.
             if mask is not self.masks[place] and leaf.dtype == original.dtype:
                 keras_internals.set_mask(original, mask)
 
@@ -105,21 +107,20 @@ def _only(parts: list[Any]) -> Any:
 
 
 class Arguments(CallTensors):
-    """The arguments of a call, and the inexact tensors among them.
+    """The arguments of a call, and the floating-point and complex tensors among them.
+
+    If the layer computes in a wider format than its inputs have, the tensors are cast as the layer
+    would cast them. The gradient is then scaled in the wide format and rounded afterwards.
 
     Args:
-        scaled: The `LossScaled` layer.
-        args: A tuple of arguments by position.
-        kwargs: A dict of arguments by name.
+        scaled: The `LayerScaling` of the layer.
+        args: Tuple of positional arguments.
+        kwargs: Dict of keyword arguments.
         route: The `Route` of the layer, or `None`.
 
-    The tensors are cast as the layer would cast them if it computes in a wider format
-    than they have: a gradient is then still wide when it is shifted, and rounded
-    only after that.
-
     Attributes:
-        narrow: Whether the gradient of each of `tensors` is written in a narrow format.
-        groups: The `ScaleGroup` that the gradient of each leaf leaves for, or `AT_S`.
+        narrow: For each of `tensors`, whether its gradient is written in a narrow format.
+        groups: For each leaf, the `ScaleGroup` that its gradient leaves to, or `AT_S`.
     """
 
     def __init__(
@@ -152,16 +153,16 @@ class Arguments(CallTensors):
         masks: Any = None,
         logits: dict[int, Any] | None = None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """`(args, kwargs)` with other tensors in place of these, see `CallTensors`."""
+        """`(args, kwargs)` with other contents, see `CallTensors.replaced`."""
         args, *values = super().replaced(tensors, others=others, masks=masks, logits=logits)
         return args, dict(zip(self._names, values, strict=True))
 
 
 def is_narrow(tensor: Tensor) -> bool:
-    """Whether the gradient of `tensor` is written in a format that a scale matters to."""
+    """Whether the gradient of `tensor` is written in a format that needs a loss scale."""
     return is_narrow_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 
 def is_inexact(x: Tensor) -> bool:
-    """Whether `x` is a tensor of floating-point or complex numbers."""
+    """Whether `x` is a floating-point or complex tensor."""
     return keras.ops.is_tensor(x) and arrays.is_inexact_dtype(x.dtype)

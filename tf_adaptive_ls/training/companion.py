@@ -16,24 +16,23 @@ from tf_adaptive_ls.training.ways import way_of_computing
 
 ATTRIBUTE = "loss_scaling"
 
-# The `id` of companions whose layers run in the running context.
+# The `id` of each companion whose layer is running in the current context.
 _running: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar(
     "layers_that_run", default=frozenset()
 )
 
 
 class Companion(LayerScaling):
-    """What scales a layer that it is an attribute of.
+    """Scales a layer, as an attribute of that layer.
 
-    The layer keeps its class, its name, its weights and its place in the model. Its `call` leads
-    through the companion, which runs it at a scale of its own. What the scaling keeps in variables
-    is among `variables` and `trainable_variables` of the layer, behind its own, and not among its
-    `weights`.
+    The layer keeps its class, name, weights and place in the model. Its `call` is routed through
+    the companion, which runs it at a loss scale of its own. The variables of the scaling come after
+    those of the layer in `variables` and `trainable_variables`; they are not among its `weights`.
 
     Args:
-        layer: The layer. It need not be built: the variables of the scaling are made when it is.
+        layer: The layer. If it is not built yet, the variables are made when it is built.
         float8: A `Float8`, or `None`.
-        saved_activations: The format that its inputs are kept in for the backward pass, or `None`.
+        saved_activations: The format in which inputs are saved for the backward pass, or `None`.
     """
 
     def __init__(
@@ -42,7 +41,8 @@ class Companion(LayerScaling):
         float8: Float8 | None = None,
         saved_activations: str | None = None,
     ) -> None:
-        # As it is: Keras would find the layer inside its companion, inside the layer, …
+        # Bypasses Keras's attribute tracking: it would find the layer inside its companion inside
+        # the layer, without end.
         object.__setattr__(self, "_scaled", _Box(layer))
         super().__init__(name=layer.name, dtype="float32", autocast=False)
         self._casts_inputs = layer.autocast
@@ -57,16 +57,16 @@ class Companion(LayerScaling):
 
     @property
     def casts_inputs(self) -> bool:
-        """Whether the layer casts what it is given; its `autocast` is off, lest it do so first."""
+        """Whether the layer casts its inputs. The companion has turned off its `autocast`."""
         return self._casts_inputs
 
     def __dir__(self) -> list[str]:
-        # Keras saves what it finds here, and would go round in circles.
+        # Keras saves the attributes that it finds here, and would recurse without end.
         return [name for name in super().__dir__() if name != "layer"]
 
     @property
     def trainable(self) -> bool:
-        """True, whether the layer is frozen or not: gradients may still pass it."""
+        """True even if the layer is frozen, because gradients may still pass through it."""
         return True
 
     @trainable.setter
@@ -75,20 +75,20 @@ class Companion(LayerScaling):
 
     @property
     def weights(self) -> list[keras.Variable]:
-        """None: what it keeps in variables is no weight of the model."""
+        """Empty: the variables of the scaling are not weights of the model."""
         return []
 
     def load_own_variables(self, store: Any) -> None:
-        # Otherwise it is the file of a plain model.
+        # A store without keys is the file of a plain model.
         if self.has_started and (store.keys() or self._refused is not None):
             super().load_own_variables(store)
 
     def asks_first(self, is_left: Callable[[], bool]) -> None:
-        """`is_left()` is called when the layer has been built, and may `detach` it, and says so."""
+        """Sets a callback for the built layer. It may detach the layer; it returns whether."""
         object.__setattr__(self, "_is_left", is_left)
 
     def start(self) -> None:
-        """Makes the variables, if there are none yet, and becomes part of the layer."""
+        """Makes the variables unless they exist, and joins the layer."""
         if not self.has_started and not (self._is_left and self._is_left()):
             self._start_scaling(self._float8_to_be)
             keras_internals.move_variables_to(self, self.layer)
@@ -104,11 +104,11 @@ class Companion(LayerScaling):
             keras_internals.add_part(self.layer, ATTRIBUTE, self)
 
     def leave(self) -> None:
-        """Is no part of the layer any more, but still runs it."""
+        """Stops being part of the layer, but goes on to run it."""
         keras_internals.take_out(self.layer, ATTRIBUTE, self)
 
     def lead_layer(self) -> None:
-        """From now on the layer is called through this."""
+        """Routes calls of the layer through this companion."""
         led: dict[str, Callable[..., Any]] = {
             "call": self.run,
             "quantized_call": self.run,
@@ -126,14 +126,14 @@ class Companion(LayerScaling):
     def quantize_layer(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What is called for `original`, `quantize` of the layer."""
+        """Replaces the `quantize` method of the layer, `original`."""
         self.check_may_be_quantized()
         return original(*args, **kwargs)
 
     def run(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What is called for `original`, the call of the layer."""
+        """Replaces the `call` method of the layer, `original`."""
         plain_call = self._plain_call(original)
         if not self.has_started:
             if not keras_internals.may_be_trained(self.layer):
@@ -144,19 +144,19 @@ class Companion(LayerScaling):
                 return self._plain_call(self.layer.call)(*args, **kwargs)
         if keras_internals.is_symbolic() or id(self) in _running.get():
             return plain_call(*args, **kwargs)
-        with keras_internals.no_autocast():  # or weights would be shifted in float16
+        with keras_internals.no_autocast():  # with autocast, weights would be scaled in float16
             return self._scaled_call(plain_call, args, kwargs)
 
     def _plain_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The call without a border, which casts inside it as `__call__` would have done before."""
+        """The call without a border. It casts inputs as `__call__` would have done."""
         layer = self.layer
         scope = keras_internals.autocast_scope_of_call(layer, self.casts_inputs)
         casts = self.casts_inputs and not (
             scope is None and layer.compute_dtype != layer.variable_dtype
-        )  # else `call` was called by hand
+        )  # otherwise, `call` was called directly
 
         def plain_call(*args: Any, **kwargs: Any) -> Any:
-            call = keras_internals.rematerialised_unless_held(
+            call = keras_internals.rematerialized_unless_held(
                 layer, way_of_computing(layer, original), args, kwargs
             )
             token = _running.set(_running.get() | {id(self)})
@@ -172,7 +172,7 @@ class Companion(LayerScaling):
 
 
 class _Box:
-    """Keeps something from Keras."""
+    """Hides its content from Keras's attribute tracking."""
 
     def __init__(self, content: keras.layers.Layer) -> None:
         self.content = content
@@ -184,14 +184,14 @@ def companion_of(layer: keras.layers.Layer) -> Companion | None:
 
 
 def scaling_of(layer: keras.layers.Layer) -> LayerScaling | None:
-    """What scales a layer: itself, if it is a `LossScaled` one, or its companion; else `None`."""
+    """The `LayerScaling` of a layer: the layer itself, its companion, or `None`."""
     if isinstance(layer, LayerScaling):
         return layer
     companion = companion_of(layer)
     return companion if companion is not None and companion.has_started else None
 
 
-# It is there before it is part of the layer.
+# The attribute is set before the companion becomes part of the layer.
 _COMPANION = "_companion_of_layer"
 
 
@@ -200,10 +200,11 @@ def attach(
     float8: Float8 | None = None,
     saved_activations: str | None = None,
 ) -> Companion:
-    """Gives a layer a `Companion`, which starts now if the layer is built, else when it is called.
+    """Gives a layer a `Companion`, which starts once the layer is built.
 
     Raises:
-        ValueError: If that is in the way of what the layer has. The layer is as it was.
+        ValueError: If the companion would collide with an attribute of the layer. The layer is
+            unchanged.
     """
     _check(layer)
     companion = Companion(layer, float8, saved_activations)

@@ -12,7 +12,7 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
 
 def facts_of(layers: list[Any], weights: list[keras.Variable]) -> LayerFacts:
-    """The `LayerFacts` of a list of `LayerScaling`, and of one of all variables with gradients."""
+    """The `LayerFacts` of scaled layers and of all variables that have gradients."""
     return LayerFacts(
         float_formats=[layer.float_format for layer in layers],
         rounded_formats=[layer.operand_format for layer in layers],
@@ -24,7 +24,7 @@ def facts_of(layers: list[Any], weights: list[keras.Variable]) -> LayerFacts:
 
 
 def _ownership_of(layers: list[Any], weights: list[keras.Variable]) -> Ownership:
-    """The `Ownership` of a list of `LayerScaling` and one of variables."""
+    """The `Ownership` of weights by layers."""
     place_of_layer = {id(layer): place for place, layer in enumerate(layers)}
     place_of_weight = {id(weight): place for place, weight in enumerate(weights)}
 
@@ -44,7 +44,7 @@ def _ownership_of(layers: list[Any], weights: list[keras.Variable]) -> Ownership
 
 
 def _flow_of(layers: list[Any]) -> Flow:
-    """The `Flow` of gradients between `LayerScaling` when they were last called."""
+    """The `Flow` of gradients between `layers` in their last calls."""
     place_of = {id(layer): place for place, layer in enumerate(layers)}
 
     def relation(others_of: Callable[..., Any]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Runs a layer on given values of its weights, once or again in the backward pass."""
+"""Runs a layer on given values of its weights, and may run it again in the backward pass."""
 
 import contextlib
 import contextvars
@@ -22,11 +22,11 @@ _runs_again = contextvars.ContextVar("runs_again", default=False)
 
 
 class Surroundings(NamedTuple):
-    """What a layer runs in.
+    """The context in which a layer runs.
 
     Attributes:
-        context: Function of the receivers that makes a context.
-        receivers: Values of variables that are read in it.
+        context: Function from the receivers to a context manager.
+        receivers: Values of variables that are read inside the context.
     """
 
     context: Callable[[tuple[Tensor, ...]], Any] = lambda receivers: contextlib.nullcontext()
@@ -47,34 +47,34 @@ def call_held(
     around: Surroundings,
     saves_8_bits: bool = False,
 ) -> tuple[Any, list[Any]]:
-    """Calls a layer, and makes the updates of variables that its call asks for.
+    """Calls a layer on given values of its weights, and applies the variable updates of the call.
 
     Args:
-        layer: A layer that is scaled.
+        layer: The layer.
         run: Function `(*args, **kwargs)` that calls it.
-        weights: Pairs of a variable that gradients are taken by and its value.
-        args: A tuple of arguments by position.
-        kwargs: A dict of arguments by name.
+        weights: List of pairs of a trainable variable and its value.
+        args: Tuple of positional arguments.
+        kwargs: Dict of keyword arguments.
         around: The `Surroundings`.
-        saves_8_bits: Whether all that is kept for the backward pass are the inputs, in 8 bits, on
-            which the layer then runs once more.
+        saves_8_bits: Whether to save only the inputs for the backward pass, in 8 bits, and to run
+            the layer again there.
 
     Returns:
-        The outputs, and a list of the losses that the layer has added.
+        The outputs, and a list of the losses that the layer added.
     """
     values = values_of(layer, weights)
     inputs = CallTensors((args, kwargs)).tensors
-    # What is not differentiated keeps nothing.
+    # A call that is not differentiated saves nothing.
     saves_8_bits = (
         saves_8_bits
         and bool(inputs)
         and autodiff.is_differentiated([*inputs, *(value for _, value in weights)])
     )
-    again = saves_8_bits or keras_internals.is_rematerialised(layer, args, kwargs)
+    again = saves_8_bits or keras_internals.is_rematerialized(layer, args, kwargs)
     call: Callable[..., Any] = _call
     if again:
         call = functools.partial(_call_twice, packs=len(inputs) if saves_8_bits else None)
-    with keras_internals.not_rematerialised(layer):
+    with keras_internals.not_rematerialized(layer):
         outputs, losses, updates, _ = call(layer, run, values, args, kwargs, around)
     for variable, value in updates:
         variable.assign(value)
@@ -104,17 +104,18 @@ def check_gradients(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Raises `ReadElsewhere` if gradients do not come to all given values that they should come to.
+    """Raises `ReadElsewhere` if gradients do not reach the given values of weights.
 
-    So it is with a `tf.custom_gradient` that expects variables: it does not see values. Calls the
-    layer, and once more without any scope of ours if there is something to be cleared up.
+    This happens with a `tf.custom_gradient` that looks for variables, because it does not see the
+    given values. The check calls the layer. If a weight was read and has no gradient, it calls the
+    layer again without our scope, to see whether the variable itself has one.
 
     Args:
-        layer: As that of `call_held`.
-        run: Likewise.
-        weights: Likewise.
-        args: Likewise.
-        kwargs: Likewise.
+        layer: The layer.
+        run: As in `call_held`.
+        weights: As in `call_held`.
+        args: As in `call_held`.
+        kwargs: As in `call_held`.
     """
     values = values_of(layer, weights)
 
@@ -132,7 +133,7 @@ def check_gradients(
     variables, tensors = zip(*weights, strict=True)
     read: list[bool] = []
     inputs = CallTensors((args, kwargs)).tensors
-    with keras_internals.not_rematerialised(layer):
+    with keras_internals.not_rematerialized(layer):
         missing = autodiff.independent(held_call, tensors, inputs)
     doubtful = [
         v for v, yes, was_read in zip(variables, missing, read, strict=True) if yes and was_read
@@ -152,14 +153,15 @@ def run_again_from_8_bits(
     number: int | None = None,
     results: KeptResults | None = None,
 ) -> Callable[..., Any]:
-    """A function that is run once more in the backward pass, on what 8 bits have kept.
+    """A function that runs again in the backward pass, from arguments saved in 8 bits.
 
     Args:
-        layer: The layer that it is a call of.
-        function: As that of `autodiff.rematerialised`.
-        keep: Function of the arguments, a list, to what is to be kept and can stand for them.
-        number: How many of these, the first, are kept in 8 bits; all by default.
-        results: What else it keeps, `KeptResults`.
+        layer: The layer that calls it.
+        function: As in `autodiff.rematerialized`.
+        keep: Function from the list of arguments to the list of tensors to save, on which
+            `function` can run again.
+        number: How many of these tensors, from the first on, are saved in 8 bits. Defaults to all.
+        results: `KeptResults` of the call, if it saves more.
     """
     dtypes: list[str] = []
     results = results or KeptResults()
@@ -181,12 +183,12 @@ def run_again_from_8_bits(
 
 
 class _FirstRun(NamedTuple):
-    """What is known of a call that is run twice once it has run.
+    """What the first of two runs of a call has found.
 
     Attributes:
         found: As `HeldVariables.found`.
-        results: `CallTensors` of outputs and losses.
-        updated: The variables that it asks to be updated.
+        results: `CallTensors` of the outputs and losses.
+        updated: The variables that the call updates.
     """
 
     found: list[Any]
@@ -203,17 +205,18 @@ def _call_twice(
     around: Surroundings,
     packs: int | None = None,
 ) -> Any:
-    """`_call` that keeps nothing for the backward pass, but runs the layer there once more.
+    """`_call` that saves only its arguments and runs again in the backward pass.
 
-    So would Keras, but TensorFlow then finds no gradients by what are not variables, and
-    here they are taken by values: each must be an argument of what is run again. With `packs` so
-    many of the first tensors in the arguments are kept in 8 bits.
+    Keras's own rematerialization does not work here: in TensorFlow it finds gradients of variables
+    only, but this library differentiates by the values of variables. Each value must therefore be
+    an argument of the function that runs again. If `packs` is not `None`, the first `packs` tensors
+    of the arguments are saved in 8 bits.
     """
     variables = [variable for variable, _ in values]
-    # As they are now: statistics and seeds are updated before the second run.
+    # Copies of the current values: statistics and seeds are updated before the second run.
     copies = [ops.copy(value) for _, value in values]
     given = CallTensors((args, kwargs, copies, tuple(map(ops.copy, around.receivers))))
-    context = keras_internals.call_context()  # it is gone by the second run
+    context = keras_internals.call_context()  # no longer available in the second run
     kept = KeptResults()
     first: _FirstRun | None = None
 
@@ -226,7 +229,7 @@ def _call_twice(
         try:
             with (
                 keras_internals.in_call_context(context),
-                keras_internals.not_rematerialised(layer),
+                keras_internals.not_rematerialized(layer),
                 contextlib.nullcontext() if packs is None else kept.running(layer),
             ):
                 outputs, losses, updates, found = _call(
@@ -247,14 +250,14 @@ def _call_twice(
         return [*results.tensors, *logits], others
 
     if packs is None:
-        runs_twice = autodiff.rematerialised(run)
+        runs_twice = autodiff.rematerialized(run)
     else:
         runs_twice = run_again_from_8_bits(layer, run, lambda tensors: tensors, packs, kept)
     tensors, (others, masks, updates) = runs_twice(*given.tensors)
     assert first is not None
     results = first.results
     number = len(results.tensors)
-    # As in Keras, logits are not kept by what is rematerialised.
+    # As in Keras, a rematerialized call does not keep logits.
     logits = dict(zip(results.logits, tensors[number:], strict=False))
     outputs, losses = results.replaced(tensors[:number], others=others, masks=masks, logits=logits)
     return outputs, losses, list(zip(first.updated, updates, strict=True)), first.found

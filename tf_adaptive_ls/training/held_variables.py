@@ -11,12 +11,12 @@ from tf_adaptive_ls.numerics.gradient_tap import redirect_gradient
 
 
 class ReadElsewhere(BaseException):
-    """A layer reads weights otherwise than as the values that it was given.
+    """A layer reads its weights otherwise than through the values it was given.
 
-    No `Exception`, lest Keras or AutoGraph make another of it on the way, or a layer catch it.
+    This is not an `Exception`, because Keras, AutoGraph or a layer could catch or replace it.
 
     Args:
-        how: How it does, for a person.
+        how: How the layer reads its weights, as part of a sentence in a warning.
     """
 
     def __init__(self, how: str) -> None:
@@ -25,12 +25,12 @@ class ReadElsewhere(BaseException):
 
 
 class HeldVariables(VariableScope):
-    """The scope.
+    """A scope in which variables have given values, and in which assignments are recorded only.
 
     Args:
-        layer: The layer.
-        values: Pairs of a variable and its value, see `values_of`.
-        others: Values of variables that may be read besides.
+        layer: The layer that runs in the scope.
+        values: List of pairs of a variable and its value, see `values_of`.
+        others: Values of other variables that may be read.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class HeldVariables(VariableScope):
         self._reads.__exit__(*exception)
 
     def check_reads(self) -> None:
-        """Raises `ReadElsewhere` if variables were read in another way than through the scope."""
+        """Raises `ReadElsewhere` if a variable was read without going through the scope."""
         if self._reads.names:
             raise ReadElsewhere(f"reads {', '.join(self._reads.names)} as a tf.Variable")
 
@@ -66,21 +66,20 @@ class HeldVariables(VariableScope):
 
     @property
     def updates(self) -> list[tuple[keras.Variable, Tensor]]:
-        """Pairs of a variable and the value that it was assigned."""
+        """List of pairs of a variable and the value assigned to it."""
         return list(self._updates.values())
 
     def assigned(self, variable: keras.Variable, value: Tensor) -> Tensor:
         self._check_is_here()
         self._updates[id(variable)] = variable, value
         if id(variable) in self._weights and autodiff.gradients_end_at_assignments():
-            # Outside of such a scope, too, a weight assigned to in a call has the gradient
-            # of its new value.
+            # In plain Keras, too, a weight that a call assigns has the gradient of its new value.
             value = redirect_gradient(value, self._weights[id(variable)])
         return value
 
     @property
     def found(self) -> list[tuple[keras.Variable, Tensor]]:
-        """Pairs of a variable that was not among the values and the value it was found to have."""
+        """List of pairs of a variable without a given value that was read, and the value it had."""
         return list(self._found.values())
 
     def read(self, variable: keras.Variable, value: Tensor | None) -> Tensor | None:
@@ -110,7 +109,8 @@ class HeldVariables(VariableScope):
             )
 
     def _check_is_recorded(self, variable: keras.Variable) -> None:
-        # Outside of such a scope TensorFlow finds it even there, since it is a variable.
+        # Without the scope, TensorFlow would find the gradient even there, because it watches
+        # variables.
         if self._is_recorded and not autodiff.is_recorded():
             raise ReadElsewhere(
                 f"reads {variable.path} where TensorFlow records nothing, as in "
@@ -121,20 +121,20 @@ class HeldVariables(VariableScope):
 def values_of(
     layer: keras.layers.Layer, weights: list[tuple[keras.Variable, Tensor]]
 ) -> list[tuple[keras.Variable, Tensor]]:
-    """`weights`, pairs of a variable and its value, and those of all others of a layer."""
+    """`weights`, pairs of a variable and its value, extended by all other variables of a layer."""
     known = {id(variable) for variable, _ in weights}
-    # Statistics, seeds, metrics.
+    # Such as statistics, seeds and metrics.
     others = {id(v): v for v in [*layer.variables, *layer.metrics_variables]}
     return [*weights, *((v, v.value) for key, v in others.items() if key not in known)]
 
 
 def scaled_weights_of(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The variables of a layer that have gradients which bear a scale."""
+    """The variables of a layer whose gradients are scaled."""
     return [v for v in layer.trainable_variables if is_scaled_weight(v)]
 
 
 def is_scaled_weight(variable: keras.Variable) -> bool:
-    """Whether `variable` has a gradient that bears a scale."""
+    """Whether the gradient of `variable` is scaled."""
     return (
         variable.trainable
         and not variable.overwrite_with_gradient

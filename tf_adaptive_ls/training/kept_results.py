@@ -1,8 +1,8 @@
 """Results that the second run of a layer takes from the first run.
 
-A layer with an activation computes its product once more only for the activation's derivative,
-which that of ReLU has in its result as well. Batch normalisation reduces its whole input to
-statistics that are small.
+Some layers run a second time in the backward pass (see `held_call`). A layer with a ReLU would
+compute its matmul again only for the derivative of the ReLU, which can also be computed from
+the ReLU's result. A batch normalization would reduce its whole input again to a few statistics.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ _WITH_ACTIVATION = (
 
 
 class KeptResults:
-    """The results that one call keeps.
+    """The results that one call keeps for its second run.
 
     Attributes:
-        noted: List of those of the last first run, lists of tensors.
+        noted: List of the results of the latest first run, each a list of tensors.
     """
 
     def __init__(self) -> None:
@@ -50,17 +50,17 @@ class KeptResults:
 
     @property
     def noted_bits(self) -> list[Tensor]:
-        """Those in 8 bits, a list of tensors."""
+        """List of the noted tensors that are in 8 bits."""
         noted = (tensor for tensors in self.noted for tensor in tensors)
         return [x for x in noted if keras.backend.standardize_dtype(x.dtype) == "uint8"]
 
     def give(self, noted: Sequence[Sequence[Tensor]]) -> None:
-        """The next run is a second one, and takes these."""
+        """Makes the next run a second run, which takes the results `noted`."""
         self._given = noted
 
     @contextlib.contextmanager
     def running(self, layer: keras.layers.Layer) -> Iterator[None]:
-        """Context of a run of a layer."""
+        """Context manager around a run of a layer."""
         given, self._given = self._given, None
         self._left = None if given is None else iter(given)
         self._trace = functions.current_trace()
@@ -79,14 +79,14 @@ class KeptResults:
         compute: Callable[[], Sequence[Tensor]],
         given: Callable[[Sequence[Tensor]], Any],
     ) -> Any:
-        """A result: computed and noted in a first run, made of what was noted in a second.
+        """Computes and notes a result in the first run, and restores it in the second run.
 
         Args:
-            compute: Function to the result and to what is noted of it.
-            given: Function of that to the result, with the gradient that it should have.
+            compute: Function that returns the result and the list of tensors to note.
+            given: Function from these tensors to the result, with the right gradient.
         """
         if functions.current_trace() is not self._trace:
-            return compute()[0]  # nothing gets out of a loop
+            return compute()[0]  # tensors of a loop cannot be used outside of it
         if self._left is not None:
             return given(next(self._left))
         result, noted = compute()
@@ -100,12 +100,12 @@ _of_call: contextvars.ContextVar[KeptResults | None] = contextvars.ContextVar(
 
 
 def is_repeatable(activation: Any) -> bool:
-    """Whether an activation and its derivative are the same at its result as at its input."""
+    """Whether an activation has the same value and derivative at its result as at its input."""
     return activation is keras.activations.relu
 
 
 def activation_of(layer: keras.layers.Layer) -> Any:
-    """The activation of a layer, which keeps its result if the running call does."""
+    """The activation of a layer. In a call that keeps results, it keeps its result."""
     kept = _of_call.get()
     if kept is None or not is_repeatable(layer.activation):
         return layer.activation
@@ -113,7 +113,7 @@ def activation_of(layer: keras.layers.Layer) -> Any:
 
 
 def _ways_of_keeping(layer: keras.layers.Layer) -> list[tuple[keras.layers.Layer, Any]]:
-    """As `computing` wants it, of the layers with an activation that a layer is or has inside."""
+    """Pairs for `computing`: a layer inside of `layer` with an activation, its new `call`."""
     return [
         (part, functools.partial(_call, part))
         for part in keras_internals.parts_of(layer)
@@ -123,14 +123,14 @@ def _ways_of_keeping(layer: keras.layers.Layer) -> list[tuple[keras.layers.Layer
 
 
 def _lead_moments(layer: keras.layers.Layer) -> None:
-    """From now on batch normalisations in a layer ask what call they are in for their moments."""
+    """Routes the moments of all batch normalizations inside of `layer` through `_moments`."""
     for part in keras_internals.parts_of(layer):
         if type(part) is layers.BatchNormalization and not part.synchronized:
             keras_internals.lead_moments(part, functools.partial(_moments, part))
 
 
 class _WithActivation:
-    """A layer to its `call`, but for its activation."""
+    """A layer with another activation, for its `call`."""
 
     def __init__(self, layer: keras.layers.Layer, activation: Any) -> None:
         self._layer, self.activation = layer, activation
@@ -167,7 +167,7 @@ def _moments(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Mean and variance of a batch, over all axes but one, without a mask."""
+    """Mean and variance over all axes but the channels. Masked moments are not kept."""
     kept, (x, mask) = _of_call.get(), args
     if kept is None or mask is not None:
         return original(*args, **kwargs)

@@ -43,13 +43,13 @@ _clock = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The last call of a `LossScaled` layer, in eager code or while it was traced.
+    """The last call of a scaled layer, eager or traced.
 
     Attributes:
-        at: When it was. It tells which of two layers a gradient comes to first.
-        passes_from: The layers that gradients come from which this one passes on at the
-            scale they come at, see `scale_plan`.
-        passes_with: The layers that pass gradients on at the same scale, itself included.
+        at: Int that orders calls. Gradients reach the later one of two calls first.
+        passes_from: If the layer passes gradients on at the scale at which they arrive, the layers
+            that they come from; see `scale_plan`.
+        passes_with: The layers that pass gradients on at the same scale, including this layer.
     """
 
     at: int = -1
@@ -58,14 +58,14 @@ class Call:
 
 
 class LayerScaling(keras.layers.Layer):
-    """What scales one layer: base of `LossScaled` around it, and of `Companion` beside it.
+    """The loss scale of one layer. `LossScaled` is one around the layer, `Companion` one beside it.
 
-    With S the scale of the surroundings (the optimizer's loss scale, or that of an enclosing
-    layer) the layer works at S * 2**r. Everything that crosses its `Border` is shifted there, and
-    nothing else is touched.
+    Let S be the scale of the surroundings: the loss scale of the optimizer, or the scale of an
+    enclosing scaled layer. The layer works at S * 2**r. All tensors that cross the `Border` of the
+    layer are scaled there, and nothing else changes.
 
-    `AdaptiveLossScaleOptimizer` chooses r from what the backward pass saw; under any other
-    optimizer it becomes and stays 0, and nothing is known of gradients.
+    `AdaptiveLossScaleOptimizer` chooses r from the reports of the backward pass. Any other
+    optimizer sets r to 0, and no statistics are known.
     """
 
     # The layer that is scaled.
@@ -73,17 +73,17 @@ class LayerScaling(keras.layers.Layer):
 
     @property
     def casts_inputs(self) -> bool:
-        """Whether the layer casts what it is given to the dtype that it computes in."""
+        """Whether the layer casts its inputs to its compute dtype."""
         raise NotImplementedError
 
     float8: Float8 | None = None
-    # The format that its inputs are kept in for the backward pass; `None` for what Keras keeps.
+    # The format in which inputs are saved for the backward pass. `None` to save what Keras saves.
     saved_activations: str | None = None
-    # Why its file was refused.
+    # The error with which the layer's file was refused.
     _refused: ValueError | None = None
 
     def _start_scaling(self, float8: Float8 | None) -> None:
-        """Makes the weights of the scaling, and all else that there is of it."""
+        """Makes the variables and the other state of the scaling."""
         self.loss_scale = self._add_weight_of_scaling("loss_scale", (2,), scale_state.initial_scale)
         self.loss_scale_report = self._add_weight_of_scaling(
             "loss_scale_report", (report.SIZE,), "zeros"
@@ -96,19 +96,21 @@ class LayerScaling(keras.layers.Layer):
             )
         if float8 is not None and float8.rounding == "stochastic":
             self.float8_seed = self._add_seed()
-        # How it reads weights if that keeps it from working at a scale of its own.
+        # Set if the layer cannot work at its own scale: how it reads its weights, see
+        # `ReadElsewhere`.
         self._read_elsewhere: str | None = None
         self._gradients_checked = False
-        # Whether it was ever called so that its scale does not act on the gradients of weights.
+        # Whether the layer was ever called in a way that leaves the gradients of its weights
+        # unscaled.
         self.called_at_s = False
-        # The one that knows about it.
+        # The optimizer that knows the statistics of the layer.
         self._optimizer: weakref.ref[Any] | None = None
         self.last_call = Call()
 
     def _add_weight_of_scaling(
         self, name: str, shape: Any, initializer: Callable[..., Any] | str
     ) -> keras.Variable:
-        # Trainable, since nothing else reaches a stateless optimizer on JAX.
+        # Trainable, because on JAX a stateless optimizer only receives trainable variables.
         weight = self.add_weight(
             shape=shape,
             initializer=initializer,
@@ -118,12 +120,12 @@ class LayerScaling(keras.layers.Layer):
             name=name,
         )
         weight.loss_scaled = self
-        # Whether the layer is frozen now or not: that may change without the wrapper knowing.
+        # Also for a frozen layer: it may be unfrozen later without the wrapper being told.
         weight.trainable = self._trainable
         return weight
 
     def _add_seed(self) -> keras.Variable:
-        # Keras does not save a `SeedGenerator`, and a resumed run would go on otherwise.
+        # Keras does not save a `SeedGenerator`, and a resumed run must draw the same numbers.
         first = keras.ops.convert_to_numpy(keras.random.SeedGenerator().state)
         return self.add_weight(
             shape=(2,),
@@ -195,18 +197,18 @@ class LayerScaling(keras.layers.Layer):
         return snapshot
 
     def shown_by(self) -> Any:
-        """The optimizer that knows about it, `None` if there is none any more."""
-        # No property: Keras would save what it finds there.
+        """The optimizer that knows the statistics of the layer, or `None`."""
+        # Not a property, because Keras would try to save its value.
         return None if self._optimizer is None else self._optimizer()
 
     def shows(self, optimizer: Any) -> None:
-        """From now on `snapshot` is what `optimizer` knows of the layer."""
+        """Takes `snapshot` from `optimizer` from now on."""
         self._optimizer = weakref.ref(optimizer)
 
     def _scaled_call(
         self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What `run(*args, **kwargs)`, a call of the layer, returns, at the layer's scale."""
+        """Calls `run(*args, **kwargs)`, a call of the layer, at the layer's scale."""
         if are_scales_neutral():
             self.called_at_s = True
             with scale_plan.running(None):
@@ -255,7 +257,7 @@ class LayerScaling(keras.layers.Layer):
         return border.tap_outputs(outputs)
 
     def _is_to_report(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether its gradients matter. If it is frozen, they may to what comes before it."""
+        """Whether a report is useful: gradients reach a weight, or something before the layer."""
         if not self.loss_scale.trainable:
             return False
         if scaled_weights_of(self.layer) or not may_be_trained(self.layer):
@@ -272,7 +274,7 @@ class LayerScaling(keras.layers.Layer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        """Once, and where gradients are wanted."""
+        """Runs `check_gradients` on the first call that is differentiated."""
         values = [value for _, value in weights]
         if (
             not self._gradients_checked
@@ -284,10 +286,10 @@ class LayerScaling(keras.layers.Layer):
             check_gradients(self.layer, run, weights, args, kwargs)
 
     def _next_float8_call(self, reports: bool) -> Float8Call | None:
-        """`Float8Call` of a call, `None` without float8."""
+        """The `Float8Call` of a call. `None` if the layer does not use float8."""
         if self.float8 is None:
             return None
-        # Only now it is built, and it may have been quantised since.
+        # Checked here, because the layer may have been built or quantized since it was wrapped.
         check_float8(self.float8, self.layer)
         receiver = None
         if self.float8_report is not None:
@@ -297,7 +299,7 @@ class LayerScaling(keras.layers.Layer):
         return Float8Call(self.float8, len(own_products(self.layer)), receiver, seed)
 
     def _around(self, float8_call: Float8Call | None) -> Surroundings:
-        """In what the layer runs."""
+        """The `Surroundings` in which the layer runs."""
         if float8_call is None:
             return Surroundings()
 
@@ -306,7 +308,7 @@ class LayerScaling(keras.layers.Layer):
 
         return Surroundings(context, float8_call.receivers)
 
-    # From here on the wrapper is its layer, as far as Keras can see.
+    # From here on, the wrapper acts as its layer for Keras.
 
     def quantize(self, *args: Any, **kwargs: Any) -> Any:
         self.check_may_be_quantized()
@@ -316,14 +318,15 @@ class LayerScaling(keras.layers.Layer):
         """Raises a `ValueError` if the layer computes in float8 already."""
         if self.float8 is not None:
             raise ValueError(
-                f"Expected layer '{self.name}' to be quantised once. Received: `quantize` for a "
+                f"Expected layer '{self.name}' to be quantized once. Received: `quantize` for a "
                 "LossScaled layer that computes in float8 already. `strip_model` it before, or "
                 "leave `float8` out."
             )
 
     def load_own_variables(self, store: Any) -> None:
         if self._refused is not None and not store.keys():
-            raise self._refused  # Keras tries once more, by another way, and shows only the last
+            # Keras tries a second way to load, and shows the error of the last one
+            raise self._refused
         super().load_own_variables(self._without_reports(store))
         scale = self.loss_scale.numpy()
         self._refused = None
@@ -338,14 +341,14 @@ class LayerScaling(keras.layers.Layer):
         self.loss_scale.assign(scale_state.restored(scale))
 
     def _without_reports(self, store: Any) -> dict[str, np.ndarray]:
-        """`store`, with reports as they are: nobody reads the last one, whatever its length."""
+        """`store`, with the current reports in place of the saved ones, which nothing reads."""
         reports = {"1": self.loss_scale_report, "2": self.float8_report}
         own = {key: v.numpy() for key, v in reports.items() if v is not None and key in store}
         return {key: store[key] for key in list(store.keys())} | own
 
 
 def snapshots_of(layers: Sequence[LayerScaling]) -> list[LayerSnapshot]:
-    """What is known of several layers, in their order; of each optimizer it is read once."""
+    """The `LayerSnapshot` of each layer. The state of each optimizer is read once."""
     of_optimizers: dict[int, list[LayerScaling]] = {}
     for layer in layers:
         of_optimizers.setdefault(id(layer.shown_by()), []).append(layer)
@@ -363,17 +366,17 @@ def snapshots_of(layers: Sequence[LayerScaling]) -> list[LayerSnapshot]:
 
 
 def layer_of(variable: keras.Variable) -> LayerScaling | None:
-    """The `LossScaled` layer that keeps its scale or its report in `variable`, or `None`."""
+    """The `LayerScaling` whose scale or report is in `variable`, or `None`."""
     return getattr(variable, "loss_scaled", None)
 
 
 def is_of_scaling(variable: keras.Variable) -> bool:
-    """Whether `variable` is not a weight of a model, but of what scales it."""
+    """Whether `variable` belongs to a `LayerScaling`, and is not a weight of the model."""
     return layer_of(variable) is not None
 
 
 def own_products(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """The products in a layer, less those in `LossScaled` layers inside it."""
+    """The layers with a matmul inside of `layer`, except those inside of other scaled layers."""
     inside = {
         id(part)
         for scaled in keras_internals.parts_of(layer)
@@ -408,6 +411,6 @@ def _check_not_quantized(parts: list[keras.layers.Layer]) -> None:
     quantized = [part.name for part in parts if part.quantization_mode is not None]
     if quantized:
         raise ValueError(
-            "Expected layers that compute in float8 not to be quantised by Keras, too. Received: "
+            "Expected layers that compute in float8 not to be quantized by Keras, too. Received: "
             f"{', '.join(quantized)}. Do not call `quantize`, or leave `float8` out."
         )

@@ -72,15 +72,14 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
         if float8 is not None:
             check_float8(float8, layer)
 
-        # Keras learns from the signature of `call` which arguments are tensors,
-        # masks or flags: it has to be the layer's.
+        # Keras reads from the signature of `call` which arguments are tensors, masks or flags.
         @functools.wraps(layer.call)
         def call(*args: Tensor, **kwargs: Any) -> Any:
             return self._scaled_call(self.layer, args, kwargs)
 
         object.__setattr__(self, "call", call)
-        # One dtype for computing and for weights, so that nothing is cast on the
-        # way to the layer, which casts for itself.
+        # The same dtype for computing and for weights: the wrapper casts nothing, and the layer
+        # casts for itself.
         super().__init__(
             layer,
             name=layer.name if name is None else name,
@@ -111,13 +110,14 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
         keras.layers.Layer.trainable.fset(self, value)
 
     def __getattr__(self, name: str) -> Any:
-        # Only what it has not: a weight that is read so is read outside of its border, at S.
+        # Only attributes that the wrapper lacks. A weight that is read here is read outside of the
+        # border, at scale S.
         layer = vars(self).get("layer")
         if layer is None or name.startswith("_"):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         return getattr(layer, name)
 
-    # From here on the wrapper is its layer, as far as Keras can see.
+    # From here on, the wrapper acts as its layer for Keras.
 
     def build(self, *args: Any, **kwargs: Any) -> None:
         if not self.layer.built:
@@ -142,7 +142,8 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
             kind.compute_output_shape is plain.compute_output_shape
             and kind.compute_output_spec is plain.compute_output_spec
         ):
-            # Only a call tells, and only `__call__` knows the layer's dtypes.
+            # The output can be found only by calling the layer, and only `__call__` knows its
+            # dtypes.
             return keras.Operation.compute_output_spec(self, *args, **kwargs)
         return self.layer.compute_output_spec(*args, **kwargs)
 
@@ -189,12 +190,12 @@ def wrapper_of(layer: keras.layers.Layer) -> Any:
 
 
 def release(layer: keras.layers.Layer) -> None:
-    """Makes `layer` forget its wrapper, so that another may wrap it."""
+    """Makes `layer` forget its wrapper, so that another layer can wrap it."""
     layer.__dict__.pop("_loss_scaled")
 
 
 class _Owner:
-    """Leads from a layer to its wrapper, without Keras taking that for a sublayer."""
+    """Holds the wrapper of a layer, hidden from Keras's attribute tracking."""
 
     def __init__(self, wrapper: LayerScaling) -> None:
         self.wrapper = wrapper

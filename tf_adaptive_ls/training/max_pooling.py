@@ -1,7 +1,7 @@
 """Max pooling that saves the position of the maximum, one byte per window.
 
-Its gradient comes to that number alone, so that nothing is rounded. From inputs in 8 bits it would
-come to others: many of them are equal.
+The gradient of a window goes to this position alone, so it is exact. If the inputs were saved
+in 8 bits, many of them would be equal, and the gradient would go to other positions.
 """
 
 import math
@@ -20,7 +20,7 @@ _LARGEST_WINDOW = 16
 
 
 def keeps_places(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is a max pooling of windows that do not overlap."""
+    """Whether a layer is max pooling whose windows do not overlap."""
     return (
         type(layer) in _KINDS
         and tuple(layer.strides) == tuple(layer.pool_size)
@@ -29,12 +29,12 @@ def keeps_places(layer: keras.layers.Layer) -> bool:
 
 
 def pool(layer: keras.layers.Layer, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What a layer returns, of which the backward pass keeps places in windows.
+    """The outputs of a max pooling that saves positions for its backward pass.
 
     Args:
-        layer: A layer that `keeps_places`.
+        layer: A layer for which `keeps_places` is true.
         call: Its `call`.
-        x: Its inputs.
+        x: Its inputs, a tensor.
     """
     size, dtype = tuple(x.shape[1:]), x.dtype
     if None in size:
@@ -58,8 +58,8 @@ def pool(layer: keras.layers.Layer, call: Callable[[Tensor], Tensor], x: Tensor)
 
 
 def _first_largest(windows: Tensor) -> Tensor:
-    """Where the largest number along the last axis is, of several the first, as uint8."""
-    # Of an argmax XLA would keep 32 bits.
+    """The index of the largest number along the last axis, the first of several, as uint8."""
+    # XLA would save the result of an `argmax` in 32 bits.
     largest = windows[..., 0]
     place = ops.zeros(ops.shape(largest), "uint8")
     for at in range(1, windows.shape[-1]):
@@ -70,7 +70,7 @@ def _first_largest(windows: Tensor) -> Tensor:
 
 
 def _windows(layer: keras.layers.Layer, x: Tensor) -> Tensor:
-    """The windows of the inputs, each along an axis behind those of the outputs."""
+    """The windows of the inputs: the shape of the outputs, and a last axis along the window."""
     first = 1 if layer.data_format == "channels_last" else 2
     shape, margins, cuts = list(x.shape), [(0, 0)] * len(x.shape), [slice(None)] * len(x.shape)
     split: list[int] = []

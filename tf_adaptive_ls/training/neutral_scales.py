@@ -32,5 +32,5 @@ def neutral_scales() -> Iterator[None]:
 
 
 def are_scales_neutral() -> bool:
-    """Whether `neutral_scales` holds."""
+    """Whether the current context is one of `neutral_scales`."""
     return _neutral.get()

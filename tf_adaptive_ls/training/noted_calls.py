@@ -15,7 +15,7 @@ _noted: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def noting(called: list[LayerScaling]) -> Iterator[None]:
-    """Scaled layers that are called in this context are appended to a list."""
+    """Context manager that appends the scaled layers called in it to `called`."""
     token = _noted.set(called)
     try:
         yield
@@ -29,7 +29,7 @@ def note_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Runs `original(*args, **kwargs)`, and notes that something with a scale is called."""
+    """Runs `original(*args, **kwargs)`, and notes the call of a scaled layer."""
     outputs = original(*args, **kwargs)
     called = _noted.get()
     if called is not None:

@@ -22,10 +22,10 @@ from tf_adaptive_ls.training.readings import LayerSnapshot
 from tf_adaptive_ls.training.saved_config import opened, stamped
 from tf_adaptive_ls.training.scale_keeper import ScaleKeeper, Signals, is_overwritten, is_scale
 
-# The largest power of two that float16 holds.
+# The largest power of two in float16.
 INITIAL_SCALE = 2.0**15
 
-# Keras's own default, for models without `LossScaled` layers, or with frozen ones alone.
+# Keras's default, for models without scaled layers, or with frozen scales only.
 _KERAS_GROWTH_STEPS = 2000
 
 
@@ -136,7 +136,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             update_in_float32(inner_optimizer, self._rounded)
         self.rule = rule
         self.sample_every = sample_every
-        # S, if a function was traced that computes with it before there were any variables.
+        # S, if a function that uses it was traced before the optimizer had variables.
         object.__setattr__(self, "_first_scale", None)
         self._any_loss_scaled = False
 
@@ -172,7 +172,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def build(self, var_list: list[keras.Variable]) -> None:
         layers = [v.loss_scaled for v in var_list if is_scale(v)]
-        if not self.stochastic_rounding:  # which is of use by itself
+        if not self.stochastic_rounding:  # stochastic rounding is useful without scaled layers, too
             _warn_if_useless(layers)
         if layers:
             _check_strategy()
@@ -190,7 +190,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self.stochastic_rounding:
             with functions.outside_of_traces():
                 seed = ops.convert_to_numpy(keras.random.SeedGenerator().state).astype("uint32")
-            # Of the optimizer inside, which is all that Keras knows of while that takes a step.
+            # A variable of the inner optimizer, because during its step Keras only tracks those.
             self._rounding_seed = _added(self.inner_optimizer, "rounding_seed", seed)
         keeper = ScaleKeeper(
             layers,
@@ -200,13 +200,14 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self.sample_every,
             self._add_state,
         )
-        # Set as it is: Keras would take what is in a list for variables of the optimizer.
+        # Bypasses Keras's attribute tracking, which would count the list as variables of the
+        # optimizer.
         object.__setattr__(self, "_model_variables", list(var_list))
         object.__setattr__(self, "_keeper", keeper)
         self.show_on_layers()
 
     def build_once(self, var_list: list[keras.Variable]) -> None:
-        """`build`, unless that was done, as the first `apply` would do it."""
+        """Calls `build` unless the optimizer is built, in the name scope of the first `apply`."""
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(var_list)
@@ -215,12 +216,12 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return _added(self, name, value)
 
     def show_on_layers(self) -> None:
-        """Lets the layers show what this optimizer knows of them."""
+        """Makes the layers take their `snapshot` from this optimizer."""
         for layer in self._keeper.layers:
             layer.shows(self)
 
     def layer_snapshots(self, layers: Sequence[LayerScaling]) -> list[LayerSnapshot]:
-        """A `LayerSnapshot` of each of several layers; of any it does not know, an empty one."""
+        """The `LayerSnapshot` of each layer; an empty one if the optimizer does not know it."""
         known = self._keeper.known_of_layers() if self.built else {}
 
         def snapshot(layer: LayerScaling) -> LayerSnapshot:
@@ -259,7 +260,8 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _scale_before_built(self) -> float | keras.Variable:
         if self._first_scale is None and functions.is_traced_alone():
             with functions.outside_of_traces(), keras.name_scope(self.name, caller=self):
-                # Set as it is: its place among the variables is that of `dynamic_scale`.
+                # Bypasses attribute tracking: the variable takes the place of `dynamic_scale`
+                # later.
                 first = keras.Variable(
                     self.initial_scale, trainable=False, aggregation="none", name="dynamic_scale"
                 )
@@ -321,7 +323,14 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _step(
         self, grads: Sequence[Tensor], variables: list[keras.Variable], without_effects: bool
     ) -> None:
-        """Args: without_effects: that a conditional may have none, and returns new values."""
+        """Takes one step.
+
+        Args:
+            grads: List of gradients, one per variable.
+            variables: List of the variables.
+            without_effects: Whether the branches of a conditional must return new values instead of
+                assigning them.
+        """
         self._warn_if_nothing_scaled()
         signals = Signals.of(grads, variables)
         self._check_known(signals.reporters)
@@ -342,11 +351,11 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _take_step(
         self, finite: Tensor, gradients: list[Tensor], variables: list[keras.Variable]
     ) -> None:
-        """Applies gradients if they are finite, and else counts that they are not."""
+        """Applies gradients if they are finite, and otherwise counts a skipped step."""
         touched = [*variables, *self.inner_optimizer.variables, self.dynamic_scale]
         skipped = self._skipped_steps
-        # Something is computed in either branch: of a conditional with an empty one XLA does not
-        # make selects on a GPU, where the host would wait for it, and every weight be copied.
+        # Both branches compute something. If one is empty, XLA does not turn the conditional into
+        # selects on a GPU: the host then waits for the condition, and every weight is copied.
         new_values = ops.cond(
             finite,
             lambda: [
@@ -360,7 +369,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _step_without_layers(
         self, gradients: list[Tensor], variables: list[keras.Variable], without_effects: bool
     ) -> None:
-        """As `LossScaleOptimizer` does it."""
+        """Takes the step of Keras's `LossScaleOptimizer`."""
         finite = self.check_finite(gradients)
         if without_effects:
             new_values = super().stateless_apply(
@@ -388,7 +397,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     def _warn_if_nothing_scaled(self) -> None:
         if not self._any_loss_scaled:
-            self._any_loss_scaled = True  # once
+            self._any_loss_scaled = True  # warn only once
             warnings.warn(
                 "AdaptiveLossScaleOptimizer received gradients, but `scale_loss` was never called. "
                 "It divides gradients by the loss scale, so weights hardly move. Compute gradients "
@@ -408,7 +417,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         autodiff.leave_gradients_to_graph()
 
     def _rounded(self, x: Tensor, dtype: str, place: int, step: Tensor) -> Tensor:
-        """A weight that was updated, with random bits of its own for every step that is taken."""
+        """Rounds an updated weight, with random bits that depend on the step and the weight."""
         assert self._rounding_seed is not None
         first, second = ops.unstack(ops.convert_to_tensor(self._rounding_seed))
         seed = ops.stack([first + ops.cast(step, "uint32"), second + ops.cast(place, "uint32")])
@@ -424,7 +433,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(self._with_added(store))
         if not self.built:
-            return  # Keras warns
+            return  # Keras warns in this case
         scale = float(self.dynamic_scale.numpy())
         damaged = [v.path for v in self._keeper.damaged()]
         if not is_scale_value(scale) or damaged:
@@ -436,7 +445,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             )
 
     def _with_added(self, store: Any) -> Any:
-        """`store`, with variables that optimizers saved by version 0.2 did not have yet."""
+        """`store`, extended by the variables that version 0.2 did not save."""
         if not self.built:
             return store
         added = [id(v) for v in self._keeper.new_in_version_0_3]
@@ -478,7 +487,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 def _added(
     optimizer: keras.optimizers.Optimizer, name: str, value: np.ndarray | np.generic
 ) -> keras.Variable:
-    """A variable that an optimizer has from now on."""
+    """Adds a variable to an optimizer."""
     return optimizer.add_variable(
         shape=value.shape,
         dtype=value.dtype.name,
@@ -498,7 +507,7 @@ def _assign(variables: Any, values: Any) -> None:
 
 
 def _values_after(function: Callable[..., Any], variables: Any) -> Any:
-    """The values that variables, all that `function` touches, would have after it."""
+    """The values that `variables`, all that `function` assigns, would have after it."""
     with keras.StatelessScope([(variable, variable.value) for variable in variables]) as scope:
         function()
     return [scope.get_current_value(variable) for variable in variables]

@@ -60,7 +60,7 @@ class LayerSnapshot:
 
     @classmethod
     def of_unknown(cls, log2_scale: int, float_format: FloatFormat) -> "LayerSnapshot":
-        """When nothing is known but r."""
+        """The snapshot of a layer of which only r is known."""
         counts = np.zeros(spectrum.num_bins(float_format), "float32")
         nothing = Spectrum(counts, float_format)
         return cls(log2_scale, 0, 0, nothing, nothing)

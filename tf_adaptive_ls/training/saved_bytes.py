@@ -12,11 +12,11 @@ _noted: weakref.WeakKeyDictionary[keras.layers.Layer, int] = weakref.WeakKeyDict
 
 
 def note_saved(layer: keras.layers.Layer, kept: Sequence[Tensor]) -> None:
-    """Notes what the last call of a layer keeps.
+    """Records what the last call of a layer has saved.
 
     Args:
         layer: The layer.
-        kept: List of uint8 tensors of any shape whose first axis is that of examples.
+        kept: List of uint8 tensors of shape `[examples, ...]`.
     """
     shapes = [tuple(tensor.shape)[1:] for tensor in kept]
     if any(None in shape for shape in shapes):
@@ -26,10 +26,10 @@ def note_saved(layer: keras.layers.Layer, kept: Sequence[Tensor]) -> None:
 
 
 def forget_saved(layer: keras.layers.Layer) -> None:
-    """From now on nothing is known of a layer."""
+    """Deletes the record of a layer."""
     _noted.pop(layer, None)
 
 
 def saved_bytes(layer: keras.layers.Layer) -> int | None:
-    """How many bytes of each example the last call of a layer keeps, `None` if it is not known."""
+    """Bytes per example that the last call of a layer saved. `None` if not known."""
     return _noted.get(layer)

@@ -1,10 +1,10 @@
-"""Versions and checks of saved configs."""
+"""Versions saved configs, and checks them when they are read."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# 1 is what tf_adaptive_ls 0.1.0 wrote, which did not say so, 2 what 0.2.0 wrote, with other scales.
-# Up to 3 `LossScaled` layers stood in the graphs of wrapped models.
+# Version 1 was written by tf_adaptive_ls 0.1.0, without a version number. Version 2 was written by
+# 0.2.0, with other scales. Up to version 3, the graphs of wrapped models held `LossScaled` layers.
 VERSION = 4
 WITH_WRAPPERS = 3
 _KNOWN = (2, 3, VERSION)
@@ -12,28 +12,28 @@ _KEY = "tf_adaptive_ls"
 
 
 def stamped(config: dict[str, Any], version: int = VERSION) -> dict[str, Any]:
-    """`config`, and the version of what it is about: its names and the variables saved with it."""
+    """`config` with the version of the file format: its names, and the variables saved with it."""
     return {_KEY: version, **config}
 
 
 def is_with_wrappers(config: Any) -> bool:
-    """Whether the config of a wrapped model is from when `LossScaled` layers stood in its graph."""
+    """Whether a config of a wrapped model is so old that its graph holds `LossScaled` layers."""
     return isinstance(config, dict) and config.get(_KEY, 1) in (2, WITH_WRAPPERS)
 
 
 def opened(
     config: Any, kind: str, required: Sequence[str], optional: Sequence[str] | None = ()
 ) -> dict[str, Any]:
-    """What was `stamped`, once it is known to be of a version that is read here, and whole.
+    """Checks a config that `stamped` has made, and removes the version.
 
     Args:
-        config: Dict, as it was read from a file.
-        kind: What it is the config of, for errors.
-        required: The names that must be in it.
-        optional: Those that may; `None` for any.
+        config: Dict, as read from a file.
+        kind: What the config describes, for error messages.
+        required: Names of the entries that it must have.
+        optional: Names of the entries that it may have besides. `None` for any.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If its version cannot be read here, or if its entries are not as required.
     """
     if not isinstance(config, dict):
         raise ValueError(f"Expected the config of a {kind} to be a dict. Received: {config!r}.")

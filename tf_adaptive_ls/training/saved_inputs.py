@@ -1,4 +1,4 @@
-"""Layers without weights that save their inputs in 8 bits."""
+"""Makes layers without weights save their inputs in 8 bits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,21 +14,22 @@ from tf_adaptive_ls.training.held_call import run_again_from_8_bits
 from tf_adaptive_ls.training.kept_results import is_repeatable
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
 
-# What others need, such as sums, means and copies, is nothing, or, for dropout, a byte.
+# Other layers need nothing (sums, means, copies) or one byte per number (dropout).
 _KINDS = (layers.ELU, layers.LeakyReLU, layers.Multiply)
-# Keras computes crossentropies from what comes into these: it leaves that on their outputs.
+# Keras stores the inputs of these activations on their outputs, and computes crossentropies from
+# them.
 _WITH_LOGITS = (keras.activations.softmax, keras.activations.sigmoid)
 
 
 def saves_inputs(layer: keras.layers.Layer) -> bool:
-    """Whether a layer without weights needs inputs in its backward pass, and nothing else."""
+    """Whether a layer has no weights and needs only its inputs in the backward pass."""
     if type(layer) is layers.Activation:
         return layer.activation not in _WITH_LOGITS
     return type(layer) in (*_KINDS, layers.ReLU) or max_pooling.keeps_places(layer)
 
 
 def save_inputs(layer: keras.layers.Layer) -> Callable[[], None]:
-    """From now on a layer keeps 8 bits of what it needs; a function that undoes it."""
+    """Makes a layer save its inputs in 8 bits. Returns a function that undoes it."""
     repeatable = _is_repeatable(layer)
 
     def run(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -56,7 +57,7 @@ def save_inputs(layer: keras.layers.Layer) -> Callable[[], None]:
 
 
 def _is_repeatable(layer: keras.layers.Layer) -> bool:
-    """Whether its outputs may stand for its inputs: what comes next keeps these as well."""
+    """Whether the outputs can be saved instead of the inputs; the next layer saves them anyway."""
     if type(layer) is layers.ReLU:
         return layer.max_value is None and not layer.negative_slope and not layer.threshold
     return is_repeatable(getattr(layer, "activation", None))

@@ -29,14 +29,15 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 
 
 class Signals(NamedTuple):
-    """What comes to an optimizer as gradients, sorted.
+    """The gradients that an optimizer receives, sorted by what they are.
 
     Attributes:
-        weights: Pairs of a gradient and the weight that it is of; the gradient may be `None`.
-        overwrites: Pairs of what a variable of somebody else is overwritten with, such as the
-            factors of Keras's float8 layers, and the variable. They bear no loss scale.
-        reports: Reports of layers by `id`: a dict of dicts, by the name of the layer's variable.
-        reporters: The layers that have reported.
+        weights: List of pairs of a gradient, or `None`, and its weight.
+        overwrites: List of pairs of a new value and the variable that it overwrites, such as the
+            factors of Keras's float8 layers. These "gradients" bear no loss scale.
+        reports: Dict of the reports of layers. The keys are pairs of the `id` of a layer and
+            whether the report is `loss_scale_report`; the other one is `float8_report`.
+        reporters: List of the layers that have reported.
     """
 
     weights: list[tuple[Tensor | None, keras.Variable]]
@@ -46,7 +47,7 @@ class Signals(NamedTuple):
 
     @classmethod
     def of(cls, grads: Sequence[Tensor], variables: list[keras.Variable]) -> "Signals":
-        """Sorts gradients, one for each of as many variables."""
+        """Sorts `grads`, one per variable."""
         weights: list[tuple[Tensor | None, keras.Variable]] = []
         overwrites: list[tuple[Tensor | None, keras.Variable]] = []
         reports: dict[tuple[int, bool], Tensor] = {}
@@ -62,21 +63,21 @@ class Signals(NamedTuple):
         return cls(weights, overwrites, reports, list(reporters.values()))
 
     def stacked(self, layers: list[Any], of_all: bool, size: int) -> Tensor:
-        """Reports of layers, `[layers, size]`: those that all make, or those of what they round."""
-        silent = np.zeros(size, "float32")  # of a layer that did not run
+        """Reports of `layers`, `[layers, size]`: `loss_scale_report` or `float8_report`."""
+        silent = np.zeros(size, "float32")  # the report of a layer that did not run
         reports = [self.reports.get((id(layer), of_all), silent) for layer in layers]
         return devices.computed_once(ops.stack(reports))
 
 
 class ScaleKeeper:
-    """Keeps the scales of an optimizer's layers, S, and all that they are moved by.
+    """The state of all scales, in variables of the optimizer, and its update.
 
     Args:
-        layers: List of the `LayerScaling`.
-        loss_scale: The variable that S is in.
+        layers: List of `LayerScaling`.
+        loss_scale: The variable of S.
         rule: The `ScaleRule`.
-        initial_scale: The S to go back to when all that arrives at it is zero.
-        sample_every: Steps from one sample to the next.
+        initial_scale: The value that S returns to when all gradients at scale S were zero.
+        sample_every: Number of steps between two samples.
         add_variable: Function `(name, value)` that makes a variable of the optimizer.
     """
 
@@ -97,7 +98,8 @@ class ScaleKeeper:
         any_rounded = any(layer.operand_format for layer in layers)
         of_layers = initial_layer_states(len(layers), rule.memory_size, any_rounded)
         of_loss = initial_loss_state(0, len(float_formats), len(layers), rule.memory_size)
-        # In the order that files have them in. Scales themselves are elsewhere: S, and in layers.
+        # In the order in which files list them. The scales are in other variables: S, and one per
+        # layer.
         self._of_loss = {
             "skipped_in_a_row": add_variable("skipped_in_a_row", of_loss.skipped_in_a_row),
             "steps_to_sample": add_variable("steps_to_sample", of_loss.steps_to_sample),
@@ -115,21 +117,21 @@ class ScaleKeeper:
 
     @property
     def skipped_in_a_row(self) -> keras.Variable:
-        """The variable that counts steps skipped in a row."""
+        """The variable that counts how many steps in a row were skipped."""
         return self._of_loss["skipped_in_a_row"]
 
     @property
     def new_in_version_0_3(self) -> list[keras.Variable]:
-        """Variables that files of earlier versions do not have."""
+        """The variables that files of earlier versions lack."""
         return [self._of_loss["ceiling"], self._of_loss["blamed"]]
 
     def damaged(self) -> list[keras.Variable]:
-        """The variables that hold what is not finite."""
+        """The variables that are not finite."""
         variables = [*self._of_layers.values(), *self._of_loss.values()]
         return [v for v in variables if not np.all(np.isfinite(v.numpy()))]
 
     def known_of_layers(self) -> dict[int, dict[str, np.ndarray]]:
-        """`LayerStates` by layer as dicts of NumPy arrays, but for the scale: dict by `id`."""
+        """By `id` of layer, the fields of its `LayerStates` but the scale, NumPy arrays."""
         known = {name: np.array(v.numpy()) for name, v in self._of_layers.items()}
         return {
             id(layer): {name: values[place] for name, values in known.items()}
@@ -137,14 +139,14 @@ class ScaleKeeper:
         }
 
     def after(self, signals: Signals) -> tuple[Tensor, tuple[LayerStates, LossState]]:
-        """What a step tells, and the state after it.
+        """Computes the new state from the gradients of a step.
 
         Args:
-            signals: The step's `Signals`, of this replica.
+            signals: The `Signals` of this replica.
 
         Returns:
-            Whether the gradients of weights are finite on all replicas, a boolean scalar; and
-            the new `LayerStates` and `LossState`, for `keep`.
+            Boolean scalar, whether the gradients of weights are finite on all replicas; and a pair
+            of the new `LayerStates` and `LossState`, for `keep`.
         """
         layer_states, loss_state = self._states()
         weights = [(gradient, v) for gradient, v in signals.weights if gradient is not None]
@@ -163,7 +165,8 @@ class ScaleKeeper:
 
     def _states(self) -> tuple[LayerStates, LossState]:
         scales = [layer.loss_scale.value for layer in self.layers]
-        scales = devices.computed_once(ops.stack(scales))  # or each would be copied to be written
+        # otherwise, each scale is copied before it is written
+        scales = devices.computed_once(ops.stack(scales))
         return (
             LayerStates(log2_scale_of(scales), **_values(self._of_layers)),
             LossState(
@@ -180,7 +183,7 @@ class ScaleKeeper:
         layer_states: LayerStates,
         loss_state: LossState,
     ) -> Evidence:
-        """The `Evidence` of a step, of all replicas together."""
+        """The `Evidence` of a step, summed over all replicas."""
         reports = signals.stacked(self.layers, True, report.SIZE)
         of_rounded = None
         if facts.any_rounded:
@@ -201,7 +204,7 @@ class ScaleKeeper:
         return Evidence.unpacked(total, len(self.layers), num_replicas)
 
     def keep(self, layer_states: LayerStates, loss_state: LossState) -> None:
-        """Writes `LayerStates` and `LossState` to variables."""
+        """Writes a `LayerStates` and a `LossState` to the variables."""
         scales = packed_scales(layer_states.log2_scales, len(self.layers))
         for layer, scale in zip(self.layers, scales, strict=True):
             layer.loss_scale.assign(scale)
@@ -216,10 +219,11 @@ def _values(variables: dict[str, keras.Variable]) -> dict[str, Tensor]:
 
 
 def is_scale(variable: keras.Variable) -> bool:
-    """Whether a layer keeps its scale in a variable."""
+    """Whether `variable` holds the scale of a layer."""
     return is_of_scaling(variable) and variable is variable.loss_scaled.loss_scale
 
 
 def is_overwritten(variable: keras.Variable) -> bool:
-    """Whether a variable takes its "gradient" as its new value."""
-    return getattr(variable, "overwrite_with_gradient", False)  # a `tf.Variable` does not have it
+    """Whether the "gradient" of a variable is its new value."""
+    # a `tf.Variable` has no such attribute
+    return getattr(variable, "overwrite_with_gradient", False)

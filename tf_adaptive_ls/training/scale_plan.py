@@ -1,26 +1,26 @@
 """`ScalePlan`: the scale of each gradient between the layers of a model.
 
-By default a gradient returns to the scale S of the surroundings between any two
-`LossScaled` layers. Inside a Functional or Sequential model it need not: it can
-travel from layer to layer at a scale of the layers' own. Tensors that layers
-without weights connect (activation, pooling, add, concatenate, …) must share one,
-because such a layer hands the scale of its output's gradient on to its inputs.
-They form a group. A group travels at the smallest scale of its consumers, for
-each knows what its own input gradient can bear, or at S if it holds
+Without a plan, gradients return to the scale S of the surroundings between any two scaled
+layers. In a Functional or Sequential model, a plan lets gradients stay at layer scales from
+layer to layer. Tensors that are connected by layers without weights (activation, pooling, add,
+concatenate, …) form a *group*: such layers do not change the scale of gradients, so all of
+these gradients have the same scale. The scale of a group is the smallest scale of the layers
+that consume it, because each scale suits the input gradient of its own layer. It is S if the
+group contains
 
 - an input or output of the model,
-- an input or output of a `LossScaled` layer that is called at several places, or
-- a tensor next to an operation that is not known to treat gradients linearly and
-  to have no gradients of its own: one with weights, or not of Keras.
+- an input or output of a scaled layer that is called more than once, or
+- a tensor next to an operation that may not be linear in gradients, or may have gradients of
+  its own: an operation with weights, or one that is not from Keras.
 
-Layers that normalise, half of all layers in many models, have few weights and hand on
-about what they get. They need no scale apart from their surroundings: such a layer
-*passes* gradients on at the scale that its outputs' group travels at, which is then its
-own, and the optimizer holds that to those of the consumers. Where nothing else takes its
-input, that belongs to the same group.
+Normalization layers, half of the layers of many models, have few weights, and their input
+gradients are about as large as their output gradients. They need no scale of their own. Such a
+layer *passes* gradients on: it works at the scale of the group of its outputs, and the optimizer
+limits this scale to those of the group's consumers. If nothing else consumes its input, its
+input belongs to the same group.
 
-A plan is derived from the graph of one model, by `planning`, and holds only while that
-model runs it: see `running`.
+`planning` derives a plan from the graph of a model. The plan applies only while that model runs
+the graph; see `running`.
 """
 
 import contextlib
@@ -44,11 +44,11 @@ _running: contextvars.ContextVar["_Run | None"] = contextvars.ContextVar(
 
 @dataclasses.dataclass(frozen=True)
 class ScaleGroup:
-    """Tensors whose gradients travel at one scale.
+    """Tensors whose gradients have the same scale.
 
     Args:
-        layers: Tuple of `LossScaled` layers, of whose scales it is the smallest. Without
-            any it is S, the scale of the surroundings.
+        layers: Tuple of scaled layers. The scale of the group is the smallest of theirs. If empty,
+            the scale is S.
     """
 
     layers: tuple[Any, ...] = ()
@@ -59,12 +59,14 @@ AT_S = ScaleGroup()
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The groups of the tensors at the border of one call of a `LossScaled` layer.
+    """The groups of the tensors at the border of one call of a scaled layer.
 
     Args:
-        args, kwargs, outputs: The groups of the leaves of each.
-        passes_from: The layers that gradients come from which the layer passes on at the
-            scale they come at; empty if it does not.
+        args: The groups of the leaves of the positional arguments.
+        kwargs: The groups of the leaves of each keyword argument.
+        outputs: The groups of the leaves of the outputs.
+        passes_from: If the layer passes gradients on at the scale at which they arrive, the layers
+            that they come from.
     """
 
     args: tuple["ScaleGroup", ...] = ()
@@ -75,18 +77,16 @@ class Route:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScalePlan:
-    """Routes of the layers of a graph; `planning` makes them.
+    """The routes of the layers of a graph. `planning` makes it.
 
     Args:
-        layers: The `LossScaled` layers that have a route, and
-        routes: the `Route` of each, by its `id`.
-        models: The model and those nested in it that are planned with it, each
-            with the graph that the plan was derived from.
-        calls: What the graph computes, in an order in which it can: an operation, and the keys
-            of the tensors that it takes and returns.
+        layers: The scaled layers that have a route.
+        routes: Dict from the `id` of each of them to its `Route`.
+        models: Pairs of a planned model and its graph: the model itself, and models nested in it.
+        calls: The operations of the graph in an order in which they can run, each with the keys of
+            the tensors that it takes and of those that it returns.
         inputs: The keys of the inputs of the model.
-        order: The layers that have a route, in the order in which they are called, if it is to be
-            checked.
+        order: The layers with a route in the order of their calls, if this order is to be checked.
     """
 
     layers: tuple[Any, ...]
@@ -100,12 +100,12 @@ class ScalePlan:
         return any(model is planned for planned, _ in self.models)
 
     def is_current(self) -> bool:
-        """Whether the models still have the graphs that were planned."""
+        """Whether the models still have the graphs from which the plan was derived."""
         return all(graph_of(model) is graph for model, graph in self.models)
 
 
 class _Run:
-    """One run of a planned graph; computes the factors of a layer or group once."""
+    """One run of a planned graph. It computes the factors of each layer and group once."""
 
     def __init__(self, plan: ScalePlan, from_inputs: bool) -> None:
         self.plan = plan
@@ -126,7 +126,7 @@ class _Run:
         return self._of_groups[group]
 
     def reaches(self, layer: keras.layers.Layer) -> bool:
-        """Whether what is trained, or an input, comes to a layer through the graph."""
+        """Whether the input of a layer depends on a trained weight or a model input."""
         if self._reached is None:
             reached = self._reached = set()
             tensors: set[Any] = set(self.plan.inputs) if self._from_inputs else set()
@@ -140,8 +140,9 @@ class _Run:
 
     def _factors_of_one(self, layer: keras.layers.Layer) -> tuple[Tensor, Tensor]:
         if functions.are_always_compiled() and not devices.on_gpu():
-            # What reads a layer's own variable, not one of many in a vector, XLA on a CPU compiles
-            # once for all layers alike. Elsewhere fewer operations, for all layers, count.
+            # On a CPU, XLA compiles operations on one layer's own variable once for all layers
+            # alike. On other devices, the number of operations counts: they are done for all layers
+            # at once.
             return _factors_of(layer)
         if self._of_layers is None:
             layers = self.plan.layers
@@ -152,17 +153,17 @@ class _Run:
 
 
 def _is_trained(operation: Any) -> bool:
-    layer = getattr(operation, "layer", operation)  # inside a `LossScaled` one
+    layer = getattr(operation, "layer", operation)  # the layer inside of a `LossScaled`
     return bool(getattr(layer, "trainable_variables", ()))
 
 
 @contextlib.contextmanager
 def running(plan: ScalePlan | None, from_inputs: bool = True) -> Iterator[None]:
-    """Makes a plan hold for the `LossScaled` layers called inside.
+    """Context manager in which a plan applies to the scaled layers that are called.
 
     Args:
-        plan: The `ScalePlan`, `None` for none.
-        from_inputs: Whether anybody may want gradients by the inputs of the model.
+        plan: The `ScalePlan`, or `None` for no plan.
+        from_inputs: Whether gradients of the inputs of the model may be needed.
     """
     token = _running.set(None if plan is None else _Run(plan, from_inputs))
     try:
@@ -172,14 +173,14 @@ def running(plan: ScalePlan | None, from_inputs: bool = True) -> Iterator[None]:
 
 
 def note_call(layer: keras.layers.Layer) -> None:
-    """Notes that a layer is called in the run of a plan that has a route for it."""
+    """Records a call of a layer that has a route in the running plan."""
     run = _running.get()
     if run is not None and run.plan.order is not None and id(layer) in run.plan.routes:
         run.called.append(layer)
 
 
 def was_kept() -> bool:
-    """Whether layers have been called in the order that the running plan expects."""
+    """Whether the layers were called in the order that the running plan expects."""
     run = _running.get()
     return (
         run is None
@@ -192,28 +193,28 @@ def was_kept() -> bool:
 
 
 def is_covered(model: keras.layers.Layer) -> bool:
-    """Whether the plan that holds includes the graph of `model`."""
+    """Whether the running plan includes the graph of `model`."""
     run = _running.get()
     return run is not None and run.plan.covers(model)
 
 
 def route_of(layer: keras.layers.Layer) -> Route | None:
-    """The `Route` of `layer` under the plan that holds, `None` if there is none."""
+    """The `Route` of `layer` in the running plan, or `None`."""
     run = _running.get()
     return None if run is None else run.plan.routes.get(id(layer))
 
 
 def may_be_passed(layer: keras.layers.Layer) -> bool:
-    """Whether gradients that pass a layer may be of use to anybody before it."""
+    """Whether anything before a layer may need the gradients that pass it."""
     run = _running.get()
     return run is None or route_of(layer) is None or run.reaches(layer)
 
 
 def factors(group: ScaleGroup) -> tuple[Tensor, Tensor]:
-    """2**r and 2**-r of a `ScaleGroup`, float32 scalars in the running computation.
+    """2**r and 2**-r of a `ScaleGroup`, as float32 scalars of the running computation.
 
     Args:
-        group: One with layers. Only a single one need not be in the plan that holds.
+        group: A group with layers. If it has more than one, it must be in the running plan.
     """
     run = _running.get()
     if run is not None and route_of(group.layers[0]):

@@ -11,27 +11,27 @@ import keras
 
 from tf_adaptive_ls.backend import routes
 
-# By the `id` of the layer; all others compute as ever.
+# Replacements of `call` by the `id` of the layer.
 _ways: contextvars.ContextVar[Mapping[int, Callable[..., Any]]] = contextvars.ContextVar(
     "ways_of_computing", default=types.MappingProxyType({})
 )
 
 
 def way_of_computing(layer: keras.layers.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, or what stands for it in the running context."""
+    """The replacement of `call` in the current context, or `call` itself."""
     return _ways.get().get(id(layer), call)
 
 
 @contextlib.contextmanager
 def computing(ways: list[tuple[keras.layers.Layer, Callable[..., Any]]]) -> Iterator[None]:
-    """Makes layers compute in another way.
+    """Context manager in which layers use another `call`.
 
     Args:
-        ways: List of pairs of a layer and what stands for its `call`.
+        ways: List of pairs of a layer and the function that replaces its `call`.
     """
     for layer, _ in ways:
         if routes.route_of(layer, "call") is None:
-            # It is left there, since taking it away would take it from a call that runs meanwhile.
+            # The route stays after the context, because a call in another thread may be using it.
             routes.Route(layer, "call", functools.partial(_run, layer))
     token = _ways.set({**_ways.get(), **{id(layer): way for layer, way in ways}})
     try:
@@ -41,7 +41,7 @@ def computing(ways: list[tuple[keras.layers.Layer, Callable[..., Any]]]) -> Iter
 
 
 def has_own_call(layer: keras.layers.Layer, layer_class: Any) -> bool:
-    """Whether a layer has a `call` that is not that of a class, but of its own class or itself."""
+    """Whether a subclass or the layer itself overrides the `call` of `layer_class`."""
     is_set = "call" in vars(layer) and routes.route_of(layer, "call") is None
     return is_set or layer.__class__.call is not layer_class.call
 

@@ -20,13 +20,13 @@ from tf_adaptive_ls.training.call_tensors import CallTensors
 
 
 class _SeenCall(NamedTuple):
-    """A call of a part, as it was traced.
+    """A call of a part, as traced.
 
     Attributes:
-        reading: That of the part.
-        magnitudes: The largest finite magnitude of all inputs, 1 if all are finite, otherwise 0,
-            and the same of all outputs: four scalars.
-        dtypes_out: List of the dtypes of outputs.
+        reading: The `Reading` of the part.
+        magnitudes: Four scalars: for inputs and for outputs, the largest finite magnitude, and 1 if
+            all are finite, otherwise 0.
+        dtypes_out: List of the dtypes of the outputs.
     """
 
     reading: Reading
@@ -35,13 +35,14 @@ class _SeenCall(NamedTuple):
 
 
 class CompiledPass:
-    """Runs a model on one batch, in float32, and takes maxima; compiled unless the model is eager.
+    """Runs a model on one batch in float32, and finds the largest values of all parts.
 
-    No part is run by itself, as `forward_range` does.
+    The pass is compiled unless the model is eager. Unlike `forward_range`, it does not run parts by
+    themselves.
 
     Args:
         model: The model.
-        x: Its inputs, one batch.
+        x: One batch of inputs.
     """
 
     def __init__(self, model: keras.Model, x: Any) -> None:
@@ -52,7 +53,7 @@ class CompiledPass:
         self._seen: list[_SeenCall] = []
 
     def ranges(self, room: float) -> list[PartRange]:
-        """A `PartRange` for each part as the weights are now, with verdicts at a room."""
+        """A `PartRange` for each part at the current weights, with verdicts for `room`."""
         values = [ops.convert_to_tensor(v.value) for v in self._model.variables]
         rows = ops.convert_to_numpy(self._run(values, self._x)).tolist()
         for reading in self._calls.readings:
@@ -66,7 +67,7 @@ class CompiledPass:
         return [reading.result(room) for reading in self._calls.readings if reading.calls]
 
     def _maxima(self, values: list[Tensor], x: Any) -> Tensor:
-        """Rows of `_SeenCall.magnitudes`, one for each call."""
+        """Array with a row of `_SeenCall.magnitudes` for each call."""
         self._seen = []
         with self._calls.seen(zip(self._model.variables, values, strict=True)):
             self._calls.as_it_is(x, training=True)
@@ -86,7 +87,7 @@ class CompiledPass:
 
 
 def _magnitudes(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The fields of `Magnitudes` as two scalars."""
+    """The fields of `Magnitudes` as two scalar tensors."""
     largest, finite = ops.zeros(()), ops.ones((), "bool")
     for x in floats_of(tensors):
         if 0 in x.shape:

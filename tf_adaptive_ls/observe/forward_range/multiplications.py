@@ -1,4 +1,4 @@
-"""Counts the multiplications in a call of a layer."""
+"""Counts the multiplications of a layer call."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from tf_adaptive_ls.backend.types import Tensor
 def multiplications_of(
     operation: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> float:
-    """The multiplications by the weights of a layer in one call, and of attention scores.
+    """The number of multiplications by weights and in attention in one call of a layer.
 
-    0 for what is no layer, and for layers that multiply element by element.
+    0 for operations that are not layers, and for layers that multiply element by element.
 
     Args:
-        operation: The layer, or an operation.
-        inputs: The floating-point tensors that it takes.
-        outputs: Those that it returns.
+        operation: The layer or operation.
+        inputs: List of the floating-point tensors that it takes.
+        outputs: List of those that it returns.
     """
     if not isinstance(operation, keras.layers.Layer) or not inputs or not outputs:
         return 0.0
@@ -28,7 +28,7 @@ def multiplications_of(
         return 0.0
     if isinstance(operation, keras.layers.MultiHeadAttention):
         return _places(inputs[0]) * sum(weights) + _of_scores(operation, inputs)
-    if hasattr(operation, "kernel_size"):  # a convolution, at each place of its output
+    if hasattr(operation, "kernel_size"):  # a convolution multiplies at each position of its output
         first = operation.data_format == "channels_first"
         channels = outputs[0].shape[1 if first else -1]
         return float(math.prod(outputs[0].shape) / channels * sum(weights))
@@ -40,7 +40,7 @@ def _places(tensor: Tensor) -> float:
 
 
 def _of_scores(attention: Any, inputs: Sequence[Tensor]) -> float:
-    """Of queries by keys, and of what follows by values."""
+    """Multiplications of queries by keys, and of attention weights by values."""
     keys = inputs[1] if len(inputs) > 1 else inputs[0]
     config = attention.get_config()
     widths = config["key_dim"] + (config["value_dim"] or config["key_dim"])

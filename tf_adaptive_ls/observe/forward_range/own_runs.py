@@ -24,17 +24,17 @@ from tf_adaptive_ls.training.call_tensors import CallTensors
 
 
 class OwnRuns:
-    """Reads the range of all parts of a model while it runs.
+    """Reads the ranges of all parts of a model while it runs, and runs each part by itself.
 
     Args:
         model: The model.
-        room: By how many binades inputs are made larger.
-        only: Name of the only part that is run by itself, `None` for all.
+        room: Number of binades by which inputs are enlarged.
+        only: Name of the only part to run by itself. `None` for all.
 
     Attributes:
-        first_nonfinite: Name of the first part that has returned Inf or NaN for finite inputs in
-            float32; empty for none.
-        finite_as_it_is: Whether all outputs of the model as it is were finite.
+        first_nonfinite: Name of the first part that returned Inf or NaN in float32 for finite
+            inputs. Empty if there was none.
+        finite_as_it_is: Whether all outputs of the unchanged model were finite.
     """
 
     def __init__(self, model: keras.Model, room: float, only: str | None = None) -> None:
@@ -45,11 +45,12 @@ class OwnRuns:
         self.finite_as_it_is = True
 
     def read_batch(self, x: Any, training: bool) -> Any:
-        """The outputs of the model for a batch, computed in float32, while parts are read."""
+        """Reads the parts on one batch. Returns the outputs of the model, computed in float32."""
         self._number_of_call = {}
         with (
             self.calls.seen(),
-            np.errstate(over="ignore", invalid="ignore"),  # of constants
+            # a tensor that is not computed from inputs
+            np.errstate(over="ignore", invalid="ignore"),
         ):
             outputs = CallTensors(self.calls.as_it_is(x, training)).tensors
             self.finite_as_it_is = self.finite_as_it_is and magnitudes(outputs).finite
@@ -84,7 +85,7 @@ class OwnRuns:
             own_run = _OwnRun(self, reading, original, values, reading.dtypes[number])
             try:
                 self._measure(reading, own_run, args, kwargs, of_inputs.largest)
-            except Exception as error:  # whatever a layer cannot do
+            except Exception as error:  # a layer may raise anything
                 reading.problem = f"{type(error).__name__}: {error}"[:80]
         return outputs
 
@@ -94,9 +95,9 @@ class OwnRuns:
         wide, narrow = own_run.both(args, kwargs, 1.0)
         error = _error(wide, narrow)
         if error > WRONG and _error(wide, own_run.both(args, kwargs, 1.0)[0]) > 0:
-            return  # It draws other random numbers each time.
+            return  # In another dtype, it would draw other random numbers.
         reading.errors.append(error)
-        # As much as inputs may grow without overflowing themselves.
+        # Inputs may be enlarged until they themselves would overflow.
         factor = 2.0**self._room
         if largest_in:
             factor = min(factor, 2.0 ** math.floor(math.log2(reading.limit / largest_in)))
@@ -107,7 +108,7 @@ class OwnRuns:
             reading.errors_grown.append(_error(wide, narrow))
 
     def force(self, reading: Reading, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A call of a part inside another that is run by itself: as in float32, then cast."""
+        """Calls a part inside of the part that runs by itself: computes in float32, then casts."""
         up = CallTensors((args, kwargs))
         args, kwargs = up.replaced([_cast(tensor, "float32") for tensor in up.tensors])
         with self.calls.lead_to(straight_on), keras_internals.AutocastScope("float32"):
@@ -119,14 +120,14 @@ class OwnRuns:
 
 
 class _OwnRun:
-    """Runs one call of a part by itself, in the dtype that it has and in float32.
+    """Runs one call of a part by itself, in its own dtype and in float32.
 
     Args:
         runs: The `OwnRuns`.
-        reading: Of the part.
-        call: What is called for it.
+        reading: The `Reading` of the part.
+        call: The function that calls it.
         values: Pairs of its variables and the values that they had before the call.
-        dtypes: The dtypes of its inputs when the model runs as it is.
+        dtypes: The dtypes of its inputs in the unchanged model.
     """
 
     def __init__(
@@ -141,14 +142,14 @@ class _OwnRun:
         self._values, self._dtypes = values, dtypes
 
     def both(self, args: Any, kwargs: Any, factor: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs in float32 and in the part's dtype, of inputs times `factor`, a power of two."""
+        """Outputs in float32 and in the part's dtype, for inputs times `factor`, a power of two."""
         found = CallTensors((args, kwargs))
         inputs = [
             _cast(_times(tensor, factor), dtype)
             for tensor, dtype in zip(found.tensors, self._dtypes, strict=True)
         ]
-        # Both are of inputs as they are when rounded: what then decides, as by comparing them,
-        # decides the same.
+        # Both start from the same rounded inputs, so that comparisons inside of the part have the
+        # same results.
         wide_args, wide_kwargs = found.replaced([_cast(tensor, "float32") for tensor in inputs])
         with self._runs.calls.lead_to(straight_on):
             wide = self._run(wide_args, wide_kwargs, "float32")
@@ -172,7 +173,7 @@ class _OwnRun:
 
 
 def _cast(tensor: Tensor, dtype: Any) -> Tensor:
-    """A floating-point tensor in another dtype, finite if it was."""
+    """A floating-point tensor in another dtype. Finite numbers stay finite."""
     if not keras.backend.is_float_dtype(dtype_of(tensor)):
         return tensor
     if is_narrow_dtype(dtype) and dtype_of(tensor) != dtype:
@@ -188,9 +189,9 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
 
 
 def _error(wide: Sequence[Tensor], narrow: Sequence[Tensor]) -> float:
-    """The largest of `norm(narrow - wide) / norm(wide)` of several tensors.
+    """The largest `norm(narrow - wide) / norm(wide)` of several tensors.
 
-    What is not finite in float32 either does not count.
+    Numbers that are not finite in float32 are left out.
     """
     worst = 0.0
     for reference, array in zip(arrays_of(wide), arrays_of(narrow), strict=True):

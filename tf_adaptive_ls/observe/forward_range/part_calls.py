@@ -15,7 +15,7 @@ from tf_adaptive_ls.training.neutral_scales import neutral_scales
 
 
 class PartCalls:
-    """Leads calls of all parts of a model to a function, for a while.
+    """Intercepts the calls of all parts of a model for a while.
 
     Args:
         model: The model.
@@ -33,15 +33,15 @@ class PartCalls:
 
     @contextlib.contextmanager
     def seen(self, state: Iterable[Any] = ()) -> Iterator[None]:
-        """Context in which calls of parts can be led to something.
+        """Context manager in which calls of parts can be intercepted.
 
         Args:
-            state: Pairs of a variable of the model and the value that it has for them.
+            state: Pairs of a variable of the model and its value during these calls.
         """
         self._trace, self._state = functions.current_trace(), list(state)
         with (
             contextlib.ExitStack() as undo,
-            keras_internals.not_rematerialised(self._model),
+            keras_internals.not_rematerialized(self._model),
             neutral_scales(),
         ):
             for reading in self.readings:
@@ -51,7 +51,7 @@ class PartCalls:
 
     @contextlib.contextmanager
     def lead_to(self, run: Callable[..., Any]) -> Iterator[None]:
-        """Context in which `run(reading, call, args, kwargs)` is called for every call."""
+        """Context manager in which every call becomes `run(reading, call, args, kwargs)`."""
         before, self._run = self._run, run
         try:
             yield
@@ -59,18 +59,18 @@ class PartCalls:
             self._run = before
 
     def are_seen(self, tensors: list[Any]) -> bool:
-        """Whether a call with such tensors is no part of a loop: what runs that answers for it."""
+        """Whether these tensors are outside of loops. A loop belongs to the part that runs it."""
         return functions.belong_to(self._trace, tensors)
 
     def as_it_is(self, x: Any, training: bool) -> Any:
-        """The outputs of the model as it is; readings learn its dtypes."""
+        """The outputs of the unchanged model. Readings record the dtypes."""
         for reading in self.readings:
             reading.dtypes = []
         with keras.StatelessScope(self._state), self.lead_to(self._look):
             return self._model(x, training=training)
 
     def in_float32(self, run: Callable[..., Any], x: Any, training: bool) -> Any:
-        """The outputs of the model computed in float32; calls of parts lead to `run`."""
+        """The outputs of the model computed in float32, with calls of parts going to `run`."""
         with (
             keras.StatelessScope(self._state),
             self.lead_to(run),

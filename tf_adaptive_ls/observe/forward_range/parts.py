@@ -16,13 +16,14 @@ class Part(NamedTuple):
     """A layer, or an operation between layers.
 
     Attributes:
-        name: Its path through the model, as in `scale_table`.
+        name: Its path in the model, as in `scale_table`.
         operation: The `keras.Operation`.
-        inside: The layer, and all layers inside it that are not parts themselves. A layer of
-            Keras, such as attention or an RNN, is one part with all that is inside it.
-        autocasts: Whether it reads its weights in the dtype that it computes in.
-        casts: Whether it casts floating-point inputs to that, too.
-        is_open: Whether it is made of other parts: a model, or an author's layer with layers.
+        inside: The layer, and all layers inside of it that are not parts themselves. A Keras layer,
+            such as attention or an RNN, is one part with everything inside of it.
+        autocasts: Whether it reads its weights in its compute dtype.
+        casts: Whether it also casts floating-point inputs to its compute dtype.
+        is_open: Whether it consists of other parts: a model, or a user-defined layer with layers
+            inside.
         is_graph: Whether it is a model of which every operation is a part.
     """
 
@@ -36,7 +37,7 @@ class Part(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        """Whether it draws random numbers itself."""
+        """Whether the part itself draws random numbers."""
         return any(
             isinstance(value, keras.random.SeedGenerator)
             for layer in self.inside
@@ -45,9 +46,9 @@ class Part(NamedTuple):
 
     @property
     def runs_alone(self) -> bool:
-        """Whether the part can be run by itself, the same in two dtypes.
+        """Whether the part can be run by itself in two dtypes with the same result.
 
-        Random numbers of one dtype are not those of another, for the same seed.
+        The random numbers for one seed differ between dtypes.
         """
         if self.is_graph:
             return False
@@ -55,9 +56,10 @@ class Part(NamedTuple):
 
     @property
     def dtype(self) -> str | None:
-        """The dtype that a layer computes in; of an operation its inputs decide: `None`.
+        """The compute dtype of a layer. `None` for an operation, whose dtype depends on its inputs.
 
-        What an author's layer does between layers inside it is done in the narrowest of theirs.
+        For a user-defined layer that computes between layers inside of it, the narrowest dtype of
+        these.
         """
         layer = self.operation
         if not isinstance(layer, keras.layers.Layer):
@@ -67,13 +69,13 @@ class Part(NamedTuple):
             inside = keras_internals.parts_of(layer) if self.is_open else self.inside[:1]
             layers = [each for each in inside if not isinstance(each, LayerScaling)]
             return narrowest(each.compute_dtype for each in layers).name
-        # It casts to the dtypes of its `Input`s, whatever its policy is. A Sequential model made
-        # without one has one of its first layer's dtype.
+        # A Functional model casts to the dtypes of its `Input`s, whatever its policy is. A
+        # Sequential model without an `Input` has one with the dtype of its first layer.
         return narrowest(tensor.dtype for tensor in graph.inputs).name
 
 
 def parts_of_model(model: keras.Model) -> list[Part]:
-    """All parts of a model, each once: the model, then what is in it."""
+    """All parts of a model, each once: first the model, then the parts inside of it."""
     seen = {id(model)}
     parts = [_part(model, model.name)]
     for operation in _inside(model):
@@ -85,7 +87,7 @@ def _parts(operation: Any, prefix: str, seen: set[int]) -> Iterator[Part]:
     name = prefix + operation.name
     if isinstance(operation, LayerScaling):
         if isinstance(operation, Companion):
-            return  # is inside the layer that it scales
+            return  # a companion is inside of the layer that it scales
         operation = operation.layer
     if id(operation) in seen or isinstance(operation, keras.layers.InputLayer):
         return
@@ -115,10 +117,10 @@ def _part(operation: Any, name: str) -> Part:
 
 
 def _inside(operation: Any) -> list[Any]:
-    """What of an operation is a part: of a model and of an author's layer all that is in it.
+    """What parts an operation contains: everything in a model and in a user-defined layer.
 
-    A layer of Keras may run layers in loops, of which nothing gets out; and a policy of one layer
-    inside it would be lost when the model is loaded.
+    A Keras layer may run layers in loops, whose values cannot be read outside. Changes to the
+    policy of a single layer inside of it would also be lost when the model is loaded.
     """
     if not isinstance(operation, keras.layers.Layer):
         return []

@@ -22,25 +22,28 @@ from tf_adaptive_ls.observe.drawing import (
 from tf_adaptive_ls.observe.forward_range.result import ForwardRange
 from tf_adaptive_ls.observe.record.run import Run, load_run
 
-# Binades between the last and the first colour: what float16 has above 1.
+# Binades between the last and the first color: those that float16 has above 1.
 _MOST_ROOM = 16
-# Room below which `LossScaleMonitor` warns of what falls.
+# The room below which `LossScaleMonitor` warns about falling room.
 _LOW = 4
 
 
 def plot_forward_range(result: ForwardRange, *, dark: bool = False) -> Figure:
-    """The largest activations of every part of a model, against what its dtype holds.
+    """Draws the largest activations of every part of a model, and what its dtype can hold.
 
-    A row is a part, in the order of the model: a circle marks the largest input, a disc the
-    largest output. To the right of the red line the dtype overflows; the zone in front
-    of it is the room that was asked for. Parts with a verdict are red.
+    Each row is a part, in the order of the model. A circle marks the largest input, a disc the
+    largest output. Beyond the red line, the dtype overflows. The zone before the line is the room
+    that was asked for. Parts with a verdict are red.
 
     Args:
-        result: What `forward_range` returned.
+        result: A `ForwardRange`.
         dark: Whether to draw on black.
 
+    Returns:
+        A `matplotlib.figure.Figure`.
+
     Raises:
-        ValueError: If `result` is something else.
+        ValueError: If `result` is not a `ForwardRange`.
     """
     if not isinstance(result, ForwardRange):
         raise ValueError(
@@ -52,12 +55,12 @@ def plot_forward_range(result: ForwardRange, *, dark: bool = False) -> Figure:
         figure = Figure(figsize=(9, height_of(len(parts)) + 1.2), layout="constrained")
         axes = figure.subplots()
         rows = np.arange(len(parts))
-        colours = [RED if part.verdicts else BLUE for part in parts]
+        colors = [RED if part.verdicts else BLUE for part in parts]
         inputs = [_log2(part.largest_in) for part in parts]
         outputs = [_log2(part.largest_out) for part in parts]
-        axes.hlines(rows, inputs, outputs, color=colours, linewidth=0.8)
-        axes.scatter(inputs, rows, s=22, facecolors="none", edgecolors=colours, label="in")
-        axes.scatter(outputs, rows, s=22, color=colours, label="out")
+        axes.hlines(rows, inputs, outputs, color=colors, linewidth=0.8)
+        axes.scatter(inputs, rows, s=22, facecolors="none", edgecolors=colors, label="in")
+        axes.scatter(outputs, rows, s=22, color=colors, label="out")
         limits = {math.log2(FloatFormat(part.float_format).largest) for part in parts}
         for limit in limits:
             axes.axvspan(limit - result.room, limit, color=ORANGE, alpha=0.25, linewidth=0)
@@ -73,18 +76,22 @@ def plot_forward_range(result: ForwardRange, *, dark: bool = False) -> Figure:
 
 
 def plot_forward_rooms(run: Run | str | os.PathLike[str], *, dark: bool = False) -> Figure:
-    """How much room every part of the forward pass had before overflow, over time.
+    """Draws how much room every part of the forward pass had before overflow, over time.
 
-    On top the least room of any part, in binades: below zero the forward pass overflows. Below it a
-    row is a part, in the order of the model; its colour is its room, and red for none.
+    The upper part shows the least room of any part, in binades; below zero, the forward pass
+    overflows. In the lower part, each row is a part, in the order of the model. Its color is its
+    room; red means no room.
 
     Args:
-        run: A `Run` of a `LossScaleMonitor` with a batch, or the path of its record.
+        run: A `Run` of a `LossScaleMonitor` with a `batch`, or the path of its record.
         dark: Whether to draw on black.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If `run` is something else.
+        ValueError: If `run` is not such a run.
     """
     if isinstance(run, (str, os.PathLike)):
         run = load_run(run)
@@ -126,5 +133,5 @@ def plot_forward_rooms(run: Run | str | os.PathLike[str], *, dark: bool = False)
 
 
 def _log2(magnitude: float) -> float:
-    """NaN, which is not drawn, for what is zero or infinite."""
+    """log2 of magnitudes. NaN, which is not drawn, for zero and infinity."""
     return math.log2(magnitude) if 0 < magnitude < math.inf else math.nan

@@ -15,7 +15,7 @@ from tf_adaptive_ls.observe.forward_range.own_runs import OwnRuns
 from tf_adaptive_ls.observe.forward_range.result import ForwardRange
 from tf_adaptive_ls.training.call_tensors import is_inexact
 
-# A room of so many binades is all that float16 has above 1.
+# float16 has this many binades above 1.
 _MOST_ROOM = 16
 
 
@@ -65,7 +65,7 @@ def forward_range(
 def ranges_of(
     model: keras.Model, batches: Any, room: float, training: bool, only: str | None = None
 ) -> ForwardRange:
-    """`forward_range` of a model that was looked at, or of one part of it, by its name."""
+    """The `forward_range` of the model of `runs`, or of the part that it is limited to."""
     if not is_number(room) or not 0 <= room <= _MOST_ROOM:
         raise ValueError(
             f"Expected `room` to be a number of binades from 0 to {_MOST_ROOM}. "

@@ -1,4 +1,4 @@
-"""`Reading`: the range of one part of a model so far, and its verdicts."""
+"""`Reading`: what was seen of one part of a model so far, and its verdicts."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ from tf_adaptive_ls.observe.forward_range.result import (
 
 
 class Magnitudes(NamedTuple):
-    """Of several tensors.
+    """The magnitudes of several tensors.
 
     Attributes:
-        largest: The largest finite magnitude in them.
-        finite: Whether all in them is finite.
+        largest: The largest finite magnitude.
+        finite: Whether all numbers are finite.
     """
 
     largest: float
@@ -39,12 +39,13 @@ class Reading:
         part: The `Part`.
 
     Attributes:
-        dtype: What it computes in; of an operation between layers known once it was called.
-        dtypes: A list for each call, of the dtypes of its inputs when the model runs as it is.
+        dtype: Its compute dtype. That of an operation between layers is known after its first call.
+        dtypes: For each call, a list of the dtypes of its inputs in the unchanged model.
         returns_narrow: Whether it has returned a narrow dtype.
-        multiplications: How many it took, of all calls.
-        errors, errors_grown: Lists of errors of its own output, as it is and with larger inputs.
-        problem: Why it could not be run by itself; empty if it could.
+        multiplications: Number of multiplications in all calls.
+        errors: List of relative errors of its own output.
+        errors_grown: List of these errors with enlarged inputs.
+        problem: Why it could not be run by itself. Empty if it could.
     """
 
     def __init__(self, part: Part) -> None:
@@ -56,7 +57,7 @@ class Reading:
         self.forget()
 
     def forget(self) -> None:
-        """Forgets all values that were seen, but not the dtypes."""
+        """Forgets all values, but not the dtypes."""
         self.calls, self.multiplications = 0, 0.0
         self.largest_in = self.largest_out = 0.0
         self.errors: list[float] = []
@@ -69,7 +70,7 @@ class Reading:
 
     @property
     def casts(self) -> bool:
-        """Whether it casts what it takes to a narrow dtype."""
+        """Whether it casts its inputs to a narrow dtype."""
         part = self.part
         if not part.casts or self.dtype is None:
             return False
@@ -81,7 +82,7 @@ class Reading:
         return FloatFormat(self.dtype or "float32").largest
 
     def add_dtypes(self, inputs: list[str], outputs: list[str]) -> None:
-        """Adds what dtypes the model has, as it is, in a call."""
+        """Records the dtypes of a call in the unchanged model."""
         self.dtypes.append(inputs)
         if self.part.dtype is None:
             self.dtype = narrowest(inputs).name if _are_narrow(inputs) else "float32"
@@ -90,11 +91,11 @@ class Reading:
     def add(
         self, inputs: Magnitudes, outputs: Magnitudes, dtypes_out: list[str]
     ) -> tuple[bool, bool]:
-        """Adds what was seen of a call in float32.
+        """Records the values of a call in float32.
 
         Returns:
-            Whether the part made what is not finite of what is; and whether its dtype holds
-            all that it takes and returns.
+            Whether the part turned finite inputs into non-finite outputs; and whether its dtype can
+            hold all of its inputs and outputs.
         """
         largest_out = outputs.largest
         makes_nonfinite = inputs.finite and not outputs.finite
@@ -109,9 +110,9 @@ class Reading:
         return makes_nonfinite, max(inputs.largest, largest_out) <= self.limit
 
     def result(self, room: float) -> PartRange:
-        """A `PartRange`, with verdicts at a room in binades."""
+        """The `PartRange`, with verdicts for `room` binades."""
         part, bound = self.part, self.limit / 2**room
-        # What a graph returns is told of what is in it.
+        # The outputs of a graph are reported for the parts inside of it.
         returns_narrow = self.returns_narrow and not part.is_graph
         errors = [*self.errors, *self.errors_grown]
         found = {
@@ -137,7 +138,7 @@ class Reading:
 
 
 def magnitudes(tensors: Sequence[Tensor]) -> Magnitudes:
-    """The `Magnitudes` of tensors whose numbers are known."""
+    """The `Magnitudes` of concrete tensors."""
     largest, all_finite = 0.0, True
     for array in arrays_of(tensors):
         finite = np.isfinite(array)
@@ -147,7 +148,7 @@ def magnitudes(tensors: Sequence[Tensor]) -> Magnitudes:
 
 
 def arrays_of(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
-    """The floating-point ones of tensors, as arrays of float32."""
+    """The floating-point tensors among `tensors`, as float32 arrays."""
     for tensor in floats_of(tensors):
         yield np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
 
@@ -161,6 +162,6 @@ def dtype_of(tensor: Tensor) -> str:
 
 
 def _are_narrow(dtypes: Sequence[str]) -> bool:
-    """Whether what is computed from floats of several dtypes has a narrow one."""
+    """Whether a computation with inputs of these dtypes has a narrow result."""
     floats = [dtype for dtype in dtypes if keras.backend.is_float_dtype(dtype)]
     return bool(floats) and is_narrow_dtype(keras.backend.result_type(*floats))

@@ -7,7 +7,7 @@ from typing import Any
 from tf_adaptive_ls.backend.tables import Shown, Table
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
-# An error of the output of a part that rounding does not explain: it makes one of 3e-4 … 1e-3.
+# A larger relative error cannot come from rounding, which causes 3e-4 … 1e-3 in a part.
 WRONG = 0.1
 
 ENTRY, OUTPUT, INSIDE = "entry", "output", "inside"

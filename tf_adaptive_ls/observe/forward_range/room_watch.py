@@ -14,34 +14,34 @@ from tf_adaptive_ls.observe.forward_range.compiled_pass import CompiledPass
 from tf_adaptive_ls.observe.forward_range.ranges import ranges_of
 from tf_adaptive_ls.observe.forward_range.result import INSIDE, PartRange
 
-# All in binades. A part is told of that has a verdict at the first, as by default in
-# `forward_range`, or has fallen to the second, by the third or more.
+# In binades. `RoomWatch` warns about a part that has a verdict for the first, as `forward_range`
+# does by default, or whose room fell to the second, by at least the third.
 _ROOM, _LOW, _FALLEN = 2, 4, 1
-# Or whose room falls over so many records that so many more would use it up. What is farther away
-# is not told of: values that begin at zero grow fast.
+# It also warns if the room falls at a rate that would use it up within this many more records. A
+# longer forecast is no use, because values that start at zero grow fast.
 _RECORDS, _AHEAD, _NEAR = 5, 10, 10
-# Of smaller values not even the fourth power overflows.
+# The fourth power of smaller values does not overflow.
 _SMALL = 14
 
 _MOST_NAMED = 5
 
-# The last records of a part: after how many steps it had how much room.
+# The last records of a part: pairs of a step and the room.
 _Recent: TypeAlias = "collections.deque[tuple[int, float]]"
 
 
 class RoomWatch:
     """Measures the room of all parts of a model on one batch, and warns when it runs out.
 
-    A look is one compiled forward pass in float32 that takes maxima. Parts are run by
-    themselves, for what overflows inside them, at the first look and whenever the values of one
+    One look is a compiled forward pass in float32 that computes maxima. To find overflows inside of
+    parts, it also runs parts by themselves: at the first look, and whenever the values of a part
     have doubled since.
 
     Args:
         model: The model.
-        x: Inputs of the model, one batch.
+        x: One batch of inputs.
 
     Attributes:
-        least: The least room of any part at the last look, in binades; infinite if no part computes
+        least: The least room of any part at the last look, in binades. Infinite if no part computes
             in a dtype with less range than float32.
     """
 
@@ -55,17 +55,17 @@ class RoomWatch:
         self.least = math.inf
 
     def look(self, step: int) -> dict[str, float]:
-        """Measures, and warns of parts that were not told of yet.
+        """Measures the room, and warns about parts that were not warned about before.
 
         Args:
-            step: How many steps have been taken.
+            step: Number of steps so far.
 
         Returns:
-            The room of each part that computes in a dtype with less range than float32, in
-            binades, by name.
+            Dict of the room, in binades, of each part that computes in a dtype with less range than
+            float32.
 
         Raises:
-            ValueError: At the first look, if the model's outputs are not finite in float32.
+            ValueError: At the first look, if the outputs of the model are not finite in float32.
         """
         parts = [part for part in self._pass.ranges(_ROOM) if is_narrow_dtype(part.float_format)]
         rooms = {part.name: part.room for part in parts}
@@ -81,7 +81,7 @@ class RoomWatch:
         return rooms
 
     def _overflow_inside(self, rooms: dict[str, float]) -> set[str]:
-        """Names of the parts that overflow inside or nearly do; none if it is not time to look."""
+        """Names of parts that overflow inside, or nearly. Empty if it is not time to look."""
         lowest = self._at_own_runs
         if lowest and not any(
             room < min(_SMALL, lowest.get(name, math.inf) - 1) for name, room in rooms.items()
@@ -90,14 +90,14 @@ class RoomWatch:
         self._at_own_runs = {
             name: min(room, lowest.get(name, math.inf)) for name, room in rooms.items()
         }
-        # What is not finite in float32 either is an error at first only.
+        # A part that is not finite in float32 either is an error at the first look only.
         with contextlib.suppress(*[ValueError] if lowest else []):
             found = ranges_of(self._model, [self._x], _ROOM, training=True)
             return {part.name for part in found.parts if INSIDE in part.verdicts}
         return set()
 
     def _reason(self, part: PartRange, inside: set[str]) -> str:
-        """What there is to be said of a part, or nothing."""
+        """Why to warn about a part, or an empty string."""
         recent = self._recent[part.name]
         lost, steps = recent[0][1] - part.room, recent[-1][0] - recent[0][0]
         falls = f", {lost:.1f} less than {steps} steps before" if lost >= _FALLEN else ""
@@ -128,11 +128,11 @@ class RoomWatch:
 
 
 def _step_of_overflow(recent: _Recent) -> float | None:
-    """The step at which the last records of a part lead to overflow, if that is near."""
+    """The step at which the trend of the last records leads to overflow, if it is near."""
     steps, rooms = np.array(recent).T
     if len(recent) < _RECORDS or not np.isfinite(rooms).all() or rooms[-1] > _NEAR:
         return None
-    # What falls ever more slowly comes to rest: the last two have to lead there, too.
+    # A decline that slows down will stop: the last two records must lead to overflow, too.
     slope = max(np.polyfit(steps, rooms, 1)[0], np.polyfit(steps[-2:], rooms[-2:], 1)[0])
     ahead = _AHEAD * (steps[-1] - steps[0]) / (_RECORDS - 1)
     if slope >= 0 or rooms[-1] + slope * ahead > 0:

@@ -16,7 +16,7 @@ from tf_adaptive_ls.observe.forward_range.ranges import ranges_of
 from tf_adaptive_ls.observe.forward_range.result import ForwardRange, PartRange
 from tf_adaptive_ls.training.layer_scaling import LayerScaling
 
-# A wide tensor that reaches another part is found in the next round: by then few are left.
+# If a widened tensor reaches another part, the next round finds it; few parts are left then.
 _MOST_ROUNDS = 10
 
 
@@ -126,7 +126,7 @@ def widen(
 
 
 class _Work:
-    """What is done to a model.
+    """The changes made to a model.
 
     Args:
         model: The model.
@@ -146,7 +146,7 @@ class _Work:
             self._undo.pop()()
 
     def result(self, first: ForwardRange | None, rounds: int) -> Widening:
-        """The `Widening`, `first` being what the model was found to be before."""
+        """The `Widening`. `first` is the `ForwardRange` of the model before."""
         share = None
         if first is not None:
             were = [part for part in first.parts if is_narrow_dtype(part.float_format)]
@@ -169,16 +169,16 @@ class _Work:
             self._widen(name, "asked for")
 
     def widen_by_ranges(self, look: Callable[..., ForwardRange]) -> Widening:
-        """Widens until nothing is found.
+        """Widens parts until none is flagged.
 
         Args:
-            look: Function of the name of one part, or `None` for all, to a `ForwardRange`.
+            look: Function from the name of one part, or `None` for all, to a `ForwardRange`.
         """
         result = first = look()
         rounds = 1
         while rounds < _MOST_ROUNDS:
             self._costs = {part.name: part.multiplications for part in result.parts}
-            # Those made of parts last: these may be all that is to be mended.
+            # Parts that contain parts come last: fixing the inner ones may be enough.
             flagged = sorted(result.flagged, key=lambda part: self._parts[part.name].is_open)
             if not any([self._mend(part, look) for part in flagged]):
                 break
@@ -190,7 +190,7 @@ class _Work:
         return self.result(first, rounds)
 
     def _mend(self, found: PartRange, look: Callable[..., ForwardRange]) -> bool:
-        """Widens what mends a part; whether anything was."""
+        """Widens what removes the verdicts of a part. Returns whether anything was widened."""
         part, verdicts = self._parts[found.name], ", ".join(found.verdicts)
         if found.name in self._unmended:
             return False
@@ -205,7 +205,7 @@ class _Work:
         return self._widen_least([part.name], around, part, verdicts, look)
 
     def _authors_part_around(self, part: Part) -> Part | None:
-        """The innermost author's layer or model that a part is in, `None` if there is none."""
+        """The innermost user-defined layer or model that contains a part, or `None`."""
         around = [
             each
             for each in self._parts.values()
@@ -216,17 +216,17 @@ class _Work:
     def _widen_least(
         self, first: list[str], around: Part, part: Part, verdicts: str, look: Callable[..., Any]
     ) -> bool:
-        """Widens the cheapest layers that suffice to mend a part; whether anything was.
+        """Widens the cheapest layers that suffice for a part. Returns whether anything was widened.
 
-        What an author's layer computes from tensors of two dtypes has the wider one, or, on
-        TensorFlow, cannot be computed.
+        If a user-defined layer computes from tensors of two dtypes, the result has the wider dtype,
+        or, on TensorFlow, it fails.
 
         Args:
             first: The names to begin with.
-            around: The `Part` in which the layers are.
-            part: That to be mended.
-            verdicts: Its verdicts.
-            look: As of `widen_by_ranges`.
+            around: The `Part` that contains the layers.
+            part: The name of the part to fix.
+            verdicts: The verdicts of that part.
+            look: As in `widen_by_ranges`.
         """
 
         def suffice(names: list[str]) -> bool:
@@ -235,7 +235,7 @@ class _Work:
                 self._widen(name, verdicts)
             try:
                 return not look(part.name).flagged
-            except Exception:  # whatever such a layer raises
+            except Exception:  # such a layer may raise anything
                 return False
             finally:
                 while len(self._undo) > before:
@@ -261,7 +261,7 @@ class _Work:
         return any([self._widen(n, verdicts if n == part.name else reason) for n in needed])
 
     def _below(self, part: Part) -> list[str]:
-        """Names of the layers in a part that are widened as a whole."""
+        """Names of the layers inside of a part that are widened as a whole."""
         if not part.is_open:
             return []
         prefix = "" if part.operation is self._model else f"{part.name}/"
@@ -272,7 +272,7 @@ class _Work:
         ]
 
     def _cheapest_feeder(self, part: Part) -> str | None:
-        """The layer with the fewest multiplications that an operation takes tensors from."""
+        """The layer with the fewest multiplications among the inputs of an operation."""
         found: dict[str, float] = {}
         queue, seen = [part.operation], set()
         while queue:

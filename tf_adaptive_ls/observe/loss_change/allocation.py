@@ -1,14 +1,14 @@
 """`loss_change`: divides the change of the loss among weights.
 
 Loss Change Allocation (Lan, Liu, Zhou, Yosinski 2019, arXiv 1909.01440) divides the change
-of the loss between two points of a training run among the weights. Along the straight path
-from `before` to `after`, with D = after - before, the weight i is given
+of the loss between two points of a training run among the weights. On the straight path from
+`before` to `after`, with D = after - before, the share of weight i is
 
     A_i = D_i * integral over s from 0 to 1 of g_i(before + s D)
 
-which is negative if its move has lowered the loss. The gradient is the loss's own, so that
-all A add up to the change of the loss: with the gradients that training in float16 has used,
-whatever is missing was lost to underflow.
+It is negative if the change of the weight has lowered the loss. Here g is the exact gradient of
+the loss, so all shares add up to the change of the loss. With the gradients of float16 training
+instead, the difference is what underflow has lost.
 """
 
 import collections
@@ -36,7 +36,7 @@ DTYPES = ("float32", "as trained")
 
 
 class NonfiniteLossError(ValueError):
-    """The loss, or a gradient of it, is not finite at some point of the path."""
+    """The loss or its gradient is not finite at some point of the path."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,9 +182,9 @@ def loss_change(
 
 
 class LossPath:
-    """Allocates on paths of one model; what it compiles for one path serves the next.
+    """Allocates along paths of one model. Compiled functions are reused for all paths.
 
-    Args: as those of `loss_change`.
+    The arguments are those of `loss_change`.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class LossPath:
         batches: Any,
         as_trained: bool = False,
     ) -> list[Allocation]:
-        """A list of `Allocation`s: in float32 and, if asked for, as trained."""
+        """A list of `Allocation`s: in float32 and, if requested, as trained."""
         before, after = self._coordinates("before", before), self._coordinates("after", after)
         moves = _flat(after) - _flat(before)
         ends = [[ops.convert_to_tensor(w) for w in weights] for weights in (before, after)]
@@ -263,7 +263,7 @@ class LossPath:
         return dict(zip(self._layers, values.tolist(), strict=True))
 
     def _coordinates(self, name: str, weights: Any) -> list[np.ndarray]:
-        """The values in a list of all weights that lie on the path."""
+        """The values, in a list for all weights, of those that are coordinates of the path."""
         expected = [tuple(v.shape) for v in self._weights]
         received = [np.shape(w) for w in weights] if isinstance(weights, Sequence) else None
         if received != expected:
@@ -286,7 +286,7 @@ class LossPath:
         )
 
     def _paths(self) -> Iterator[str]:
-        """The path of every tensor, with a number where two have the same."""
+        """The path of each tensor, with a number if several tensors have the same path."""
         seen: collections.Counter[str] = collections.Counter()
         for variable in self._variables:
             seen[variable.path] += 1
@@ -294,7 +294,7 @@ class LossPath:
             yield variable.path if count == 1 else f"{variable.path}_{count}"
 
     def _divided(self, flat: np.ndarray) -> list[np.ndarray]:
-        """Arrays of the shapes of all tensors of a flat one."""
+        """Splits a flat array into arrays of the shapes of all tensors."""
         shapes = [tuple(v.shape) for v in self._variables]
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         parts = np.split(flat, ends[:-1])
@@ -303,9 +303,9 @@ class LossPath:
     def _integral(
         self, ends: list[list[Tensor]], moves: np.ndarray, batch: Any, number: int, as_trained: bool
     ) -> tuple[tuple[float, float], np.ndarray, int]:
-        """Losses at both ends, what each weight is given, and the number of intervals.
+        """The losses at both ends, the share of each weight, and the number of intervals.
 
-        What is given is an array of one row, in float32, or of a second, as trained.
+        The shares are an array with one row, in float32, or two rows, the second as trained.
         """
         losses = {}
 
@@ -322,7 +322,7 @@ class LossPath:
 
         for intervals, mean_gradients in self._rule(gradients):
             if 1.0 not in losses:
-                gradients(1.0)  # for the loss there
+                gradients(1.0)  # for the loss at the start
             allocated = mean_gradients * moves
             missing = abs(allocated[0].sum() - (losses[1.0] - losses[0.0]))
             if missing <= self._tolerance or intervals >= self._max_intervals:
@@ -332,7 +332,7 @@ class LossPath:
     def _at(
         self, place: float, ends: list[list[Tensor]], batch: Any, as_trained: bool
     ) -> tuple[float, np.ndarray]:
-        """The loss, and rows of its gradient by all that is on the path, at a place of it."""
+        """The loss, and its gradients as rows, at a position on the path."""
         place = ops.convert_to_tensor(place, "float32")
         others = [ops.convert_to_tensor(v.value) for v in self._others]
         with keras_internals.computing_in_float32(self._model), neutral_scales():
@@ -370,7 +370,7 @@ class LossPath:
     def _loss(self, values: Any, others: Any, batch: Any) -> Any:
         x, y, sample_weight = batch
         variables = [*self._variables, *self._others]
-        # The scope holds back updates of metrics.
+        # The scope discards updates of metrics.
         with keras.StatelessScope(list(zip(variables, [*values, *others], strict=True))):
             outputs = self._model(x, training=False)
             return self._model.compute_loss(
@@ -379,12 +379,12 @@ class LossPath:
 
 
 def _is_coordinate(variable: keras.Variable) -> bool:
-    """Whether a loss depends on where `variable` is: not so for what scales losses."""
+    """Whether the loss depends on `variable`. False for the variables of loss scales."""
     return keras.backend.is_float_dtype(variable.dtype) and not variable.overwrite_with_gradient
 
 
 def _between(before: Any, after: Any, place: Any) -> Any:
-    """Exactly `before` at 0, and `after` at 1."""
+    """A point of the path: exactly `before` at 0, and exactly `after` at 1."""
     return [(1 - place) * b + place * a for b, a in zip(before, after, strict=True)]
 
 
@@ -406,14 +406,14 @@ def _as_tensors(batch: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], int]:
 
 
 def _share_of_negative(arrays: list[np.ndarray]) -> float:
-    """Of what is not zero; NaN if all is."""
+    """The share of negative numbers among the non-zero ones. NaN if there are none."""
     negative = sum(int(np.sum(array < 0)) for array in arrays)
     given = sum(np.count_nonzero(array) for array in arrays)
     return negative / given if given else math.nan
 
 
 def _standard_errors(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Those of means over batches, `values @ shares`, of values `[batches, …]`."""
+    """Standard errors of `values @ shares`, means over batches of `values` `[batches, …]`."""
     if len(shares) == 1:
         return np.full(values.shape[1:], math.nan)
     deviations = (values - shares @ values) * shares[:, None]
@@ -421,7 +421,7 @@ def _standard_errors(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def check_settings(tolerance: float, max_intervals: int) -> None:
-    """Raises a `ValueError` for settings that cannot be."""
+    """Raises a `ValueError` for invalid settings."""
     if not is_number(tolerance) or not tolerance > 0:
         raise ValueError(
             "Expected `tolerance` to be a difference of losses, above 0. Received: "

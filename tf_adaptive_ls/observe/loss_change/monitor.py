@@ -100,7 +100,7 @@ class LossChangeMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs: Logs | None = None) -> None:
         check_ready(self.model)
         self._epoch = 0
-        # What another callback may restore is known with the first batch.
+        # Checked at the first batch, when other callbacks may have restored the model.
         self._begun = False
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
@@ -148,12 +148,12 @@ class LossChangeMonitor(keras.callbacks.Callback):
         return optimizer.steps if adaptive else int(optimizer.iterations)
 
     def _set_out(self) -> None:
-        """Begins a path where the weights are."""
+        """Starts a path at the current weights."""
         trainer.sync_state(self.model)
         self._weights, self._since, self._batches = self.model.get_weights(), self._step(), 0
 
     def _look(self) -> None:
-        """Records the path up to here; chords go on from here."""
+        """Records the path up to the current weights. With chords, the next path starts here."""
         before, since = self._weights, self._since
         self._set_out()
         step = self._since

@@ -23,7 +23,7 @@ from tf_adaptive_ls.observe.drawing import (
 from tf_adaptive_ls.observe.record.loss_changes import LossChanges
 from tf_adaptive_ls.observe.record.run import Run, load_run
 
-# As many lines as there are colours to tell them apart.
+# As many lines as there are distinct colors.
 _MOST_NAMED = 8
 _CLIPPED_AT = 99  # percentile
 
@@ -32,16 +32,19 @@ Changing: TypeAlias = Run | str | os.PathLike[str]
 
 
 def plot_loss_change(run: Changing, *, dark: bool = False) -> Figure:
-    """Loss, what each layer has bought of its change, and the share of weights that help.
+    """Draws the loss, its change allocated to each layer, and the share of weights that help.
 
-    On top the true loss and, dashed, where all that is allocated leads from the beginning of
-    each path. In the middle the sums of what each layer was given up to then: the eight that
-    have got most have a colour and a name, the others are grey. Below, the share of weights
-    whose move has lowered the loss.
+    The upper part shows the true loss and, dashed, the loss that the allocated shares lead to from
+    the start of each path. The middle part shows cumulative shares: the eight layers with the
+    largest have a color and a name, all others are gray. The lower part shows the share of weights
+    whose change has lowered the loss.
 
     Args:
         run: A `Run`, or the path of its record.
         dark: Whether to draw on black.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
     """
     with _drawing(run, dark) as changes:
         figure = Figure(figsize=(9, 8), layout="constrained")
@@ -62,18 +65,18 @@ def plot_loss_change(run: Changing, *, dark: bool = False) -> Figure:
         others = np.delete(np.arange(len(changes.layers)), most)
         if len(others):
             label = f"{len(others)} more"
-            lines = middle.plot(steps, sums[:, others], color="grey", alpha=0.5, linewidth=0.7)
+            lines = middle.plot(steps, sums[:, others], color="gray", alpha=0.5, linewidth=0.7)
             lines[0].set_label(label)
         shades = matplotlib.colormaps["turbo"](np.linspace(0.08, 0.92, len(most)))
         for shade, i in zip(shades, sorted(most), strict=True):
             middle.plot(steps, sums[:, i], color=shade, label=shortened(changes.layers[i]))
-        middle.axhline(0, color="grey", linewidth=0.5)
+        middle.axhline(0, color="gray", linewidth=0.5)
         middle.set_ylabel("given to each layer\n(sum so far)")
         figure.legend(
             *middle.get_legend_handles_labels(), loc="outside right center", fontsize="small"
         )
 
-        bottom.axhline(0.5, color="grey", linewidth=0.5)
+        bottom.axhline(0.5, color="gray", linewidth=0.5)
         bottom.plot(changes.steps, changes.helping, color=BLUE, marker=".", markersize=3)
         bottom.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         bottom.set_ylabel("weights that help")
@@ -82,14 +85,17 @@ def plot_loss_change(run: Changing, *, dark: bool = False) -> Figure:
 
 
 def plot_loss_change_map(run: Changing, *, dark: bool = False) -> Figure:
-    """What each layer was given, over time.
+    """Draws the share of each layer over time.
 
-    A row is a layer, the first on top; its colour is the change of the loss per step: blue has
-    lowered it, red has raised it. Colours end at the 99th percentile of all.
+    Each row is a layer, from first to last. Its color is the change of the loss per step: blue has
+    lowered it, red has raised it. Colors saturate at the 99th percentile.
 
     Args:
         run: A `Run`, or the path of its record.
         dark: Whether to draw on black.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
     """
     with _drawing(run, dark) as changes:
         layers = len(changes.layers)
@@ -116,15 +122,18 @@ def plot_loss_change_map(run: Changing, *, dark: bool = False) -> Figure:
 
 
 def plot_loss_change_layers(run: Changing, *, dark: bool = False) -> Figure:
-    """What each layer was given in all, and how much of it underflow has taken.
+    """Draws the total share of each layer, and how much of it was lost to underflow.
 
-    A bar to the left has lowered the loss. Its error bar is the standard error as an estimate
-    for all data. Where the record has it, a second bar shows what the gradients that training
-    in its precision used would have been given: what it is shorter by was lost to underflow.
+    A bar to the left has lowered the loss. Error bars are standard errors of the share as an
+    estimate for all data. If the record has shares as trained, a second bar shows them: where it is
+    shorter, underflow has lost the difference.
 
     Args:
         run: A `Run`, or the path of its record.
         dark: Whether to draw on black.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
     """
     with _drawing(run, dark) as changes:
         names = [*changes.layers, "(moving statistics)"][: None if changes.statistics.any() else -1]
@@ -150,7 +159,7 @@ def plot_loss_change_layers(run: Changing, *, dark: bool = False) -> Figure:
             trained = places[: len(trained)] + shift, trained
             axes.barh(*trained, height, color=ORANGE, label="as trained")
             axes.legend(fontsize="small")
-        axes.axvline(0, color="grey", linewidth=0.5)
+        axes.axvline(0, color="gray", linewidth=0.5)
         axes.set_xlabel("change of the loss")
         axes.set_ylim(len(names) - 0.4, -0.6)
         label_layers(axes, names, range(len(names)))
@@ -159,7 +168,7 @@ def plot_loss_change_layers(run: Changing, *, dark: bool = False) -> Figure:
 
 @contextlib.contextmanager
 def _drawing(run: Changing, dark: bool) -> Iterator[LossChanges]:
-    """Makes `LossChanges` of what stands for some, to be drawn in light or dark inside."""
+    """Context manager that yields the `LossChanges` of `run`, to draw in light or dark."""
     with style(dark):
         if isinstance(run, (str, os.PathLike)):
             run = load_run(run)
@@ -176,11 +185,11 @@ def _drawing(run: Changing, dark: bool) -> Iterator[LossChanges]:
 
 
 def _with_gaps(x: Tensor, y: np.ndarray) -> Iterator[Any]:
-    """Lines `[N, 2]` as one, broken where the next does not begin where the last has ended."""
+    """Lines `[N, 2]` as one line, with gaps where a line does not start at the end of the last."""
     apart = np.full((len(x), 1), np.nan)
     return (np.concatenate([values, apart], axis=1).ravel() for values in (x, y))
 
 
 def _diverging(dark: bool) -> str:
-    """From blue by the background to red."""
+    """Colors from blue through the background color to red."""
     return "berlin" if dark and "berlin" in matplotlib.colormaps else "RdBu_r"

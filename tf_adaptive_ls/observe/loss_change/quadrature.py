@@ -1,7 +1,8 @@
 """Quadrature of a function over 0 … 1.
 
-Each rule yields a number of intervals and an estimate by so many, one after the other. Whatever
-an estimate has asked for serves the next. The function is one of a float to an array.
+Each rule is a generator that yields pairs of a number of intervals and an estimate, with more
+and more intervals. Evaluations of the function are reused. The function maps a float to an
+array.
 """
 
 import itertools
@@ -14,7 +15,7 @@ Estimates: TypeAlias = Iterator[tuple[int, np.ndarray]]
 
 
 def simpson(function: Callable[[float], np.ndarray]) -> Estimates:
-    """By parabolas, over 2, 4, 8, … intervals. Exact for polynomials of degree three."""
+    """Simpson's rule with 2, 4, 8, … intervals. Exact for polynomials of degree three."""
     ends, middles = function(0.0) + function(1.0), function(0.5)
     inner = np.zeros_like(ends)
     for intervals in (2**k for k in itertools.count(1)):
@@ -26,12 +27,12 @@ def simpson(function: Callable[[float], np.ndarray]) -> Estimates:
 
 
 def trapezoid(function: Callable[[float], np.ndarray]) -> Estimates:
-    """By a straight line. Exact for polynomials of degree one."""
+    """The trapezoidal rule with one interval. Exact for polynomials of degree one."""
     yield 1, (function(0.0) + function(1.0)) / 2
 
 
 def first_order(function: Callable[[float], np.ndarray]) -> Estimates:
-    """By the value at the start, as Taylor's first term has it."""
+    """The value at the start, as in a first-order Taylor expansion."""
     yield 1, function(0.0)
 
 

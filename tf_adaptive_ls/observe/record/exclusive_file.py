@@ -1,4 +1,4 @@
-"""A file of lines with one writer at a time."""
+"""`ExclusiveFile`: a file of lines with one writer at a time."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import weakref
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where writers are trusted to keep apart
+except ImportError:  # not on Windows, where nothing locks the file
     fcntl = None  # type: ignore[assignment]
 
 _writers: "weakref.WeakValueDictionary[tuple[int, int], ExclusiveFile]"
@@ -14,24 +14,24 @@ _writers = weakref.WeakValueDictionary()
 
 
 class ExclusiveFile:
-    """Adds lines, each in one piece, to a file that no other process adds to meanwhile.
+    """Appends lines, each in one piece, to a file that no other process writes at the same time.
 
-    In the same process the newer one takes over: what was interrupted, in a notebook, may
-    never have said that it is done. The system takes the lock away from a process that dies.
+    In the same process, a newer writer takes over, because an interrupted notebook cell may never
+    have closed the file. When a process dies, the operating system releases its lock.
 
     Args:
-        path: The file; made if there is none, with its directory.
+        path: The file. It is created with its directory if it does not exist.
 
     Raises:
-        OSError: If the file cannot be written, now or later; `BlockingIOError` if another
-            process writes it.
+        OSError: If the file cannot be written, now or later; `BlockingIOError` if another process
+            writes it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # What is open holds the lock. Lines are added by way of the path, so that it is
-        # noticed when the file is no longer there.
+        # The open file holds the lock. Lines are written through the path, to notice if the file
+        # was removed.
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         self._close = weakref.finalize(self, os.close, descriptor)
         status = os.fstat(descriptor)
@@ -46,15 +46,15 @@ class ExclusiveFile:
         _writers[identity] = self
 
     def read(self) -> bytes:
-        """All of it, in bytes."""
+        """The content of the file, as bytes."""
         return self.path.read_bytes()
 
     def drop_unfinished(self) -> None:
-        """Drops what a killed process left of its last line."""
+        """Removes an unfinished last line, left by a process that was killed."""
         os.truncate(self.path, self.read().rfind(b"\n") + 1)
 
     def add(self, line: str) -> None:
-        """Adds a line, a string without its end."""
+        """Appends a line, a string without its newline."""
         if not self._close.alive:
             raise OSError("another run in this process writes it now")
         with open(self.path, "r+b") as file:
@@ -62,7 +62,7 @@ class ExclusiveFile:
             file.write(f"{line}\n".encode())
 
     def close(self) -> None:
-        """Lets others write the file."""
+        """Allows others to write the file."""
         self._close()
 
 
@@ -73,5 +73,5 @@ def _lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
-    except OSError:  # some network file systems know no locks
+    except OSError:  # some network file systems do not support locks
         pass

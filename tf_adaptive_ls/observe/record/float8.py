@@ -34,7 +34,7 @@ class Float8Record:
 
 
 def last_of_layer(record: Float8Record | None, place: int) -> dict[str, Any]:
-    """What a `Float8Record` knows of one layer, as its last `LayerSnapshot` has it, a dict."""
+    """The fields of the last `LayerSnapshot` of a layer that a `Float8Record` has, a dict."""
     if record is None or record.backward[place] is None:
         return {}
     return {
@@ -45,13 +45,13 @@ def last_of_layer(record: Float8Record | None, place: int) -> dict[str, Any]:
 
 
 def formats_of(layers: list[Any]) -> dict[str, list[list[str] | None]]:
-    """What the first line of a record tells of `LossScaled` layers, a dict; of most, nothing."""
+    """What the first line of a record says about scaled layers that use float8, a dict."""
     formats = [layer.float8 and [layer.float8.forward, layer.float8.backward] for layer in layers]
     return {"float8": formats} if any(formats) else {}
 
 
 def line_of(layer_snapshots: list[LayerSnapshot]) -> dict[str, list[Any]]:
-    """What a line of it tells of `LayerSnapshot`s, a dict likewise."""
+    """What a line of a record says about float8 in `LayerSnapshot`s, a dict."""
     rounding = [each if each.operands else None for each in layer_snapshots]
     if not any(rounding):
         return {}
@@ -65,14 +65,14 @@ def line_of(layer_snapshots: list[LayerSnapshot]) -> dict[str, list[Any]]:
 
 
 def float8_of(start: dict[str, Any], lines: list[dict[str, Any]]) -> Float8Record | None:
-    """`Float8Record` of what `formats_of` and `line_of` made; `None` without any float8."""
+    """The `Float8Record` of what `formats_of` and `line_of` made. `None` if there was no float8."""
     if "float8" not in start:
         return None
     shape = (len(lines), len(start["float8"]))
     saturations, flushed = np.zeros(shape, int), np.full(shape, np.nan, "float32")
     spectra = np.zeros((*shape, num_bins(COUNTING_FORMAT)), "float32")
     for at, line in enumerate(lines):
-        # Not there while nothing has been rounded yet.
+        # Missing until a gradient has been quantized.
         for place, counts in enumerate(line.get("operand_spectra", ())):
             if counts is not None:
                 saturations[at, place] = line["saturations"][place]

@@ -33,7 +33,7 @@ class ForwardRooms:
 
 
 def entry_of_forward_rooms(step: int, epoch: int, rooms: dict[str, float]) -> dict[str, Any]:
-    """A dict of what JSON knows. Args: as those of `RunWriter.add_forward_rooms`."""
+    """A dict for JSON. The arguments are those of `RunWriter.add_forward_rooms`."""
     return {
         "forward_rooms": step,
         "epoch": epoch,
@@ -42,10 +42,10 @@ def entry_of_forward_rooms(step: int, epoch: int, rooms: dict[str, float]) -> di
 
 
 def forward_rooms_of(lines: list[dict[str, Any]]) -> ForwardRooms | None:
-    """`ForwardRooms` of a list of what `entry_of_forward_rooms` made, `None` of an empty one."""
+    """The `ForwardRooms` of a list of entries. `None` if the list is empty."""
     if not lines:
         return None
-    # In the order of the last: parts may be made float32 in between.
+    # In the order of the last entry, because parts may have been widened in between.
     parts = list(dict.fromkeys(name for line in reversed(lines) for name in line["parts"]))
     rooms = [[line["parts"].get(name) for name in parts] for line in lines]
     return ForwardRooms(
@@ -56,7 +56,7 @@ def forward_rooms_of(lines: list[dict[str, Any]]) -> ForwardRooms | None:
 
 
 def _number(room: float) -> float | None:
-    """`null` for what is all zero; more than float32 holds is as much as it holds."""
+    """A number for JSON: `null` if all values were zero. Values beyond float32 are clipped."""
     if room == math.inf:
         return None
     return float(f"{max(room, -128.0):.4g}")

@@ -1,12 +1,12 @@
-"""The lines of a record: the scales and gradients of all layers at a step.
+"""The lines of a record: the scales and gradients of all layers, step by step.
 
-It is a file of JSON lines. One of them starts each process that trains the model and
-names its layers; each other one holds a `Snapshot`. Lines are only
-added, and each is handed to the system at once, so that a process that is killed
-leaves at most its last line unfinished. A start at an earlier step than the record
-has reached, as after going back to a checkpoint, supersedes what comes after it.
+A record is a file of JSON lines. Each process that trains the model begins with a line that
+names the layers. Each further line holds a `Snapshot`. Lines are only appended, each with one
+write, so that a killed process leaves at most an unfinished last line. If a process starts at
+an earlier step than the record has reached, for instance from a checkpoint, it supersedes the
+lines after that step.
 
-Each line ends in the CRC-32 of what stands before it: one that is damaged is known, and
+Each line ends with the CRC-32 of the text before it. Damaged lines are thereby detected, and
 left out.
 """
 
@@ -36,31 +36,31 @@ _CRC = b',"crc32":'
 
 
 def begins_like_one(content: bytes) -> bool:
-    """Whether the bytes of a file, perhaps of an unfinished one, may be those of a record."""
+    """Whether the bytes of a file, which may be unfinished, can be the start of a record."""
     return content[: len(_START)] == _START[: len(content)]
 
 
 def entries_in(
     content: bytes, path: str | os.PathLike[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a record holds.
+    """Reads a record.
 
     Args:
         content: The bytes of the file.
-        path: Where it is, for messages.
+        path: The path of the file, for messages.
 
     Returns:
-        The last start, and what other lines say of it, in order: a dict, and a list of dicts.
+        The last start, a dict, and the list of the other entries, dicts, in order.
 
     Raises:
-        ValueError: If it is no record, of another version, or has no figures in it yet.
+        ValueError: If it is not a record, is of another version, or has no entries yet.
     """
     if not content.startswith(_START):
         raise ValueError(
             "Expected the record of a run, as `LossScaleMonitor(path)` writes it. "
             f"Received: {str(path)!r}, which does not begin like one."
         )
-    *lines, _ = content.split(b"\n")  # the last is unfinished, or empty
+    *lines, _ = content.split(b"\n")  # the last line is unfinished, or empty
     start = None
     entries: list[tuple[int, bytes]] = []
     num_damaged = 0
@@ -91,7 +91,7 @@ def entries_in(
 
 
 def last_layers(content: bytes) -> list[str] | None:
-    """The names of layers in the last whole start of a record, `None` if there is none."""
+    """The names of layers in the last complete start of a record, or `None`."""
     starts = [line for line in content.split(b"\n") if line.startswith(_START)]
     whole = [line for line in starts if _is_whole(line)]
     return json.loads(whole[-1])["layers"] if whole else None
@@ -107,7 +107,7 @@ def _check_version(line: bytes, path: str | os.PathLike[str]) -> None:
 
 
 def line_of(values: dict[str, Any]) -> str:
-    """The line that says a dict, with its checksum."""
+    """The line of a dict, with its checksum."""
     text = json.dumps(values, separators=(",", ":"), allow_nan=False)
     crc = zlib.crc32(text.encode())
     return f"{text[:-1]}{_CRC.decode()}{crc}}}"
@@ -119,7 +119,7 @@ def _is_whole(line: bytes) -> bool:
 
 
 def start_of(layers: list[tuple[str, LayerScaling]], step: int) -> dict[str, Any]:
-    """What the first line of a process says, a dict. `layers` are pairs of a name and a layer."""
+    """The dict for the first line of a process. `layers` are pairs of a name and a layer."""
     return {
         "tf_adaptive_ls": VERSION,
         "step": step,
@@ -132,7 +132,7 @@ def start_of(layers: list[tuple[str, LayerScaling]], step: int) -> dict[str, Any
 
 
 def entry_of_snapshot(snapshot: Snapshot, epoch: int, logs: dict[str, Any]) -> dict[str, Any]:
-    """What a line says of a `Snapshot`, a dict."""
+    """The dict for the line of a `Snapshot`."""
     layer_snapshots = snapshot.layers
     return {
         "step": snapshot.step,
@@ -155,6 +155,6 @@ def _counts(spectrum: Spectrum) -> np.ndarray:
 
 
 def _number(value: float) -> float | None:
-    """A number as JSON knows them: `null` for what is not finite."""
+    """A number for JSON: `null` if it is not finite."""
     value = float(value)
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -46,7 +46,7 @@ class LossChanges:
 def entry_of_loss_change(
     step: int, since: int, epoch: int, allocation: Allocation, as_trained: Allocation | None
 ) -> dict[str, Any]:
-    """A dict of what JSON knows. Args: as those of `RunWriter.add_loss_change`."""
+    """A dict for JSON. The arguments are those of `RunWriter.add_loss_change`."""
     layers = {
         name: [
             _number(value),
@@ -70,10 +70,10 @@ def entry_of_loss_change(
 
 
 def loss_changes_of(lines: list[dict[str, Any]]) -> LossChanges | None:
-    """`LossChanges` of a list of what `line_of` made, `None` of an empty one."""
+    """The `LossChanges` of a list of entries. `None` if the list is empty."""
     if not lines:
         return None
-    # Layers that are unfrozen in between join.
+    # A layer that was unfrozen in between appears in later entries only.
     layers = list(dict.fromkeys(name for line in lines for name in line["layers"]))
     per_layer = np.array(
         [[line["layers"].get(name, [0.0, 0.0, 0.0]) for name in layers] for line in lines],
@@ -93,5 +93,5 @@ def loss_changes_of(lines: list[dict[str, Any]]) -> LossChanges | None:
 
 
 def _number(value: float | np.ndarray) -> float | None:
-    """Nine digits, of which a sum of many still has six; `null` for what is not finite."""
+    """A number for JSON with nine digits, so that sums keep six. `null` if it is not finite."""
     return float(f"{value:.9g}") if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""`Run`: a record as arrays, from a file or of a model now."""
+"""`Run`: a record as arrays, from a file or of the current state of a model."""
 
 import dataclasses
 import os
@@ -64,7 +64,7 @@ class Run:
     forward_rooms: ForwardRooms | None = None
 
     def table(self) -> ScaleTable:
-        """The `scale_table` of scaled layers at the last snapshot; empty if there is none."""
+        """The `scale_table` of the scaled layers at the last snapshot. Empty if there is none."""
         if not len(self.steps):
             return ScaleTable([])
         rows = []

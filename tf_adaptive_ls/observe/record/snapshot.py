@@ -1,4 +1,4 @@
-"""The readings of all layers of a model at one moment."""
+"""`Snapshot`: the scales and gradients of all layers of a model at one step."""
 
 import dataclasses
 import math
@@ -9,14 +9,14 @@ from tf_adaptive_ls.training.readings import LayerSnapshot
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What all layers of a model show at one moment.
+    """The scales and gradients of all layers of a model at one step.
 
     Attributes:
-        step: How many steps the optimizer had taken or skipped.
-        skipped_steps: How many of them were skipped.
-        skipped_in_a_row: How many of them were skipped up to this one.
+        step: Number of steps so far, including skipped ones.
+        skipped_steps: Number of skipped steps so far.
+        skipped_in_a_row: Number of steps skipped in a row up to this one.
         log2_loss_scale: log2(S).
-        layers: A `LayerSnapshot` per layer.
+        layers: List of a `LayerSnapshot` per layer.
     """
 
     step: int
@@ -27,7 +27,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, layers: list[Any], optimizer: Any) -> "Snapshot":
-        """Reads all `LossScaled` layers and the optimizer."""
+        """Reads the optimizer and its scaled layers."""
         return cls(
             optimizer.steps,
             optimizer.skipped_steps,
@@ -45,9 +45,9 @@ class Snapshot:
 
     @property
     def worst_flushed(self) -> float | None:
-        """The same of gradients that are rounded to float8; `None` if none are."""
+        """The largest share that any layer rounds to zero in float8. `None` without float8."""
         if all(layer.operands is None for layer in self.layers):
             return None
-        # Of a layer without any it is no number.
+        # NaN for a layer that has no such gradients.
         shares = (layer.flushed_share for layer in self.layers)
         return max((share for share in shares if not math.isnan(share)), default=0.0)

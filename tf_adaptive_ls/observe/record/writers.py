@@ -22,17 +22,17 @@ from tf_adaptive_ls.training.layer_scaling import LayerScaling
 class RunWriter:
     """Appends to the record of a run.
 
-    Callbacks of one `fit` share a writer, see `shared`.
+    Callbacks of one `fit` can share a writer, see `shared`.
 
     Args:
-        path: The file; made if there is none, with its directory.
-        layers: Pairs of a name and a `LossScaled` layer.
-        step: How many steps had been taken or skipped before.
+        path: The file. It is created with its directory if it does not exist.
+        layers: Pairs of a name and a `LayerScaling`.
+        step: Number of steps before the first record.
 
     Raises:
-        OSError: If the file cannot be written, now or later: `BlockingIOError` if another
-            process writes it, `FileExistsError` if it is the record of another model.
-        ValueError: If it exists and is something else.
+        OSError: If the file cannot be written, now or later: `BlockingIOError` if another process
+            writes it, `FileExistsError` if it is the record of another model.
+        ValueError: If it exists and is not a record.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RunWriter:
     def shared(
         cls, path: str | os.PathLike[str], layers: list[tuple[str, LayerScaling]], step: int
     ) -> "RunWriter":
-        """The writer that can be joined, or a new one."""
+        """An open writer with the same arguments, or a new one."""
         key = os.path.realpath(path)
         writer = _writers.get(key)
         if writer is None or not writer.join(layers, step):
@@ -72,7 +72,7 @@ class RunWriter:
         return writer
 
     def join(self, layers: list[tuple[str, LayerScaling]], step: int) -> bool:
-        """Whether it was begun with the same arguments and is not closed: then one more uses it."""
+        """Adds a user of this writer, if the arguments match and it is open. Returns whether."""
         joined = bool(self._num_users) and self._begun_with == (
             [name for name, _ in layers],
             step,
@@ -81,7 +81,7 @@ class RunWriter:
         return joined
 
     def add(self, snapshot: Snapshot, epoch: int, logs: dict[str, Any]) -> None:
-        """Adds a `Snapshot`, with the epoch and what Keras has logged."""
+        """Appends a `Snapshot`, with the epoch and Keras's logs."""
         self._file.add(line_of(entry_of_snapshot(snapshot, epoch, logs)))
 
     def add_loss_change(
@@ -92,16 +92,16 @@ class RunWriter:
         allocation: Allocation,
         as_trained: Allocation | None,
     ) -> None:
-        """Adds the `Allocation` of a path from one step to another, and that as trained."""
+        """Appends the `Allocation` of a path between two steps, and the one as trained."""
         entry = entry_of_loss_change(step, since, epoch, allocation, as_trained)
         self._file.add(line_of(entry))
 
     def add_forward_rooms(self, step: int, epoch: int, rooms: dict[str, float]) -> None:
-        """Adds the room of each part of the forward pass in binades, by name."""
+        """Appends the room of each part of the forward pass, in binades, by name."""
         self._file.add(line_of(entry_of_forward_rooms(step, epoch, rooms)))
 
     def close(self) -> None:
-        """Lets others write the file, once all who share it have said so."""
+        """Allows others to write the file, once all users of this writer have closed it."""
         self._num_users -= 1
         if not self._num_users:
             self._file.close()

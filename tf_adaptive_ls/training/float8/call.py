@@ -16,14 +16,14 @@ from tf_adaptive_ls.training.float8.settings import Float8
 
 @dataclasses.dataclass(frozen=True)
 class Float8Call:
-    """One call of a layer whose products compute in float8.
+    """One call of a layer that computes matmuls from float8 operands.
 
     Attributes:
         float8: The `Float8`.
-        num_products: How many products the layer has.
-        receiver: Tensor whose "gradient" is the report of what is rounded; `None` if there is
-            nothing to choose a scale for.
-        seed: Uint32 tensor `[2]`, if they are rounded at random.
+        num_products: Number of matmuls and convolutions in the layer.
+        receiver: Tensor whose "gradient" is the report on the quantized gradients. `None` if no
+            scale depends on it.
+        seed: Uint32 tensor `[2]` for stochastic rounding, otherwise `None`.
     """
 
     float8: Float8
@@ -33,20 +33,20 @@ class Float8Call:
 
     @property
     def receivers(self) -> tuple[Tensor, ...]:
-        """The receiver, if there is one."""
+        """Tuple of the receiver, or an empty tuple."""
         return () if self.receiver is None else (self.receiver,)
 
     def with_receivers(self, receivers: tuple[Tensor, ...]) -> "Float8Call":
-        """The same call, with others in the place of `receivers`."""
+        """The same call with other `receivers`."""
         return dataclasses.replace(self, receiver=receivers[0]) if receivers else self
 
     def tap(self, tensor: Tensor, place: int, cast: bool) -> Tensor:
-        """`tensor`, the output of a product, whose gradient is rounded and reported.
+        """The output of a matmul, whose gradient is quantized and reported.
 
         Args:
             tensor: The output.
-            place: Which of the products of the layer it is of.
-            cast: As that of `numerics.rounding.rounded`.
+            place: Index of the matmul in the layer.
+            cast: As in `numerics.rounding.rounded`.
         """
         operand = self.float8.backward_operand
 
@@ -59,9 +59,9 @@ class Float8Call:
         return rounding_tap(tensor, self.receiver, round_gradient, report)
 
     def noise(self, shape: Any, place: int, use: int = 0) -> Tensor | None:
-        """What the gradient of the product at a place is rounded by, `None` if to nearest.
+        """Random bits to quantize a gradient of one matmul with. `None` for rounding to nearest.
 
-        It is another each time that it is rounded: its `use` then counts these.
+        Each `use` of the same gradient needs other bits.
         """
         if self.seed is None:
             return None
@@ -70,7 +70,7 @@ class Float8Call:
 
 
 def next_seed(variable: Any) -> Tensor | None:
-    """The seed in a variable `[2]`, which is another from then on; `None` for `None`."""
+    """The seed in `variable`, shape `[2]`, which is then advanced. `None` for `None`."""
     if variable is None:
         return None
     seed = ops.copy(variable.value)

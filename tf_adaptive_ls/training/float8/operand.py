@@ -16,15 +16,14 @@ from tf_adaptive_ls.numerics.rounding import fitting_factor, rounded
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """How one operand of a product is rounded.
+    """How one operand of a matmul is quantized.
 
     Attributes:
-        float_format: The `FloatFormat` that it is rounded to.
-        fits_itself: Whether each tensor is shifted by the power of two that brings its largest
-            magnitude to the top of the format. Otherwise it is rounded as it is.
-        is_stochastic: Whether it is rounded up or down at random, with the mean exact.
-        block_size: Of how many numbers each block is shifted by a power of two of its own,
-            instead of each tensor.
+        float_format: The `FloatFormat`.
+        fits_itself: Whether each tensor is scaled by the power of two that brings its amax to the
+            top of the format. Otherwise it is quantized without a scale.
+        is_stochastic: Whether rounding is stochastic, with an exact mean.
+        block_size: How many numbers share a power-of-two scale, instead of a whole tensor.
     """
 
     float_format: FloatFormat
@@ -33,7 +32,7 @@ class Operand:
     block_size: int | None = None
 
     def rounded(self, x: Tensor, noise: Tensor | None = None, cast: bool = False) -> Tensor:
-        """`x`, rounded; `noise` and `cast` as those of `numerics.rounding.rounded`."""
+        """Quantizes `x`. `noise` and `cast` are as in `numerics.rounding.rounded`."""
         factor = None
         if self.fits_itself:
             (peak,) = ops.unstack(spectrum.peaks([x]), 1)
@@ -41,7 +40,7 @@ class Operand:
         return rounded(x, self.float_format, noise=noise, factor=factor, cast=cast)
 
     def rounded_along(self, x: Tensor, axes: "Axes", noise: Tensor | None = None) -> Tensor:
-        """`x`, rounded by blocks along `axes`; `noise` as that of `rounded`."""
+        """Quantizes `x` in blocks along `axes`. `noise` is as in `rounded`."""
         assert self.block_size is not None
         blocks = _Blocks(axes, self.block_size)
         cut = blocks.cut(x)
@@ -54,13 +53,13 @@ class Operand:
         return fitting_factor(peaks, self.float_format, keras.backend.standardize_dtype(x.dtype))
 
     def straight_through(self, x: Any, cast: bool = False) -> Tensor:
-        """`x`, rounded; its gradient is that of `x`."""
+        """Quantizes `x` with a straight-through gradient."""
         x = tensor_of(x)
         return redirect_gradient(self.rounded(x, cast=cast), x)
 
 
 def tensor_of(x: Any) -> Tensor:
-    """A tensor, or the value of a variable in the dtype that it is read in."""
+    """A tensor as it is, or the value of a variable in its autocast dtype."""
     return ops.convert_to_tensor(x, dtype=keras.backend.standardize_dtype(x.dtype))
 
 
@@ -68,9 +67,9 @@ class Axes(NamedTuple):
     """Some axes of a tensor.
 
     Attributes:
-        shape: What the tensor is reshaped to before: a tuple of ints, and of scalars where a
-            size is not known before it runs.
-        axes: Indices, in order.
+        shape: The shape to give the tensor first: a tuple of ints, and of scalar tensors for sizes
+            that are known only at run time.
+        axes: Indices of the axes, in order.
     """
 
     shape: tuple[Any, ...]
@@ -78,7 +77,7 @@ class Axes(NamedTuple):
 
 
 class _Blocks:
-    """Numbers along axes of a tensor, taken for one axis, in blocks `[…, blocks, size]`."""
+    """Cuts the numbers along some axes of a tensor into blocks, `[…, blocks, size]`."""
 
     def __init__(self, axes: Axes, size: int) -> None:
         self._shape = axes.shape
@@ -86,12 +85,12 @@ class _Blocks:
         self._order = (*others, *axes.axes)
         self._others = tuple(axes.shape[axis] for axis in others)
         self._length = math.prod(axes.shape[axis] for axis in axes.axes)
-        # Fewer have no need to be filled up.
+        # Fewer numbers than a block need no padding.
         known = isinstance(self._length, int)
         self._size = max(1, min(size, self._length)) if known else size
 
     def cut(self, x: Tensor) -> Tensor:
-        """`x` in blocks, the last of which are filled up by zeros."""
+        """`x` in blocks. The last block is padded with zeros."""
         x = ops.transpose(ops.reshape(x, self._shape), self._order)
         x = ops.reshape(x, (*self._others, self._length))
         missing = -self._length % self._size
@@ -101,7 +100,7 @@ class _Blocks:
         return ops.reshape(x, (*self._others, number, self._size))
 
     def joined(self, blocks: Tensor, like: Tensor) -> Tensor:
-        """What `cut` made of `like`, undone."""
+        """Undoes `cut`. The result has the shape of `like`."""
         filled = self._length + -self._length % self._size
         x = ops.reshape(blocks, (*self._others, filled))[..., : self._length]
         x = ops.reshape(x, tuple(self._shape[axis] for axis in self._order))

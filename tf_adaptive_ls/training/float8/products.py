@@ -21,17 +21,17 @@ Labels = tuple[str, str, str]
 
 
 class Product(NamedTuple):
-    """A layer as `activation(multiply(operand(inputs), kernel) + bias)`.
+    """A layer of the form `activation(multiply(operand(inputs), kernel) + bias)`.
 
     Attributes:
-        layer_class: The class of `keras.layers` whose `call` does that.
+        layer_class: The Keras class whose `call` computes this.
         multiply: Function `(layer, operand, kernel) -> tensor`.
-        labels: Function `(layer, rank of the operand)` to the axes of the operand, the kernel and
-            the result, a string of labels each, as in `einsum`. `*` is before an axis that is
-            made of the groups of a convolution.
+        labels: Function `(layer, rank of the operand)` to the axes of the operand, of the kernel
+            and of the result: a string of labels for each, as in `einsum`. A `*` precedes an axis
+            that contains the groups of a convolution.
         kernel: Name of the attribute that holds the kernel.
-        operand: Function `(layer, inputs) -> tensor`, what the kernel is multiplied with.
-        is_matrix: Whether that is a product of matrices, for which devices may have 8 bits.
+        operand: Function `(layer, inputs) -> tensor`, the operand that meets the kernel.
+        is_matrix: Whether it is a matrix multiplication, for which devices may have float8.
     """
 
     layer_class: Any
@@ -62,7 +62,7 @@ def _convolve(layer: keras.layers.Layer, operand: Tensor, kernel: Tensor) -> Ten
 
 
 def _padded(layer: keras.layers.Layer, inputs: Tensor) -> Tensor:
-    """What a convolution that looks at the past alone puts before it."""
+    """Pads the inputs of a causal convolution at the front."""
     if layer.padding != "causal":
         return inputs
     before = [layer.dilation_rate[0] * (layer.kernel_size[0] - 1), 0]
@@ -136,9 +136,9 @@ PRODUCTS = (
 
 
 def product_of(layer: keras.layers.Layer) -> Product | None:
-    """The `Product` that a layer is, or `None`.
+    """The `Product` of a layer, or `None`.
 
-    One with a `call` of its own, of its class or itself, is none: who knows what that does.
+    A layer whose `call` is overridden has none, because it may compute something else.
     """
     for product in PRODUCTS:
         if isinstance(layer, product.layer_class):
@@ -147,16 +147,16 @@ def product_of(layer: keras.layers.Layer) -> Product | None:
 
 
 def products_in(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """A layer and those inside it, at any depth, that are products."""
+    """The layers with a matmul inside of a layer, at any depth, including itself."""
     return [part for part in keras_internals.parts_of(layer) if product_of(part)]
 
 
 def in_float8(parts: list[keras.layers.Layer], call: Float8Call) -> Any:
-    """Context in which layers that are products compute in float8.
+    """Context manager in which layers compute from float8 operands.
 
     Args:
-        parts: List of layers.
-        call: `Float8Call` of the products, in the order of `parts`.
+        parts: List of layers that have a `Product`.
+        call: `Float8Call`, for the matmuls in the order of `parts`.
     """
     return computing(
         [
@@ -167,8 +167,8 @@ def in_float8(parts: list[keras.layers.Layer], call: Float8Call) -> Any:
 
 
 def casts(layer: keras.layers.Layer, float8: Float8) -> bool:
-    """Whether operands are cast, for the device to multiply 8 bits."""
-    # No device multiplies e5m2 with e5m2, and by blocks only from Blackwell on.
+    """Whether operands are cast to float8, so that the device can multiply in float8."""
+    # No device multiplies e5m2 by e5m2, and only Blackwell and later multiply in blocks.
     mixed = E4M3 in (float8.forward, float8.backward) and float8.block_size is None
     product = product_of(layer)
     is_matrix = product is not None and product.is_matrix
@@ -182,7 +182,7 @@ def _call_in_float8(
     inputs: Tensor,
     training: bool | None = None,
 ) -> Tensor:
-    """What `layer.call(inputs)` computes, from operands that are rounded."""
+    """`layer.call(inputs)` from quantized operands."""
     product = product_of(layer)
     assert product is not None
     multiply = _multiply if call.float8.block_size is None else _multiply_by_blocks
@@ -202,12 +202,12 @@ def _multiply(
     call: Float8Call,
     place: int,
 ) -> Tensor:
-    """The product of operands that are rounded by one power of two each."""
+    """The matmul of operands that each have one power-of-two scale."""
     forward, cast = call.float8.forward_operand, casts(layer, call.float8)
     operand, kernel = (forward.straight_through(each, cast) for each in (operand, kernel))
     with devices.sums_of_all_bits() if cast else contextlib.nullcontext():
         outputs = product.multiply(layer, operand, kernel)
-    # Before the bias, whose gradient is not an operand.
+    # Before the bias is added, because the gradient of the bias is not an operand.
     return call.tap(outputs, place, cast)
 
 
@@ -219,9 +219,9 @@ def _multiply_by_blocks(
     call: Float8Call,
     place: int,
 ) -> Tensor:
-    """The product of operands that are rounded by blocks along what it sums over.
+    """The matmul of operands that are quantized in blocks along the axes it sums over.
 
-    So are those of the products that its gradients are.
+    So are the operands of the two matmuls of its gradients.
     """
     multiply = functools.partial(product.multiply, layer)
     of_operand, of_kernel, of_result = product.labels(layer, len(operand.shape))
@@ -260,7 +260,7 @@ def _multiply_by_blocks(
 
 
 def _axes(shape: Sequence[Any], labels: str, chosen: set[str], groups: int) -> Axes:
-    """`Axes` of a tensor that have one of the chosen labels; `*` stands for the groups."""
+    """The `Axes` of a tensor that have one of the chosen labels. `*` stands for groups."""
     shape = list(shape)
     if "*" in labels:
         place = labels.index("*")

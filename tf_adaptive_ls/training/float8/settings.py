@@ -65,8 +65,8 @@ class Float8:
     """
 
     forward: str = "float8_e4m3fn"
-    # In e4m3 gradients have half the error where they fit, but a deep network without
-    # normalisation trains worse; others train the same (`./dev benchmark float8`).
+    # In e4m3, gradients that are in range have half the error of e5m2, but a deep network without
+    # normalization trains worse. Others train equally well (`./dev benchmark float8`).
     backward: str = "float8_e5m2"
     rounding: str = "nearest"
     layer_filter: LayerFilter | None = dataclasses.field(default=None, compare=False)
@@ -122,21 +122,21 @@ class Float8:
 
     @property
     def forward_operand(self) -> Operand:
-        """The `Operand` that inputs and kernels are."""
+        """The `Operand` of inputs and kernels."""
         return Operand(self.forward_format, True, block_size=self.block_size)
 
     @property
     def backward_operand(self) -> Operand:
-        """The `Operand` that gradients are."""
+        """The `Operand` of gradients."""
         fits_itself = self.block_size is not None
         is_stochastic = self.rounding == "stochastic"
         return Operand(self.backward_format, fits_itself, is_stochastic, self.block_size)
 
     @property
     def scaled_format(self) -> FloatFormat | None:
-        """The `FloatFormat` that gradients are brought to by the scale of their layer.
+        """The `FloatFormat` that the loss scale of a layer brings gradients to.
 
-        `None` if they are by themselves.
+        `None` with a `block_size`, because each block has a scale of its own.
         """
         operand = self.backward_operand
         return None if operand.fits_itself else operand.float_format
@@ -150,7 +150,7 @@ class Float8:
 
 
 def check_is_float8(value: Any) -> None:
-    """Raises a `ValueError` if an argument `float8` is no `Float8`."""
+    """Raises a `ValueError` if the argument `float8` is not a `Float8`."""
     if not isinstance(value, Float8):
         raise ValueError(
             f"Expected `float8` to be a Float8. Received: float8={value!r} (of type "

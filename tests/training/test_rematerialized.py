@@ -20,10 +20,10 @@ from tests.steps import (
     stepper,
 )
 from tests.training.test_layers_exact import CASES, WITH_XLA, built, training_of
-from tf_adaptive_ls.backend.keras_internals import is_rematerialised, not_rematerialised
+from tf_adaptive_ls.backend.keras_internals import is_rematerialized, not_rematerialized
 
 # TensorFlow fuses a product, a bias and an activation where no part is kept. JAX compiles what
-# is rematerialised, even in eager mode.
+# is rematerialized, even in eager mode.
 FUSED = {("MultiHeadAttention", "eager")} if ON_JAX else {("Dense", "graph")}
 
 
@@ -107,7 +107,7 @@ def test_it_is_run_again_where_keras_would(options, again):
 @pytest.mark.parametrize("name", ["residual", "nested", "densenet", "regularized", "stateful"])
 def test_whole_models(name, mode, wrapped_inside, rng):
     model, inputs = in_scope(GRAPHS[name])
-    with not_rematerialised(model):
+    with not_rematerialized(model):
         plain = layer_stepper(model, model, {"args": inputs}, mode=mode)()
         wrapped = als.wrap_model(model)
     if wrapped_inside:
@@ -135,12 +135,12 @@ class Block(layers.Layer):
 
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-def test_scaled_layers_inside_a_rematerialised_one(mode, wrap, rng):
+def test_scaled_layers_inside_a_rematerialized_one(mode, wrap, rng):
     block = in_scope(Block)
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(2)(block(layers.Dense(4)(inputs))))
     weights = [v for v in model.trainable_variables if not v.overwrite_with_gradient]
-    with not_rematerialised(model), als.neutral_scales():
+    with not_rematerialized(model), als.neutral_scales():
         expected = stepper(model, {"args": (floats(3, 4),)}, weights, [], mode=mode)()
     wrapped = als.wrap_model(model, layer_filter=lambda layer: wrap or layer is not block)
     assert len(scaled_layers(wrapped)) == 4 + wrap
@@ -172,10 +172,10 @@ def test_training_is_that_of_a_model_that_keeps_all(mixed_float16):
         np.testing.assert_array_equal(a, b)
 
 
-def test_calls_in_other_threads_are_rematerialised_meanwhile():
+def test_calls_in_other_threads_are_rematerialized_meanwhile():
     layer = in_scope(lambda: layers.Dense(2))
     arguments = layer, (floats(2, 3),), {}
-    with ThreadPoolExecutor(1) as pool, not_rematerialised(layer):
-        assert not is_rematerialised(*arguments)
-        assert pool.submit(is_rematerialised, *arguments).result()
-    assert is_rematerialised(*arguments)
+    with ThreadPoolExecutor(1) as pool, not_rematerialized(layer):
+        assert not is_rematerialized(*arguments)
+        assert pool.submit(is_rematerialized, *arguments).result()
+    assert is_rematerialized(*arguments)
