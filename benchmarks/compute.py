@@ -1,4 +1,4 @@
-"""What benchmarks need and Keras has no neutral name for: compiling, differentiating, devices."""
+"""What Keras has no backend-neutral API for: compiling, differentiating, devices."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ def compiled(function):
 
 
 def gradients(function, tensors):
-    """Gradients of the scalar `function(tensors)` by a list: dense, zeros if there is none."""
+    """Gradients of the scalar `function(tensors)`: dense tensors, zeros where there is none."""
     if ON_JAX:
         return jax.grad(function)(tensors)
     with tf.GradientTape() as tape:
@@ -30,9 +30,9 @@ def gradients(function, tensors):
 
 
 def updated(optimizer, variables, optimizer_values, gradients, values):
-    """New values of `variables` and of the optimizer's, from old ones: `stateless_apply`.
+    """New values of `variables` and of the optimizer's variables: `stateless_apply`.
 
-    Keras has none on TensorFlow, where the variables take the values.
+    On TensorFlow, where Keras does not have it, the variables are updated.
     """
     if ON_JAX:
         return optimizer.stateless_apply(optimizer_values, gradients, values)
@@ -45,12 +45,12 @@ def updated(optimizer, variables, optimizer_values, gradients, values):
 
 
 def float64_enabled():
-    """A context in which tensors may be of float64, which JAX has only if told to."""
+    """Context manager that allows float64 tensors, which JAX otherwise does not."""
     return jax.enable_x64(True) if ON_JAX else contextlib.nullcontext()
 
 
 def gpu_names():
-    """Names of the GPUs that the backend computes on."""
+    """Names of the GPUs of the backend."""
     if ON_JAX:
         return [device.device_kind for device in jax.devices() if device.platform == "gpu"]
     gpus = tf.config.list_physical_devices("GPU")
@@ -58,16 +58,16 @@ def gpu_names():
 
 
 def peak_bytes_on_gpu():
-    """How much of the memory of the first GPU this process has had in use at most."""
+    """Peak memory of this process on the first GPU, in bytes."""
     if ON_JAX:
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
     return tf.config.experimental.get_memory_info("GPU:0")["peak"]
 
 
 def step_of(model, batch):
-    """Two functions: one takes a training step of a compiled model on a batch, as `fit` does.
+    """Two functions. The first takes a training step of a compiled model on a batch, as `fit` does.
 
-    It returns the loss, once the step has ended. The other brings the model up to date.
+    It returns the loss once the step has ended. The second brings the model up to date.
     """
     if not ON_JAX:
         model.make_train_function()
@@ -75,7 +75,7 @@ def step_of(model, batch):
         batches = iter(data.prefetch(2))
         return lambda: float(model.train_function(batches)["loss"]), lambda: None
 
-    # On JAX `fit` keeps what it jits to itself; this is what Keras's guides jit.
+    # On JAX, `fit` hides its compiled function. This compiles what Keras's guides compile.
     model.optimizer.build(model.trainable_variables)
     variables = [
         model.trainable_variables,

@@ -1,16 +1,16 @@
-"""Does training go better? Whole runs, under every way to scale the loss.
+"""Does per-layer loss scaling train better? Whole training runs under each loss scaling.
 
-Each case is a model, data and a number of steps; each strategy trains it from the
-same weights on the same batches, once for every seed. Compared are
+Each case is a model, data and a number of steps. Each strategy trains the model from the same
+weights on the same batches, once per seed. The tables compare
 
     accuracy   on the test images after the last step
-    reached    steps to a stated accuracy, tested every 100 steps
-    skipped    steps thrown away for an overflow, and those of them after step 20
+    reached    number of steps to a given accuracy, tested every 100 steps
+    skipped    number of steps skipped because of an overflow, and how many after step 20
     settled    first step from which no scale moves by more than two binades up to
                step 100
 
-Prints Markdown tables; writes them, plots, and every figure as JSON. Cases that
-were run before into the same directory stay in the tables.
+Prints Markdown tables; writes them, plots, and all figures as JSON. Cases from earlier runs
+into the same directory stay in the tables.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tf_adaptive_ls.backend import trainer
 TEST_EVERY = 100
 START = 20
 SETTLING = 100
-# Besides those among the strategies: the paper's grid of scales, more coarsely.
+# Added to the other strategies: a coarser version of the paper's grid of scales.
 GRID = (2**4, 2**14)
 QUICK_CASES = ("Loss shrinks by 2^20",)
 PAPER_CASES = ("ResNet-20",)
@@ -47,9 +47,10 @@ class Case:
         build: `() -> keras.Model`.
         examples: `(images, labels) -> (x, y)`.
         optimizer: `steps -> keras.optimizers.Optimizer`.
-        steps, batch_size: Of training.
-        target: The accuracy whose first step is told.
-        loss_factor: `(step, steps) -> float` that the loss is multiplied by.
+        steps: Number of steps.
+        batch_size: Batch size.
+        target: The accuracy for the column "reached".
+        loss_factor: `(step, steps) -> float`, a factor of the loss.
     """
 
     name: str
@@ -64,15 +65,15 @@ class Case:
 
 
 def adam(learning_rate=1e-3, **kwargs):
-    # Adam adds epsilon to the root of the mean square of gradients; smaller than
-    # any of them it leaves their size out of the matter.
+    # Adam adds epsilon to the root mean square of gradients. An epsilon far below all gradients
+    # makes their size irrelevant.
     return lambda steps: optimizers.Adam(learning_rate, epsilon=1e-20, **kwargs)
 
 
 def paper_recipe(batch_size):
-    """SGD, its rate divided by ten after half and after three quarters (He et al. 2016).
+    """SGD whose rate is divided by ten after half and after three quarters (He et al. 2016).
 
-    The rate is 0.1 for the paper's batches of 128, and in proportion for smaller ones.
+    The rate is 0.1 for batches of 128, as in the paper, and proportional for other sizes.
     """
     rate = 0.1 * batch_size / 128
 
@@ -159,7 +160,7 @@ CASES = {
 
 
 class Trainee:
-    """A model under one strategy, which can be trained from any initial weights."""
+    """A model under one strategy, which can be trained from any weights."""
 
     def __init__(self, case, strategy, steps):
         keras.config.set_dtype_policy(strategy.policy)
@@ -179,7 +180,7 @@ class Trainee:
         self._initial = [np.array(v.numpy()) for v in self._to_reset]
 
     def train(self, seed, weights, images, advance):
-        """Trains from `weights`; returns the figures of the run, ready for JSON."""
+        """Trains from `weights`. Returns the figures of the run for JSON."""
         case, model = self._case, self._model
         for variable, value in zip(self._to_reset, self._initial, strict=True):
             variable.assign(value)
@@ -191,7 +192,7 @@ class Trainee:
         accuracies = {}
         while recorder.step < self._steps:
             chunk = min(TEST_EVERY, self._steps - recorder.step)
-            # Exactly as many as are used: Keras fetches some in advance.
+            # Exactly as many as are used, because Keras prefetches some.
             taken = [
                 (x, y, np.full(len(y), case.loss_factor(recorder.step + i, self._steps), "float32"))
                 for i, (x, y) in enumerate(itertools.islice(batches, chunk))
@@ -217,7 +218,7 @@ class Trainee:
 
 
 class Recorder(keras.callbacks.Callback):
-    """Watches the scales."""
+    """Records the scales."""
 
     def __init__(self, scales, advance):
         super().__init__()
@@ -262,9 +263,9 @@ class Recorder(keras.callbacks.Callback):
 
 
 def run_case(case, strategies, images, steps, seeds, progress, runs):
-    """Figures of one case, ready for JSON: all so far, after each strategy.
+    """The figures of one case for JSON: yields all so far, after each strategy.
 
-    `runs` are those of other strategies, from before.
+    `runs` are those of other strategies from earlier runs.
     """
     weights = {}
     result = {
@@ -360,7 +361,7 @@ def verdict(result):
 
 
 def summary(results):
-    """One line for each case: what a user would choose between."""
+    """One row per case, with the strategies that a user would choose from."""
 
     def cell(result, name):
         runs = result["runs"][name]
@@ -391,7 +392,7 @@ def summary(results):
 
 
 def plot_scales(results):
-    """Accuracy over fixed scales, with the automatic ways as lines across."""
+    """Accuracy over fixed scales; automatic scales are horizontal lines."""
     columns = min(len(results), 4)
     rows = -(-len(results) // columns)
     figure, grid = plt.subplots(
@@ -427,7 +428,7 @@ def plot_scales(results):
 
 
 def write_report(directory, variations=False):
-    """Tables and plots of all cases that `directory` has figures of."""
+    """Writes tables and plots of all cases with figures in `directory`."""
     results = report.load_results(directory, order=list(CASES))
     if not variations:
         report.save_plot(directory, "scales", plot_scales(results))

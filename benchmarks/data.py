@@ -43,9 +43,9 @@ def digits():
 
 
 def cifar10(path=None):
-    """CIFAR-10 from an .npz of `x_train`, `y_train`, `x_test`, `y_test`, or by download.
+    """CIFAR-10 from an .npz file of `x_train`, `y_train`, `x_test`, `y_test`, or downloaded.
 
-    Its name tells if these are not all images.
+    Its name says if it is not the full dataset.
     """
     if path is None:
         (x_train, y_train), (x_test, y_test) = keras.datasets.cifar10.load_data()
@@ -93,11 +93,11 @@ def source_code():
 
 
 def prices():
-    """Google's share from 2004 to 2008, which comes with Matplotlib.
+    """The stock of Google from 2004 to 2008, which comes with Matplotlib.
 
     Returns:
         float32 array `[1047 days, 5]`: logarithms of open, high, low, close and volume,
-        each of mean 0 and standard deviation 1.
+        each with mean 0 and standard deviation 1.
     """
     days = cbook.get_sample_data("goog.npz")["price_data"]
     x = np.stack([np.log(days[name]) for name in ("open", "high", "low", "close", "volume")], -1)

@@ -1,19 +1,19 @@
-"""What few bits cost: accuracy of CIFAR-10 networks at 8, 4, 3 and 2 bits per weight.
+"""What accuracy do few bits cost? CIFAR-10 networks at 8, 4, 3 and 2 bits per weight.
 
-Networks are trained in float32, with batches that are mirrored and shifted at random, and are then
-quantized by every method of `als.quantize_weights`, at the same bytes: with 0, 5, 10 and 20 % more
-than so many bits per weight are. Each is measured on the same test images, for calibration data of
-several seeds. Activations stay in float32; the first and the last layer have 8 bits.
+Networks are trained in float32, with random shifts and mirroring. They are then quantized by
+every method of `als.quantize_weights` at the same sizes: with a budget of 0, 5, 10 and 20 % more
+bytes. Each result is measured on the same test images, for calibration data of several seeds.
+Activations stay in float32; the first and the last layer have 8 bits.
 
-    nearest, mse    no calibration data, no more bytes
-    multipoint      more points for the worst channels: Liu et al., AAAI 2021
-    mixed           8 bits for the same number of bytes
-    adaround        rounding is learnt; 8 bits where there are more bytes
+    nearest, mse    use no calibration data and no budget
+    multipoint      spends the budget on more points for some channels (Liu et al., AAAI 2021)
+    mixed           spends it on 8 bits for some channels
+    adaround        learns the rounding; spends the budget as "mixed"
 
-The comparison of the paper is that of "multipoint" with "mse", one point for every channel.
+The comparison of the paper is "multipoint" with "mse", which has one point per channel.
 
-Prints Markdown tables; writes them, and every figure as JSON. Networks that were trained into the
-same directory are not trained again, and rows that are there are not measured again.
+Prints Markdown tables; writes them, and all figures as JSON. Networks and rows that an earlier run
+has written to the same directory are reused.
 """
 
 import argparse
@@ -38,15 +38,15 @@ CALIBRATION_SIZES = (32, 128, 512)
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What is trained.
+    """A network to train and quantize.
 
     Attributes:
         name: For tables.
-        build: Function that makes the model.
-        examples: Function of images and labels: inputs and targets.
+        build: Function that creates the model.
+        examples: Function from images and labels to inputs and targets.
         loss: Function of targets and outputs.
-        measure: Function of model, inputs and targets: the share of images that it gets right.
-        steps: Of Adam, on batches of 128.
+        measure: Function of model, inputs and targets: the share of correct images.
+        steps: Number of Adam steps on batches of 128.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Network:
 
 
 def mobilenet_v2():
-    """Inverted residuals with linear bottlenecks (Sandler et al. 2018), small, for 32 x 32."""
+    """A small network of inverted residuals (Sandler et al. 2018) for 32 x 32 images."""
 
     def normalized(x, activation=True):
         x = layers.BatchNormalization(momentum=0.9)(x)
@@ -86,7 +86,7 @@ def top_1(model, x, y):
 
 
 def objects_found(model, x, y):
-    """The share of images in which the surest cell is that of the object, with its class."""
+    """The share of images whose most confident cell is the object's, with the right class."""
     outputs = model.predict(x, batch_size=256, verbose=0)
     scores = [each.reshape(len(x), -1, each.shape[-1]) for each in outputs[::2]]
     scores = np.concatenate(scores, axis=1)
@@ -111,7 +111,7 @@ NETWORKS = {
 
 
 def augmented(images, rng):
-    """Mirrored and shifted at random, as for CIFAR by He et al. (2016)."""
+    """Random mirroring and shifts, as for CIFAR-10 in He et al. (2016)."""
     images = np.where(rng.integers(0, 2, (len(images), 1, 1, 1)), images, images[:, :, ::-1])
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
     top, left = rng.integers(0, 9, (2, len(images)))
@@ -119,7 +119,7 @@ def augmented(images, rng):
 
 
 def trained(network, images, steps, file, progress):
-    """The network, trained or from a file."""
+    """The trained network, from a file if there is one."""
     keras.utils.set_random_seed(0)
     model = network.build()
     if file.exists():
@@ -132,7 +132,8 @@ def trained(network, images, steps, file, progress):
     model.compile(
         keras.optimizers.AdamW(schedule, weight_decay=1e-2),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True) if single else None,
-        jit_compile=bool(compute.gpu_names()),  # XLA's gradients of depthwise ones crawl on a CPU
+        # XLA's gradients of depthwise convolutions are very slow on a CPU
+        jit_compile=bool(compute.gpu_names()),
     )
     if not single:
         model.compute_loss = lambda x, y, y_pred, sample_weight=None, training=True: network.loss(
@@ -150,17 +151,17 @@ def trained(network, images, steps, file, progress):
 
 
 def ways():
-    """Bits, method and budget of every row."""
+    """Bits, method and budget of each row."""
     for bits in BITS:
         for method in (*WITHOUT_CALIBRATION, *SPENDING):
             for budget in BUDGETS if method in SPENDING and bits < 8 else (0.0,):
                 if method in ("multipoint", "mixed") and not budget:
-                    continue  # that is "mse"
+                    continue  # that would be "mse"
                 yield bits, method, budget
 
 
 def row_of(network, model, images, test, way, seed, number):
-    """The accuracy, bytes and seconds of one way."""
+    """Accuracy, bytes and seconds of one row."""
     bits, method, budget = way
     chosen = np.random.default_rng(seed).choice(len(images.x_train), number, replace=False)
     x, _ = network.examples(images.x_train[chosen], images.y_train[chosen])
@@ -178,10 +179,10 @@ def row_of(network, model, images, test, way, seed, number):
 
 
 def measure(network, figures, images, args, save, progress):
-    """Adds the rows that are not there yet."""
+    """Adds missing rows."""
     file = args.output / "networks" / f"{network.name}.weights.h5"
     model = trained(network, images, figures["steps"], file, progress)
-    # At random: files may be sorted by class.
+    # In random order, because files may be sorted by class.
     chosen = np.random.default_rng(0).permutation(len(images.x_test))[: args.images]
     test = network.examples(images.x_test[chosen], images.y_test[chosen])
     figures.setdefault("float32", network.measure(model, *test))

@@ -1,7 +1,7 @@
-"""Is a forward pass that drifts towards overflow told of in time, and a sound one left in peace?
+"""Does `LossScaleMonitor` warn of overflow in the forward pass in time, and without false alarms?
 
-Models are trained under a `LossScaleMonitor` with a batch: some so that their activations grow
-until they overflow, others as one would.
+Models are trained under a `LossScaleMonitor` with a batch. In some of them, activations grow until
+they overflow; others are trained in the usual way.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from benchmarks.overflowing import WIDTH, attend, classifier, patches, pooled
 from tf_adaptive_ls.observe.forward_range.room_watch import RoomWatch
 
 EVERY, LOOKED_AT, STEPS, BATCH_SIZE = 10, 16, 300, 32
-# A step that is not finite is followed by so many more.
+# Number of steps to continue after a non-finite one.
 AFTER = 20
 SOUND = ("Transformer", "ResNet-20", "U-Net", "Autoencoder, sum")
 
 
 def transformer(norm=layers.RMSNormalization, attends=False):
-    """Three pre-norm blocks of a residual stream that nothing bounds."""
+    """Three pre-norm blocks with an unbounded residual stream."""
     inputs, x = patches()
     for _ in range(3):
         if attends:
@@ -38,7 +38,7 @@ def transformer(norm=layers.RMSNormalization, attends=False):
 
 
 def convnet(norm=None):
-    """Five convolutions, normalized or not."""
+    """Five convolutions, with or without normalization."""
     inputs = x = keras.Input((32, 32, 3))
     for filters, strides in ((16, 2), (32, 1), (32, 2), (64, 1), (64, 2)):
         x = layers.Conv2D(filters, 3, strides=strides, padding="same")(x)
@@ -47,13 +47,13 @@ def convnet(norm=None):
 
 
 def doubling(rate, steps):
-    """A learning rate that doubles every so many steps."""
+    """A learning rate that doubles at regular intervals."""
     return keras.optimizers.schedules.ExponentialDecay(rate, steps, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """A model and an optimizer that make activations grow, both functions."""
+    """Functions that make a model and an optimizer under which activations grow."""
 
     build: Callable
     optimizer: Callable
@@ -79,7 +79,7 @@ DRIFTS = {
 
 
 class FirstBad(keras.callbacks.Callback):
-    """Notes the first step whose loss is not finite."""
+    """Records the first step whose loss is not finite."""
 
     def on_train_begin(self, logs=None):
         self.step, self._done = None, 0
@@ -93,7 +93,7 @@ class FirstBad(keras.callbacks.Callback):
 
 
 def task_of(name, images):
-    """`(model, x, y, loss, optimizer)` of a drifting or a sound run."""
+    """`(model, x, y, loss, optimizer)` of a run, drifting or not."""
     if name in DRIFTS:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         drift = DRIFTS[name]
@@ -104,7 +104,7 @@ def task_of(name, images):
 
 
 def drifted(name, seed, images):
-    """When a run was first warned of, and when it went wrong."""
+    """The step of the first warning, and the step of the first non-finite loss."""
     model, x, y, loss, optimizer = task_of(name, images)
     order = np.random.default_rng(seed).permutation(len(x))
     chosen = np.resize(order, STEPS * BATCH_SIZE)
@@ -128,14 +128,14 @@ def drifted(name, seed, images):
 
 
 def seconds_of_records(model, x):
-    """Seconds of the first record, which runs every part by itself, and of one more."""
+    """Seconds of the first record, which runs each part by itself, and of a later one."""
     start = time.perf_counter()
     watch = RoomWatch(model, x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             watch.look(0)
-        except ValueError:  # what has diverged is not finite in float32 either
+        except ValueError:  # a model that diverged is not finite in float32 either
             return {"first_record": None, "record": None}
         first = time.perf_counter() - start
         times = []

@@ -1,23 +1,23 @@
-"""How true is each layer's float16 gradient, under every way to scale the loss?
+"""How exact is each layer's float16 gradient under each loss scaling?
 
-A model trains in float32. Beside it, float16 models of the same weights compute the
-gradients of the same batches, each at loss scales found its own way, as if it were
-the one that trained. At the start and after some steps the float16 gradient of every
-weight is compared with the float32 one, over eight batches:
+A model trains in float32. Beside it, float16 models with the same weights compute gradients of
+the same batches. Each finds loss scales in its own way, as if it were the model in training. At the
+start and after some steps, the float16 gradient of every weight is compared with the float32
+gradient, over eight batches:
 
     error   |g16 - g32| / |g32|, L2 norms; infinite if any element is
     lost    share of elements that are zero in g16 and not in g32
 
-and with the *oracle*: the least error that any single scale 2^-8 … 2^30 gives that
-tensor. The comparison at the start comes after 20 steps that leave the weights alone,
-for the scales to be found.
+and with the *oracle*: the smallest error that any single loss scale 2^-8 … 2^30 gives that
+tensor. The comparison at the start comes after 20 steps that do not change weights, so that scales
+can adapt.
 
-A tensor is left out where float32 itself is no measure: if its gradient is further
-than 1 % from the float64 one (an attention key bias, whose true gradient is zero).
-Errors below 1e-5 count as 1e-5: they are float32's own, in summing another order.
+A tensor is left out if float32 is no reference for it, because its gradient differs by more than
+1 % from the float64 gradient (such as an attention key bias, whose true gradient is zero). Errors
+below 1e-5 count as 1e-5, because they are float32's own, from another order of summation.
 
-Prints Markdown tables; writes them, plots, and every figure as JSON. Models that were
-run before into the same directory stay in the tables.
+Prints Markdown tables; writes them, plots, and all figures as JSON. Models from earlier runs into
+the same directory stay in the tables.
 """
 
 import argparse
@@ -34,15 +34,16 @@ from benchmarks import compute, data, report, zoo
 from benchmarks.strategies import OURS, STRATEGIES, VARIATIONS
 
 ORACLE_LOG2_SCALES = range(-8, 31)
-# Steps at the initial weights before the first comparison, for scales to be found.
+# Steps without changing weights before the first comparison, so that scales can adapt.
 SETTLING_STEPS = 20
 MOMENTS = (0, 50, 300)
 COMPARED_BATCHES = 8
-# Tensors that float32 gets wrong by more than this are left out.
+# Tensors whose float32 gradient is wrong by more than this are left out.
 FLOAT32_ERROR = 0.01
-# Errors below are of float32's sums.
+# Smaller errors come from float32's summation.
 SMALLEST_ERROR = 1e-5
-# What counts as good: at most this times the oracle's error, this more lost.
+# A tensor is good if its error is at most this multiple of the oracle's, and if it loses at most
+# this share more elements.
 ERROR_BAR = 1.1
 LOST_BAR = 1e-3
 QUICK_TASKS = ("MLP 17, vanishing", "Targets 1e-6")
@@ -50,7 +51,7 @@ QUICK_MOMENTS = (0, 10)
 
 
 class Gradients:
-    """Gradients of the loss of one model, at weights and scales given as values."""
+    """Gradients of the loss of one model, at given weights and scales."""
 
     def __init__(self, task, policy, wrap=False):
         keras.config.set_dtype_policy(policy)
@@ -88,13 +89,13 @@ def values_of(variables):
 
 
 class Shadow:
-    """A strategy that finds its scales while another model trains."""
+    """A strategy that adapts its scales while another model trains."""
 
     def __init__(self, strategy, gradients):
         self.strategy = strategy
         self.skipped = []
         self._gradients = gradients
-        # Updates of weights come to nothing; those of scales do not.
+        # Weight updates are discarded, updates of scales are not.
         self._optimizer = strategy.optimizer(keras.optimizers.SGD(0.0))
         self._optimizer.build(gradients.model.trainable_variables)
         self._values = values_of(self._optimizer.variables)
@@ -109,12 +110,12 @@ class Shadow:
             return float(self._optimizer.scale_loss(ops.ones(())))
 
     def gradients(self, weights, x, y):
-        """Unscaled float16 gradients of the loss by `weights`, in float32."""
+        """Unscaled float16 gradients of the loss by `weights`, as float32."""
         gradients, _ = self._gradients(weights, self._states, self.scale, x, y)
         return [g / self.scale for g in gradients]
 
     def step(self, weights, x, y):
-        """Sees one batch."""
+        """Adapts the scales to one batch."""
         gradients, reports = self._gradients(weights, self._states, self.scale, x, y)
         self.skipped.append(not all(np.isfinite(g).all() for g in gradients))
         self._values, self._states = self._update(
@@ -122,7 +123,7 @@ class Shadow:
         )
 
     def _updated(self, values, before, gradients):
-        """New values of the optimizer and of the states, both from lists of the weights first."""
+        """New values of the optimizer and of the states; both take lists with the weights first."""
         model = self._gradients
         ours = [id(v) for v in [*model.weights, *model.states]]
         order = [ours.index(id(v)) for v in model.model.trainable_variables]
@@ -138,7 +139,7 @@ class Shadow:
 
 
 class Comparison:
-    """Sums, over batches, of how each tensor's gradients differ from the true ones."""
+    """Sums over batches of the differences between gradients and reference gradients."""
 
     def __init__(self, tensors):
         self._difference = np.zeros(tensors)
@@ -165,7 +166,7 @@ class Comparison:
 
 
 def compare(reference, exact, plain, shadows, weights, batches):
-    """Rows of figures, one for each tensor that float32 can measure."""
+    """Rows of figures, one per tensor for which float32 is a reference."""
     names = [v.path for v in reference.weights]
     of_float64, of_scales, of_shadows = Comparison(len(names)), {}, {}
     for x, y in batches:
@@ -197,7 +198,7 @@ def compare(reference, exact, plain, shadows, weights, batches):
 
 
 def _or_none(figure):
-    """JSON knows no infinity."""
+    """`None` instead of infinity, for JSON."""
     return float(figure) if np.isfinite(figure) else None
 
 
@@ -208,7 +209,7 @@ def _widened(arrays):
 
 
 def run_task(task, strategies, images, seed, moments, advance):
-    """Figures of one model, ready for JSON. Calls `advance` after every step."""
+    """Figures of one model for JSON. Calls `advance` after each step."""
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
     reference = Gradients(task, "float32")
@@ -248,7 +249,7 @@ def run_task(task, strategies, images, seed, moments, advance):
 
 
 def ratio(row, name):
-    """Error of a strategy over the oracle's."""
+    """The error of a strategy divided by the oracle's."""
     figures = row["error"]
     if figures[name] is None:
         return np.inf
@@ -266,7 +267,7 @@ def rows_of(result):
 
 
 def table(results, names):
-    """Worst ratio of each model and strategy, and how many tensors are not good."""
+    """The worst ratio of each model and strategy, and how many tensors are not good."""
     lines = []
     for result in results:
         rows = rows_of(result)
@@ -283,7 +284,7 @@ def table(results, names):
 
 
 def plot_ratios(results, names):
-    """A dot for every tensor: its error over the oracle's, by strategy."""
+    """A dot per tensor: its error divided by the oracle's, by strategy."""
     rng = np.random.default_rng(0)
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     top = 1e4
@@ -301,7 +302,7 @@ def plot_ratios(results, names):
 
 
 def plot_layers(result, names):
-    """Error of each tensor in the order of the layers, at the first comparison."""
+    """The error of each tensor in the order of layers, at the first comparison."""
     rows = next(iter(result["moments"].values()))
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     colors = iter(plt.colormaps["Dark2"].colors)
@@ -331,7 +332,7 @@ def main(argv=None):
         "--variations", action="store_true", help="compare settings of the default rule instead"
     )
     args = parser.parse_args(argv)
-    # One function per strategy is no needless retracing.
+    # Each strategy needs one compiled function, so this is not needless retracing.
     logging.getLogger("tensorflow").setLevel("ERROR")
     strategies = VARIATIONS if args.variations else STRATEGIES
     names = args.only or (QUICK_TASKS if args.quick else list(zoo.TASKS))

@@ -1,34 +1,33 @@
-"""Which scales does training in float8 need? Fidelity of gradients, and training.
+"""Which scales does float8 training need? Fidelity of gradients, and training runs.
 
-Products of all layers but the first and the last are computed from numbers of 8 bits; what is
-between them is float16. Inputs and kernels are e4m3, relative to their largest magnitude, in
-every way; gradients are e5m2 or e4m3, rounded to nearest, at scales that are found in each way
-as `float8_ways` says:
+All matmuls except those of the first and the last layer have float8 operands; everything between
+them is float16. Inputs and kernels are e4m3, scaled by their amax, in every way. Gradients are e5m2
+or e4m3, rounded to nearest, with scales that each way finds as described in `float8_ways`:
 
-    no scaling, best fixed scale, dynamic scale, rising minimum, LogMax    one scale for all
-    per tensor, history / current   a scale per gradient, by the largest of the last 1,024, or
-                                    by its own; a dynamic scale for all between the products
-    Keras's float8                  `quantize("float8")`, where all products are of Dense layers
-    ours                            one per layer
-    ours, blocks of 32              one per layer, and in products a power of two for 32 numbers
-                                    along what is summed over: in e4m3 `Float8.mx()`, MXFP8
+    no scaling, best fixed scale, dynamic scale, rising minimum, LogMax    one loss scale
+    per tensor, history / current   a scale per gradient, from its amax over 1,024 steps, or its
+                                    current amax; a dynamic loss scale between the matmuls
+    Keras's float8                  `quantize("float8")`, if all matmuls are of Dense layers
+    ours                            a loss scale per layer
+    ours, blocks of 32              a loss scale per layer, and in matmuls a power of two per 32
+                                    numbers along the summed axes; in e4m3 `Float8.mx()`, MXFP8
 
-*Fidelity*: at weights of float32 training, after steps without moving the weights for scales to
-be found, the mean gradient of every weight over some batches is compared with that of float32:
+*Fidelity*: at weights of float32 training, after steps that do not change weights so that scales
+can adapt, the mean gradient of each weight over some batches is compared with that of float32:
 
-    error      |g8 - g32| / |g32|, the median over weights, relative to the oracle's: the least
-               that any single scale 2^0 … 2^30 gives that weight in that format
-    worst      the same of the worst weight
+    error      |g8 - g32| / |g32|, the median over weights, relative to the oracle: the smallest
+               that any single loss scale 2^0 … 2^30 gives that weight in that format
+    worst      the same for the worst weight
     flushed    share of elements that are zero in g8 and not in g32
     cosine     of the whole gradient
 
-*Training*: mean loss and accuracy on the training batches of the last tenth, steps skipped.
+*Training*: mean loss and accuracy on the training batches of the last tenth, and skipped steps.
 
-*Variations*, if asked for: training with other settings of ours, with the share of gradients on
-whose step one was too large for its format, and what is flushed at the end in the worst layer.
+*Variations* (option): training with other settings of ours, with the share of gradients that
+saturated on a step, and the share that is flushed in the worst layer at the end.
 
-*Everywhere*, if asked for: training with e5m2 forwards, too, and in the first and the last layer
-as well, the setting of Cambier et al. 2020 (S2FP8), in which raw gradients are known to fail.
+*Everywhere* (option): training with e5m2 also in the forward pass, and also in the first and the
+last layer. This is the setting of Cambier et al. 2020 (S2FP8), in which unscaled gradients fail.
 """
 
 import argparse
@@ -63,7 +62,7 @@ ORDER = list(dict.fromkeys(way.name for way in (*WIDE, *ways(E4M3), KERAS_FLOAT8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, data, and how long it is trained.
+    """A model, data, and how it is trained.
 
     Args:
         name: Short name for tables.
@@ -71,8 +70,9 @@ class Case:
         build: `() -> keras.Model`.
         examples: `(images, labels) -> (x, y)`.
         optimizer: `steps -> keras.optimizers.Optimizer`.
-        steps, batch_size: Of training.
-        moments: After how many steps gradients are compared.
+        steps: Number of steps.
+        batch_size: Batch size.
+        moments: Numbers of steps after which gradients are compared.
         loss: `(targets, outputs) -> scalar`.
     """
 
@@ -144,13 +144,13 @@ CASES = {
 
 
 class Still(keras.optimizers.Optimizer):
-    """Leaves weights alone, and sums up their gradients."""
+    """An optimizer that leaves weights unchanged, and sums up their gradients."""
 
     def build(self, variables):
         super().build(variables)
         self.sums = [self.add_variable_from_reference(v, name="sum") for v in variables]
         self.number = self.add_variable((), dtype="float32", initializer="zeros", name="number")
-        # Those that are overwritten with their gradients never come to `update_step`.
+        # Variables that are overwritten with their gradients are not passed to `update_step`.
         self.places = [place for place, v in enumerate(variables) if is_weight(v)]
 
     def update_step(self, gradient, variable, learning_rate):
@@ -165,14 +165,14 @@ def is_weight(variable):
 
 
 class Trainee:
-    """A model under one way, which can be set to any weights and trained from there."""
+    """A model under one way, which can be trained from any weights."""
 
     def __init__(self, case, way, inner):
         keras.backend.clear_session()
         keras.config.set_dtype_policy(way.policy)
         self.way = way
         self.model = way.model(case.build())
-        # One function of all outputs, which `compile` does not take.
+        # One function of all outputs, because `compile` does not accept one.
         self.model.compute_loss = lambda x, y, y_pred, *args, **kwargs: case.loss(y, y_pred)
         self.model.compile(
             way.optimizer(inner),
@@ -193,7 +193,7 @@ class Trainee:
         return [v.numpy() for v in self.model.weights if is_weight(v)]
 
     def reset(self, weights, log2_scale=None):
-        """Starts anew from other weights."""
+        """Starts again from other weights."""
         for variable, value in zip(self._others, self._first, strict=True):
             variable.assign(value)
         for variable, value in zip(filter(is_weight, self.model.weights), weights, strict=True):
@@ -202,7 +202,7 @@ class Trainee:
             self.model.optimizer.dynamic_scale.assign(2.0**log2_scale)
 
     def fit(self, batches, *callbacks):
-        """Logs of training on a list of batches."""
+        """Trains on a list of batches. Returns the logs."""
         history = self.model.fit(
             (each for each in batches),
             steps_per_epoch=len(batches),
@@ -223,7 +223,7 @@ class Trainee:
         return {**logs, "skipped": len(batches) - taken, **self._rounding(len(batches))}
 
     def _rounding(self, steps):
-        """What became of gradients that our layers have rounded."""
+        """Statistics of the gradients that our layers have quantized."""
         layers_of_ours = [x.loss_scaling for x in self.model.layers if hasattr(x, "loss_scaling")]
         shown = [layer.snapshot for layer in layers_of_ours if layer.float8]
         if not shown or shown[0].operands is None:
@@ -234,7 +234,7 @@ class Trainee:
         }
 
     def gradients(self, weights, settling, compared, log2_scale=None):
-        """Mean gradients at some weights; `None` if no step was finite."""
+        """Mean gradients at some weights. `None` if no step was finite."""
         self.reset(weights, log2_scale)
         if log2_scale is None:
             callbacks = [self.way.callback(len(settling))] if self.way.callback else []
@@ -242,7 +242,7 @@ class Trainee:
         still = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         for variable in [*still.sums, still.number]:
             variable.assign(np.zeros(variable.shape, "float32"))
-        # Statistics of normalization have moved meanwhile.
+        # The statistics of normalization have moved meanwhile.
         for variable, value in zip(filter(is_weight, self.model.weights), weights, strict=True):
             variable.assign(value)
         self.fit(compared)
@@ -251,7 +251,7 @@ class Trainee:
 
 
 def errors(gradients, reference):
-    """Relative error of each weight's gradient; infinite for all if there are none."""
+    """The relative error of each weight's gradient. Infinite for all if there are no gradients."""
     if gradients is None:
         return np.full(len(reference), np.inf)
     with np.errstate(all="ignore"):
@@ -263,7 +263,7 @@ def errors(gradients, reference):
 
 
 def fidelity(case, all_ways, images, seed=0):
-    """Figures of every way, by moment."""
+    """Figures of each way, by moment."""
     keras.utils.set_random_seed(seed)
     batches = _batches(case, images, seed, max(case.moments) + SETTLING_STEPS + COMPARED_BATCHES)
     training, rest = batches[: max(case.moments)], batches[max(case.moments) :]
@@ -315,7 +315,7 @@ def _batches(case, images, seed, number):
 
 
 def training(case, all_ways, images, seeds):
-    """Figures, way after way, by format: a list over seeds, of dicts by log2 of a fixed scale."""
+    """Figures of each way by format: a list over seeds, of dicts by log2 of a fixed scale."""
     weights = {}
     for seed in seeds:
         keras.utils.set_random_seed(seed)
@@ -337,7 +337,7 @@ def training(case, all_ways, images, seeds):
 
 
 def fidelity_rows(figures):
-    """Rows of the table of fidelity: of each format, every way."""
+    """Rows of the fidelity table: each way in each format."""
     for backward in FORMATS:
         by_moment = [figures[moment].get(backward, {}) for moment in figures]
         for name in (name for name in ORDER if name in by_moment[0]):
@@ -355,7 +355,7 @@ def fidelity_rows(figures):
 
 
 def training_rows(figures):
-    """Rows of the table of training: medians over seeds, ranges of losses."""
+    """Rows of the training table: medians over seeds, ranges of losses."""
     for backward in ("wide", *FORMATS):
         by_way = figures.get(backward, {})
         for name in (name for name in ORDER if name in by_way):
@@ -375,7 +375,7 @@ def training_rows(figures):
 
 
 def variations_rows(figures):
-    """Rows of the table of variations, of each format: medians over seeds, ranges of losses."""
+    """Rows of the table of variations in each format: medians over seeds, ranges of losses."""
     for backward, by_way in figures.items():
         for name, runs in by_way.items():
             of_seeds = [run["None"] for run in runs]
@@ -395,7 +395,7 @@ def _accuracy(runs):
 
 
 def _best_scale(runs):
-    """The scale with the least median loss."""
+    """The scale with the smallest median loss."""
 
     def loss(scale):
         return np.median([np.nan_to_num(run[scale]["loss"], nan=np.inf) for run in runs])
@@ -432,7 +432,7 @@ between matmuls, as in Cambier et al. 2020 (S2FP8).
 """
 
 
-# Of each part: its title, what its columns are called, its rows.
+# For each part: its title, the titles of its columns, its rows.
 TABLES = {
     "fidelity": ("Fidelity", ["flushed", "cosine"], fidelity_rows),
     "training": ("Training", ["loss", "accuracy", "skipped"], training_rows),
@@ -484,7 +484,7 @@ def main(argv=None):
 
 
 def run_case(case, args):
-    """Adds the parts asked for to the figures of one case."""
+    """Adds the requested parts to the figures of one case."""
     if args.quick:
         case = dataclasses.replace(case, steps=60, moments=(0, 10))
     if args.steps:
@@ -517,7 +517,7 @@ def _named(names, all_ways):
 
 
 class Results:
-    """Figures of one case, with those of earlier runs that they can be compared with."""
+    """The figures of one case, including comparable ones of earlier runs."""
 
     def __init__(self, case, images, seeds, args):
         self._directory = args.output
@@ -544,7 +544,7 @@ class Results:
         return on | {"steps": case.steps, "seeds": seeds} if part in TRAINED else on
 
     def add(self, part, figures):
-        """Adds figures, in place of those of the same way."""
+        """Adds figures, or replaces those of the same way."""
         self._figures["settings"][part] = self._settings[part]
         _merge(self._figures.setdefault(part, {}), figures)
         report.save_result(self._directory, self._figures)

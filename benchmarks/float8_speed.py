@@ -1,14 +1,14 @@
-"""Are products of 8 bits faster here? Steps of a network of wide dense layers, on JAX.
+"""Are float8 matmuls faster on this device? Steps of a network of wide dense layers, on JAX.
 
-All layers compute in float8. Compared with plain Keras in bfloat16 and in float16 are
+All layers use float8. Plain Keras in bfloat16 and in float16 is compared with
 
-    emulated   numbers of 8 bits in tensors of 16, as everywhere
-    native     operands cast on the way, for XLA to call products of 8 bits, as the library does
-               by itself on devices that have them, under the flag that this sets
+    emulated   float8 numbers in 16-bit tensors, which works on every device
+    native     operands cast to float8, so that XLA calls float8 matmuls; the library does so by
+               itself on devices that have them, with the XLA flag that this benchmark sets
 
-A step of each is taken in turn. Told are the median, the ratio to plain bfloat16 within rounds
-(quartiles), the calls of products of 8 bits in the compiled step, and the loss after the
-last one. Without such a device native is only cast, and no call is found.
+The ways take turns, a step each. The table has the median time, the ratio to plain bfloat16 within
+rounds (with quartiles), the number of float8 matmul calls in the compiled step, and the loss after
+the last step. On a device without float8 matmuls, "native" only casts, and there are no calls.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CALL = "__cublas$lt$matmul$f8"
 
 
 class Way:
-    """A model under one way, compiled, and its state.
+    """A compiled model under one way, and its state.
 
     Args:
         policy: A dtype policy.
@@ -84,7 +84,7 @@ class Way:
 
 
 def measure(width, rounds, policies):
-    """Rows of a table."""
+    """Rows of the table."""
     rng = np.random.default_rng(0)
     batch = tuple(rng.normal(size=(width, width)).astype("float32") for _ in range(2))
     everything = als.Float8.hybrid(layer_filter=lambda layer: True)

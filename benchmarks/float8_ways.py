@@ -1,4 +1,4 @@
-"""The ways to scale gradients of 8 bits that `float8` compares."""
+"""The ways to scale float8 gradients that `float8` compares."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from tf_adaptive_ls.training.float8.products import in_float8, products_in
 NO_SCALING, BEST_FIXED, OURS = "no scaling", "best fixed scale", "ours"
 BLOCKS = "ours, blocks of 32"
 CURRENT, HISTORY = "per tensor, current", "per tensor, history"
-# log2 of the scales among which the best is looked up afterwards.
+# log2 of the scales from which the best one is chosen afterwards.
 FIXED = (5, 10, 15, 20)
 
 
@@ -45,7 +45,7 @@ class Way:
 
 
 def ways(backward):
-    """All ways for gradients in one format; inputs and kernels are in e4m3 in all."""
+    """All ways for gradients in one format. Inputs and kernels are e4m3 in all of them."""
     float8 = als.Float8(backward=backward)
 
     in_blocks = als.Float8(backward=backward, block_size=32)
@@ -57,7 +57,7 @@ def ways(backward):
         return als.wrap_model(plain, float8=in_blocks)
 
     def one_scale(plain):
-        # Without a plan, which only our optimizer wants.
+        # Without a plan, because plans need our optimizer.
         model = wrapped(plain)
         return keras.Model(model.inputs, model.outputs)
 
@@ -81,13 +81,13 @@ def ways(backward):
 
 
 def variations(backward):
-    """Ours with other settings, the default among them."""
+    """Ours with other settings, and with the default."""
 
     def way(name, margin=scale_update.SATURATION_MARGIN, rounding="nearest", **settings):
         float8 = als.Float8(backward=backward, rounding=rounding)
 
         def optimizer(inner):
-            # Not for users: until the next of these.
+            # Not for users: it applies until the next one.
             scale_update.SATURATION_MARGIN = margin
             return als.AdaptiveLossScaleOptimizer(inner, **settings)
 
@@ -102,7 +102,7 @@ def variations(backward):
 
 
 def everywhere():
-    """e5m2 forwards, too, and in all layers, as Cambier et al. 2020 (S2FP8) have it."""
+    """e5m2 also in the forward pass and in all layers, as in Cambier et al. 2020 (S2FP8)."""
     float8 = als.Float8("float8_e5m2", "float8_e5m2", layer_filter=lambda layer: True)
 
     def wrapped(plain):
@@ -125,18 +125,18 @@ WIDE = (
 
 
 def of_keras(plain):
-    """Keras's own float8, of Dense and EinsumDense layers; the first and the last stay wide."""
+    """Keras's own float8 for Dense and EinsumDense, without the first and last layer."""
     for part in _products(plain):
         part.quantize("float8")
     return plain
 
 
-# Its scales are NaN for small gradients under mixed_float16.
+# Its scales become NaN for small gradients under mixed_float16.
 KERAS_FLOAT8 = Way("Keras's float8", of_keras, lambda inner: inner, policy="mixed_bfloat16")
 
 
 def only_dense(plain):
-    """Whether Keras's float8 covers all products of a model."""
+    """Whether Keras's float8 covers all matmuls of a model."""
     return all(isinstance(part, (layers.Dense, layers.EinsumDense)) for part in _products(plain))
 
 
@@ -145,7 +145,7 @@ def _products(plain):
 
 
 def _chosen(plain):
-    """Layers with products, but the first and the last, in the order of the graph."""
+    """The layers with matmuls except the first and the last, in the order of the graph."""
     return [layer for layer in plain.layers if products_in(layer)][1:-1]
 
 
@@ -157,13 +157,13 @@ def _replaced(plain, replace):
 
 
 class PerTensor(layers.Wrapper):
-    """A layer whose gradients are rounded to float8 at scales of their own.
+    """A layer whose gradients are quantized to float8 with their own scales.
 
     Args:
         layer: The layer.
         float8: The `Float8`.
-        history: `None` to scale each gradient by its own largest magnitude, or over how many
-            steps before the largest is taken from (Transformer Engine's delayed scaling).
+        history: `None` to scale each gradient by its current amax. Otherwise the number of past
+            steps whose largest amax is used, as in Transformer Engine's delayed scaling.
     """
 
     def __init__(self, layer, float8, history):
@@ -173,7 +173,7 @@ class PerTensor(layers.Wrapper):
         self._seen = [self._add_history() for _ in self._products]
 
     def _add_history(self):
-        # As Keras's own float8 keeps it.
+        # Stored as Keras's own float8 does.
         return self.add_weight(
             shape=(self._history or 1,),
             initializer="zeros",
@@ -187,7 +187,7 @@ class PerTensor(layers.Wrapper):
             return self.layer(*args, **kwargs)
 
     def tap(self, tensor, place, cast):
-        """As that of `Float8Call`."""
+        """As in `Float8Call`."""
         float_format = self.float8.backward_format
 
         def identity(_, tensor, seen):
@@ -205,14 +205,15 @@ class PerTensor(layers.Wrapper):
 
 
 def rising_minimums(steps):
-    """8K after 40/340 of so many steps, 32K after 150/340: Mellempudi et al. 2019, GNMT."""
+    """8K after 40/340 of the steps, 32K after 150/340: Mellempudi et al. 2019, GNMT."""
     return ((round(steps * 40 / 340), 2.0**13), (round(steps * 150 / 340), 2.0**15))
 
 
 class RisingMinimum(keras.callbacks.Callback):
-    """Mellempudi et al. 2019, section 3.1: a dynamic scale that does not fall below a minimum.
+    """Mellempudi et al. 2019, section 3.1: a dynamic loss scale with a rising minimum.
 
-    The minimum is 1 at first, 8K after 40/340 of training and 32K after 150/340: their GNMT.
+    The minimum is 1 at first, 8K after 40/340 of training, and 32K after 150/340, as for their
+    GNMT.
     """
 
     def __init__(self, steps=None):
@@ -229,7 +230,7 @@ class RisingMinimum(keras.callbacks.Callback):
 
 
 class LogMax(keras.callbacks.Callback):
-    """OpenSeq2Seq's LogMax for one scale, told the largest gradient that is rounded."""
+    """OpenSeq2Seq's LogMax for a single loss scale. It is given the largest quantized gradient."""
 
     def __init__(self, steps=None):
         super().__init__()

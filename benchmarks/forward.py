@@ -1,13 +1,13 @@
-"""Which overflows of the forward pass are found, and what does it cost to mend them?
+"""Which overflows of the forward pass does `forward_range` find, and what does `widen` cost?
 
 Parts:
 
-    planted   `forward_range` on sound models into which one cause of overflow was planted
-    healthy   the models of the benchmarks of gradients, of which nothing should be flagged
-    training  models that overflow in float16, trained in float16, clipped by hand, in float32,
-              and after `widen`, all under Keras's `LossScaleOptimizer`
-    drift     models whose activations grow while they train, and sound ones: when
-              `LossScaleMonitor` warns
+    planted   `forward_range` on healthy models with one planted cause of overflow
+    healthy   the models of the gradient benchmarks, in which nothing should be flagged
+    training  models that overflow in float16: trained in float16, with clipping by hand, in
+              float32, and after `widen`, all under Keras's `LossScaleOptimizer`
+    drift     models whose activations grow during training, and healthy ones: when does
+              `LossScaleMonitor` warn?
 
 Prints Markdown tables, and writes them and all figures as JSON.
 """
@@ -41,7 +41,7 @@ def started(seed, policy="mixed_float16"):
 
 
 def planted(images, seeds, advance):
-    """What was found of each plant, in each host, at one of its three blocks."""
+    """What was found of each planted cause, in each host, in each of its three blocks."""
     outcomes = []
     for plant, function in PLANTS.items():
         for host, build in HOSTS.items():
@@ -82,7 +82,7 @@ def healthy(images):
 
 
 def trained(name, way, seed, images):
-    """Losses of one model, trained in one way."""
+    """Losses of one model trained in one way."""
     case = MODELS[name]
     started(seed, "float32" if way == FLOAT32 else "mixed_float16")
     model = case.build(way == CLIPPED)
@@ -108,19 +108,19 @@ def trained(name, way, seed, images):
     for step in range(case.steps):
         chosen = order[np.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE) % len(order)]
         losses.append(float(model.train_on_batch(x[chosen], y[chosen])))
-        # Keras reports means since the metrics were reset.
+        # Keras reports means since metrics were last reset.
         model.reset_metrics()
     return figures | {"loss": statistics.mean(losses[-LAST_STEPS:])}
 
 
 def error_of(case, model, seed, x, way):
-    """Relative error of the model's outputs against those of its twin in float32."""
+    """Relative error of the outputs of a model against its float32 twin."""
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32")
     twin = case.build(False)
     keras.config.set_dtype_policy(policy)
     twin.set_weights(model.get_weights())
-    # As in training: means and variances have not been gathered yet.
+    # As in training, because moving statistics have no meaning yet.
     with keras.StatelessScope():
         expected, actual = (np.array(each(x, training=True), "float64") for each in (twin, model))
     if not np.all(np.isfinite(actual)):

@@ -1,16 +1,16 @@
-"""How near to the optimum does HALP come, and does it help networks that are not convex?
+"""How close to the optimum does HALP get, and does it help non-convex networks?
 
-The logistic regression of `examples/halp.py`: the norm of the gradient over all data after every
-epoch, for SGD, SGD with weights of 8 bits, SVRG, and HALP with 2, 4, 8 and 16 bits. And LeNet on
-10,000 images of CIFAR-10, which is not convex: training loss and test accuracy after 15 epochs,
-with momentum, for SGD, for SGD with as many passes over the data as SVRG, for SVRG and HALP. For
+The logistic regression of `examples/halp.py`: the norm of the gradient over all data after each
+epoch, for SGD, SGD with 8-bit weights, SVRG, and HALP with 2, 4, 8 and 16 bits. And LeNet, which is
+not convex, on 10,000 images of CIFAR-10: training loss and test accuracy after 15 epochs, with
+momentum, for SGD, for SGD with as many passes over the data as SVRG, for SVRG and for HALP. For
 each seed, all start from the same weights and train on the same batches.
 
-An epoch of SVRG or HALP takes more gradients than one of SGD: two of each batch, and those of all
+An epoch of SVRG or HALP computes more gradients than one of SGD: two per batch, and those of all
 data at each center. The tables count them as passes over the data.
 
-Prints Markdown tables and draws the norms; writes them, and every figure as JSON. Ways that were
-run before into the same directory are not run again.
+Prints Markdown tables and plots the norms; writes them, and all figures as JSON. Ways that an
+earlier run has written to the same directory are not run again.
 """
 
 import argparse
@@ -31,9 +31,9 @@ EPOCHS = {CONVEX: 40, LENET: 15}
 LENET_IMAGES = 10_000
 LENET_BATCH = 128
 LENET_RATE = 0.02
-# As the authors' ResNet-18.
+# As for the ResNet-18 of the authors.
 LENET_MU = 20.0
-# As many passes over the data as SVRG takes.
+# As many passes over the data as SVRG.
 LONGER = "SGD, three times the epochs"
 LENET_WAYS = (
     "SGD",
@@ -53,7 +53,7 @@ def convex(way, images, epochs, seed):
 
 
 def lenet_model(shape):
-    """LeCun et al. 1998, with ReLU and maxima."""
+    """LeCun et al. 1998, with ReLU and max pooling."""
     return keras.Sequential(
         [
             keras.Input(shape),
@@ -98,7 +98,7 @@ CASES = {CONVEX: (digits.WAYS, convex), LENET: (LENET_WAYS, lenet)}
 
 
 def passes(name, way, epochs):
-    """How often the gradient of every example is taken."""
+    """How often the gradient of each example is computed."""
     if way.startswith("SGD"):
         return 3 * epochs if way == LONGER else epochs
     centers = -(-epochs // 2) if name == CONVEX else epochs

@@ -1,6 +1,6 @@
 """What a compiled step launches on a GPU, read from XLA's optimized module.
 
-The module comes as a protocol buffer, whose definition is part of TensorFlow.
+The module is a protocol buffer whose definition is part of TensorFlow.
 """
 
 import collections
@@ -13,7 +13,7 @@ import re
 from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.compiler.xla.service import hlo_pb2
 
-# Of these nothing is launched.
+# These launch nothing.
 SILENT = {
     "after-all",
     "bitcast",
@@ -24,26 +24,26 @@ SILENT = {
     "replica-id",
     "tuple",
 }
-# These say nothing of whose code a kernel is.
+# These frames do not say whose code it is.
 NEUTRAL = SILENT | {"broadcast", "iota"}
-# What makes an element of many, or may take elements again and again. Anything else makes every
-# element of its result of one of each operand.
+# These compute an element from many elements, or may read elements more than once. All others
+# compute each element from one element per operand.
 OF_MANY = {"convolution", "dot", "gather", "reduce", "reduce-window", "scatter", "sort"}
-# What takes a part of an operand.
+# These read a part of an operand.
 TAKES_PART = {"dynamic-slice", "gather", "slice"}
 SCALING, KERAS, MODEL, OPTIMIZER = "scaling", "Keras's loss scale", "model", "inner optimizer"
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What is launched by itself.
+    """A kernel.
 
     Attributes:
         kind: The opcode of XLA, or the target of a custom call.
         computation: Name of the computation that launches it.
-        owners: Whose code it computes, pairs of one of `SCALING`, `KERAS`, `MODEL`, `OPTIMIZER`
-            and a function, with the number of instructions of each.
-        bytes: Read and written.
+        owners: Whose code it computes: dict from pairs of one of `SCALING`, `KERAS`, `MODEL`,
+            `OPTIMIZER` and a function to the number of instructions.
+        bytes: Bytes read and written.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Kernel:
 
     @property
     def is_of_scaling(self):
-        """Whether it computes nothing else."""
+        """Whether all of its code belongs to loss scaling."""
         return {whose for whose, _ in self.owners} == {SCALING}
 
 
@@ -80,7 +80,7 @@ class Program:
         return [kernel for kernel in self.kernels if kernel.kind == "conditional"]
 
     def _launched(self, computation):
-        """Of both branches of a conditional the one that launches more."""
+        """All kernels. Of the two branches of a conditional, those of the longer one."""
         instructions = {each.id: each for each in computation.instructions}
         for each in computation.instructions:
             called = [self._computations[i] for i in each.called_computation_ids]
@@ -114,7 +114,7 @@ class Program:
 
     @functools.cache  # noqa: B019
     def _owner(self, frame):
-        """Whose code was running when an instruction was made, by the innermost frame that says."""
+        """Whose code made an instruction, by the innermost informative stack frame."""
         while frame:
             at = self._frames.stack_frames[frame - 1]
             location = self._frames.file_locations[at.file_location_id - 1]
@@ -143,7 +143,7 @@ def _owner_of(path, function):
 
 
 def _moved(instruction, instructions, inside):
-    """Bytes read and written: of what only parts are taken of, those."""
+    """Bytes read and written. Where only a part of an operand is read, the part."""
     total = _size(instruction.shape)
     one_of_each = len(inside) > 1 and not OF_MANY & {each.opcode for each in inside}
     parameters = {each.parameter_number: each for each in inside if each.opcode == "parameter"}
@@ -176,7 +176,7 @@ def _size(shape):
 
 
 def _elements(shape):
-    """Those of the parts of a tuple together."""
+    """The number of elements, of a tuple in total."""
     return sum(map(_elements, shape.tuple_shapes)) or math.prod(shape.dimensions)
 
 
@@ -190,10 +190,12 @@ def _bytes_of(element_type):
 
 
 def launches(dumped):
-    """What the host does in a step: graphs of kernels, kernels outside of them, others.
+    """What the host does in a step: counts of graph launches, kernel launches, and other commands.
+
+    Kernel launches are those outside of graphs.
 
     Args:
-        dumped: The text that XLA dumps of its final sequence of thunks.
+        dumped: The text in which XLA dumps the final sequence of thunks.
     """
     found, inside = collections.Counter(), None
     for line in dumped.splitlines():

@@ -1,7 +1,7 @@
-"""What `import tf_adaptive_ls` takes, beyond what `import keras` takes.
+"""How long does `import tf_adaptive_ls` take beyond `import keras`?
 
-Each figure is of a fresh process, which imports Keras first; those of the backends alternate.
-The first round, which fills the caches of files, does not count.
+Each figure comes from a fresh process that imports Keras first. The backends alternate. The first
+round, which fills file caches, does not count.
 """
 
 import argparse
@@ -24,7 +24,7 @@ print(between - start, time.perf_counter() - between)
 
 
 def seconds(backend):
-    """What Keras takes in a fresh process, and what this library takes after it."""
+    """Seconds for Keras in a fresh process, and for this library after it."""
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, "KERAS_BACKEND": backend},

@@ -1,26 +1,25 @@
-"""What does scaling add to a step on a GPU? Steps compiled for one, on a machine without.
+"""What does loss scaling add to a step on a GPU? Compiles steps on a machine without a GPU.
 
-XLA compiles for a GPU that it is told about, and its optimized module says what would be launched.
-Nothing runs: times are not known, and what is tuned on the device, such as the algorithms of
-products, may come out otherwise there. Of each model, in mixed float16, on JAX, under SGD with
-momentum:
+XLA compiles for a GPU from a description of it, and the optimized module shows what would be
+launched. Nothing runs, so times are unknown. What XLA tunes on the device, such as algorithms of
+matmuls, may differ there. Each model is in mixed float16, on JAX, under SGD with momentum:
 
     no scaling   plain float16
     Keras        `LossScaleOptimizer`
     ours         `wrap_model` and `AdaptiveLossScaleOptimizer`
     in float8    ours with `Float8()`
     8 bits kept  ours with `saved_activations`
-    RematScope   Keras's, all layers run once more in the backward pass
+    RematScope   Keras's, with all layers rematerialized
 
-    kernels      launched by a step; of a conditional, those of its longer branch
-    copies       those among them
-    cond.        conditionals: at each the host waits for the device
+    kernels      launched in a step; for a conditional, those of the longer branch
+    copies       the number of copies among them
+    cond.        conditionals, at each of which the host waits for the device
     MiB          read and written by all kernels
     temp.        MiB of temporary memory at a time
-    launches     of the host: graphs of many kernels each, and kernels outside of them
+    launches     by the host: of graphs of many kernels, and of kernels outside of graphs
     s            to trace and compile on this machine
 
-and kernels that compute nothing but scaling, by the function that they come from.
+and the kernels that compute only loss scaling, by the function that they come from.
 """
 
 import argparse
@@ -33,10 +32,10 @@ import tempfile
 import time
 from collections.abc import Callable
 
-# What XLA dumps of the sequence in which the host launches.
+# What XLA dumps of the sequence of launches.
 DUMPED = tempfile.TemporaryDirectory(prefix="kernels")
 os.environ["KERAS_BACKEND"] = "jax"
-# Of the plugin for GPUs only its compiler is used, which need not time kernels on a device.
+# Only the compiler of the GPU plugin is used, which must not time kernels on a device.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
@@ -62,10 +61,10 @@ PLAIN, KERAS, OURS, FLOAT8, SAVED, BOTH, REMAT = WAYS = (
     "in float8, 8 bits kept",
     "RematScope",
 )
-# What cuBLAS takes for itself, in bytes, which does not grow with a model.
+# Bytes that cuBLAS reserves, whatever the model.
 WORKSPACE = 32 * 2**20
 
-# What XLA has to know of a GPU, by NVIDIA's data sheets.
+# What XLA must know of a GPU, from NVIDIA's data sheets.
 GPU = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -125,7 +124,7 @@ class Case:
     Args:
         build: `() -> keras.Model`.
         batch: `batch_size -> (x, y)`.
-        batch_size: How many examples.
+        batch_size: Number of examples.
         left_out: The ways in which it cannot be trained.
     """
 
@@ -143,12 +142,12 @@ def mlp(depth=20, width=1024):
 
 
 def colors(batch_size):
-    """Gray images, and one of three colors for every pixel."""
+    """Gray images, and one of three colors for each pixel."""
     gray, _ = overhead.floats(32, 32, 1)(batch_size)
     return gray, np.zeros((batch_size, 32, 32), "int32")
 
 
-# On JAX Keras cannot rematerialize a BatchNormalization: its `training` becomes a tracer.
+# On JAX, Keras cannot rematerialize a BatchNormalization: its `training` becomes a tracer.
 CASES = {
     "ResNet-20": Case(zoo.resnet, overhead.floats(32, 32, 3), 512, left_out=(REMAT,)),
     "transformer": Case(lambda: overhead.bert(2, 128, 4, 64, 1000), overhead.tokens(64, 1000), 128),
@@ -165,14 +164,14 @@ CASES = {
 
 
 def gpu(name):
-    """A device of JAX that there need not be."""
+    """A JAX device that need not exist."""
     config = GPU.format(name=name, **GPUS[name])
     topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
     return topology.devices[0]
 
 
 def model_of(case, way):
-    """A model to be trained in one of `WAYS`."""
+    """A model to train in one of `WAYS`."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("mixed_float16")
     with keras.RematScope("full") if way == REMAT else contextlib.nullcontext():
@@ -193,7 +192,7 @@ def model_of(case, way):
 
 
 def compiled(case, way, device):
-    """The step of a model, compiled for a device, and the seconds that took."""
+    """The step of a model, compiled for a device, and the seconds it took."""
     # Functions that ask for the device that runs a step, which is another one here.
     devices.on_gpu = lambda: True
     capability = device.compute_capability
@@ -238,7 +237,7 @@ def figures_of(case, way, device):
 
 
 def _launches():
-    """How many there are in the step compiled last, by kind."""
+    """The number of launches by kind in the step that was compiled last."""
     (path,) = pathlib.Path(DUMPED.name).glob("*thunk_sequence_after_thunk_passes.txt")
     found = hlo.launches(path.read_text())
     path.unlink()
@@ -246,7 +245,7 @@ def _launches():
 
 
 def rows(result):
-    """Rows of the table of one model."""
+    """Rows of the table for one model."""
     base = result["ways"].get(KERAS)
     for way, figures in result["ways"].items():
 
@@ -304,7 +303,7 @@ def main(argv=None):
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
     parser.add_argument("--gpu", choices=GPUS, default="H200", help="default: %(default)s")
     args = parser.parse_args(argv)
-    # Whole stacks, for whose code a kernel is of.
+    # Full stack traces, to see whose code a kernel is.
     jax.config.update("jax_traceback_in_locations_limit", -1)
     device = gpu(args.gpu)
     names = args.only or (["MLP 20 x 1024"] if args.quick else list(CASES))
@@ -312,7 +311,7 @@ def main(argv=None):
         task = progress.add_task("", total=len(names) * len(args.ways))
         for name in names:
             case, title = CASES[name], f"{name}, {args.gpu}"
-            # Those that were compiled before, of the same case, stay.
+            # Figures of the same case from earlier runs stay.
             found = report.load_results(args.output, [title])
             before = found[0] if found else {}
             ways = before.get("ways", {})

@@ -1,22 +1,22 @@
-"""What does each layer's lost gradient cost? Loss Change Allocation under several ways to scale.
+"""What does each layer's lost gradient cost? Loss Change Allocation under several loss scalings.
 
-Each model is trained from the same weights on the same batches under each way to scale a loss,
-with a `LossChangeMonitor`, which divides the change of the loss on a part of the training data
-among the layers: with float32 gradients, and with those that training used. Reported are
+Each model is trained from the same weights on the same batches under each loss scaling, with a
+`LossChangeMonitor`. It divides the change of the loss, on a part of the training data, among
+layers: with float32 gradients, and with those used in training. The tables report
 
     change      of the loss from the first to the last step
-    allocated   the sum over all layers and statistics, in float32
-    as trained  the same by the gradients that training used
-    lost        what the layers' shares as trained differ from those in float32 by, summed over
+    allocated   sum of the shares of all layers and statistics, in float32
+    as trained  the same with the gradients used in training
+    lost        difference between the layers' shares as trained and in float32, summed over
                 layers, relative to the sum of their magnitudes; and that of the worst layer
-    idle        layers that were given less than 1e-6 of that sum: what never gets a gradient
-                does not move either, and loses nothing that is seen along its own path
-    hurt        layers whose moves raised the loss altogether
-    first layer, last layer    what these were given
-    helping     share of weights whose move lowered the loss, along chords, and in single steps
+    idle        layers with less than 1e-6 of that sum: without gradients, weights do not move, so
+                their own path shows no loss
+    hurt        layers whose changes raised the loss in total
+    first layer, last layer    the shares of these
+    helping     share of weights whose changes lowered the loss, along chords, and in single steps
 
-then how well the sums are conserved by each rule of integration, along paths of 1, 10 and 100
-steps, and what the callback adds to the time of training.
+then how exactly each quadrature rule conserves the sum, along paths of 1, 10 and 100 steps, and
+how much time the callback adds to training.
 """
 
 import argparse
@@ -44,8 +44,8 @@ RULES = {
     "Simpson, 8 intervals": {"max_intervals": 8},
 }
 LENGTHS = (1, 10, 100)
-SIZES = (1, 4, 16)  # batches to take the loss of
-# What the figures of a run, and those of the time it takes, are made with.
+SIZES = (1, 4, 16)  # batches for the loss
+# Settings for the runs, and for the timing.
 EVALUATED = 4
 RECORDS = 12
 
@@ -71,7 +71,7 @@ class Trainee:
         self._batches = (case.examples(*b) for b in images.batches(case.batch_size, seed))
 
     def fit(self, steps, *callbacks):
-        # Exactly as many as are used: Keras fetches some in advance.
+        # Exactly as many as are used, because Keras prefetches some.
         taken = list(itertools.islice(self._batches, steps))
         self.model.fit(
             (each for each in taken),
@@ -83,7 +83,7 @@ class Trainee:
 
 
 def evaluated(case, images, number):
-    """So many batches of the training data, the same for every seed."""
+    """Batches of the training data for the loss, the same for each seed."""
     batches = itertools.islice(images.batches(case.batch_size, 12385), number)
     return [case.examples(*batch) for batch in batches]
 
@@ -94,7 +94,7 @@ def run_strategy(case, strategy, steps, images, seed, directory):
     batches = evaluated(case, images, EVALUATED)
     paths = [directory / f"{kind}.jsonl" for kind in ("chords", "single")]
     every = steps // RECORDS
-    # Where Keras has just raised its scale, gradients overflow: a step that it would skip.
+    # When Keras has just raised its scale, gradients overflow. It would skip such a step.
     monitors = [
         als.LossChangeMonitor(batches, paths[0], every=every, as_trained=True),
         als.LossChangeMonitor(batches, paths[1], every=every, single_steps=True),
@@ -188,10 +188,10 @@ def rows(result):
 
 
 def compared(result):
-    """The runs by strategy, from where all have paths.
+    """The runs by strategy, from the first step at which all have paths.
 
-    Before anything is known of the statistics of normalization the loss may be so large that
-    its gradient, at the scale that training uses, is not finite: that path is left out.
+    Before the statistics of normalization have adapted, the loss can be so large that its gradient
+    is not finite at the scale of training. Such paths are left out.
     """
     start = max(run["since"][0] for runs in result["runs"].values() for run in runs)
     return {name: [_from(run, start) for run in runs] for name, runs in result["runs"].items()}
@@ -202,14 +202,14 @@ def _from(run, start):
     run = {
         name: np.array(value) if isinstance(value, list) else value for name, value in run.items()
     }
-    # Skipped steps are not counted: those of two runs differ by a few.
+    # Skipped steps are not counted, because two runs differ by a few.
     kept = run["since"] >= 0.9 * start
     paths = ("since", "steps", "error", "loss_before", "loss_after", "statistics", "helping")
     return run | {name: run[name][kept] for name in (*paths, "allocated", "as_trained")}
 
 
 def _lost(run):
-    """Share of what layers were given that is not there as trained; and the worst layer's."""
+    """The share of what layers are allocated that is missing as trained; and the worst layer's."""
     given, trained = run["allocated"].sum(axis=0), run["as_trained"].sum(axis=0)
     gaps = np.abs(given - trained)
     worst = int(np.argmax(gaps))
@@ -321,7 +321,7 @@ def main(argv=None):
 
 
 def run_case(case, args):
-    """Adds the parts asked for to the figures of one case."""
+    """Adds the requested parts to the figures of one case."""
     images = data.digits() if case.images == "digits" else data.cifar10(args.data)
     steps = args.steps or (60 if args.quick else case.steps)
     seeds = range(1 if args.quick else args.seeds)

@@ -1,18 +1,17 @@
-"""Models as others write them: do they train in float16 as they do in float32?
+"""Models as others write them: do they train in float16 as in float32?
 
-Each case is a model and real data as in the guides of Keras and KerasHub, with Adam as
-it comes. Each strategy trains it for 200 steps from the same weights on the same batches,
-once for every seed. Told is
+Each case is a model and real data, as in the guides of Keras and KerasHub, with Adam's defaults.
+Each strategy trains it for 200 steps from the same weights on the same batches, once per seed. The
+table reports
 
-    loss      the mean of the training loss over the last 20 steps
-    skipped   steps thrown away for an overflow
-    lost      after the last step: the share of elements of all weight gradients of four
-              batches that are zero and would not be in float32; and that of the worst
-              tensor
+    loss      the mean training loss over the last 20 steps
+    skipped   steps skipped because of an overflow
+    lost      after the last step: the share of elements of all weight gradients of four batches
+              that are zero but would not be in float32; and that of the worst tensor
 
-Cases with "KerasHub" in their name need `pip install keras-hub` and are left out without.
-Prints a Markdown table; writes it, and every figure as JSON. Cases that were run before
-into the same directory stay in the table.
+Cases with "KerasHub" in their name need `pip install keras-hub`, and are left out without it.
+Prints a Markdown table; writes it, and all figures as JSON. Cases from earlier runs into the same
+directory stay in the table.
 """
 
 import argparse
@@ -45,13 +44,13 @@ SMALL_TRANSFORMER = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model and what it is trained on.
+    """A model and its data.
 
     Args:
         name: Short name for tables.
         build: `() -> keras.Model`.
-        source: `images -> data`, whatever `batch` takes; images are given by `--data`.
-        batch: `(data, rng) -> (x, y)`, NumPy arrays or dicts of such.
+        source: `images -> data` for `batch`. Images are given by `--data`.
+        batch: `(data, rng) -> (x, y)`, NumPy arrays or dicts of them.
         loss: `(y, outputs) -> scalar`, float32.
         learning_rate: Of Adam.
     """
@@ -113,7 +112,7 @@ def next_day(prices, rng, n=64, length=30):
 
 
 def diffusion_unet(widths=(16, 32, 64), groups=8):
-    """Residual blocks told the time, attention at the bottom (Ho et al. 2020)."""
+    """Residual blocks with a time input, and attention at the bottom (Ho et al. 2020)."""
     inputs = keras.Input((zoo.SIDE, zoo.SIDE, 3), name="image")
     time = keras.Input((1,), name="time")
     angles = time * (2 * np.pi * 2.0 ** np.arange(0, 6, 0.5, dtype="float32"))
@@ -242,7 +241,7 @@ CASES = {
 
 
 class Trainee:
-    """A model under one strategy, which can be trained from any initial weights."""
+    """A model under one strategy, which can be trained from any weights."""
 
     def __init__(self, case, strategy):
         self._case = case
@@ -259,7 +258,7 @@ class Trainee:
         self._initial = [(v, v.numpy()) for v in [*model.variables, *model.optimizer.variables]]
 
     def train(self, seed, weights, source, steps):
-        """Trains from `weights`; returns mean losses of every 20 steps, and steps skipped."""
+        """Trains from `weights`. Returns mean losses of each 20 steps, and skipped steps."""
         for variable, value in self._initial:
             variable.assign(value)
         self._gradients.plain.set_weights(weights)
@@ -299,7 +298,7 @@ def batches(case, source, seed):
 
 
 def run_case(case, images, steps, seeds, advance):
-    """Figures of one case, ready for JSON."""
+    """Figures of one case for JSON."""
     keras.backend.clear_session()
     source = case.source(images)
     reference = Gradients(case, "float32")
@@ -323,7 +322,7 @@ def run_case(case, images, steps, seeds, advance):
 
 
 def rows(result):
-    """One for every strategy."""
+    """One row per strategy."""
     for name, runs in result["runs"].items():
         losses = [run["losses"][-1] for run in runs]
         finite = None not in losses

@@ -1,6 +1,6 @@
-"""Models whose forward pass overflows in float16, each for a reason that is met in practice.
+"""Models whose forward pass overflows in float16, each for a reason that occurs in practice.
 
-`MODELS` are trained. `PLANTS` are single causes, planted into sound `HOSTS`.
+`MODELS` are trained. `PLANTS` are single causes to plant into healthy `HOSTS`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def classifier(inputs, x, classes=10):
 
 
 def patches(width=WIDTH):
-    """Inputs of images, and 16 patches of them as tokens."""
+    """Inputs of images, and their 16 patches as tokens."""
     inputs = keras.Input((32, 32, 3))
     return inputs, layers.Reshape((16, width))(layers.Conv2D(width, 8, strides=8)(inputs))
 
@@ -40,13 +40,13 @@ def attend(x, heads=4, **kwargs):
 
 
 class Clip(layers.Layer):
-    """What people write by hand."""
+    """Clips activations by hand, as people do."""
 
     def call(self, x):
         return ops.clip(x, -LARGEST, LARGEST)
 
     def compute_output_shape(self, shape):
-        # Keras cannot trace it behind a product with a number, which it takes for sparse.
+        # Keras cannot trace it after a product with a number, whose result it takes for sparse.
         return shape
 
 
@@ -55,7 +55,7 @@ def clipped(x, clip):
 
 
 class HandwrittenRMSNorm(layers.Layer):
-    """In the dtype of its inputs, as in many a repository."""
+    """Computes in the dtype of its inputs, as in many repositories."""
 
     def build(self, shape):
         self.scale = self.add_weight(shape=shape[-1:], initializer="ones", name="scale")
@@ -65,7 +65,7 @@ class HandwrittenRMSNorm(layers.Layer):
         return x * ops.rsqrt(mean_square + 1e-3) * self.scale
 
 
-# Models to train: functions of whether large activations are clipped by hand.
+# Models to train: functions of whether to clip large activations by hand.
 
 
 def residual_stream(size, clip=False):
@@ -80,7 +80,7 @@ def residual_stream(size, clip=False):
 
 
 def gated_unscaled(clip=False):
-    """Like T5 1.1: gated, RMS-normalized, with weights that no width scales."""
+    """Like T5 1.1: gated, with RMS normalization, and weights not scaled by width."""
     inputs, x = patches(64)
     dense = functools.partial(layers.Dense, use_bias=False, kernel_initializer=normal(2.5))
     for _ in range(4):
@@ -92,7 +92,7 @@ def gated_unscaled(clip=False):
 
 
 def large_scores(clip=False):
-    """Queries by keys pass 65504 before they are scaled by their width."""
+    """Products of queries and keys exceed 65504 before they are divided by the width."""
     inputs, x = patches()
     for block in range(3):
         y = layers.LayerNormalization()(x)
@@ -107,7 +107,7 @@ def large_scores(clip=False):
 
 
 def handwritten_norm(clip=False):
-    """Squares of some hundreds overflow: the norm returns zeros, and nothing is learnt."""
+    """Squares of some hundreds overflow: the norm returns zeros, and nothing is learned."""
     inputs, x = patches()
     for _ in range(3):
         x = clipped(layers.Add()([x, attend(HandwrittenRMSNorm()(x))]), clip)
@@ -119,7 +119,7 @@ def handwritten_norm(clip=False):
 
 
 def scaled_embedding(clip=False, words=64, width=128):
-    """Like Gemma: an embedding times the root of its width, RMS-normalized."""
+    """Like Gemma: an embedding times the root of its width, with RMS normalization."""
     inputs = keras.Input((32,), dtype="int32")
     x = layers.Embedding(words, width, embeddings_initializer=normal(2200.0))(inputs)
     x = clipped(x * math.sqrt(width), clip)
@@ -133,7 +133,7 @@ def scaled_embedding(clip=False, words=64, width=128):
 
 
 def product_of_features(clip=False):
-    """Like CLIP: two feature vectors, not normalized, are multiplied, then scaled."""
+    """Like CLIP: two feature vectors, not normalized, are multiplied and then scaled."""
     inputs = x = keras.Input((32, 32, 3))
     for filters in (16, 32, 64):
         x = layers.Conv2D(filters, 3, strides=2, padding="same")(x)
@@ -145,7 +145,7 @@ def product_of_features(clip=False):
 
 
 def two_places_in_a_resnet(clip=False):
-    """A convolution that returns too much, and a product between layers."""
+    """A convolution with too large outputs, and a product between layers."""
     inputs = keras.Input((32, 32, 3))
     conv = functools.partial(layers.Conv2D, padding="same", use_bias=False)
     x = conv(16, 3, strides=4)(inputs)
@@ -169,9 +169,9 @@ class Overflowing:
     """A model to train.
 
     Args:
-        build: Function of whether large activations are clipped by hand.
-        steps: How many it is trained.
-        of_tokens: Whether on tokens, else on images.
+        build: Function of whether to clip large activations by hand.
+        steps: Number of steps.
+        of_tokens: Whether it trains on tokens; otherwise on images.
     """
 
     build: Callable
@@ -192,7 +192,7 @@ MODELS = {
 
 
 def tokens(number, seed=0, words=64, length=32):
-    """Sequences in which 9 of 10 tokens follow from the one before, and the tokens after them."""
+    """Sequences in which 9 of 10 tokens follow from the one before; targets are the next tokens."""
     rng = np.random.default_rng(seed)
     follows = np.random.default_rng(0).permutation(words)
     sequences = np.zeros((number, length + 1), "int32")
@@ -204,7 +204,7 @@ def tokens(number, seed=0, words=64, length=32):
     return sequences[:, :-1], sequences[:, 1:]
 
 
-# Plants: functions of a tensor `[batch, 16, WIDTH]` to one, and the names of what is to be found.
+# Plants: functions from a tensor `[batch, 16, WIDTH]` to one, and the names of the parts to find.
 
 
 class Variance(layers.Layer):
@@ -227,7 +227,7 @@ class HarmlessInfinity(layers.Layer):
 
 
 class AdditiveMask(layers.Layer):
-    """0 times minus infinity, where the mask is -1e9."""
+    """0 times minus infinity, because -1e9 overflows in the mask."""
 
     def call(self, x):
         mask = ops.cast(x > 0, x.dtype)
@@ -235,7 +235,7 @@ class AdditiveMask(layers.Layer):
 
 
 class ProductInside(layers.Layer):
-    """No layer inside overflows, but the product of two of them does."""
+    """No inner layer overflows, but the product of two of them does."""
 
     def __init__(self):
         super().__init__()

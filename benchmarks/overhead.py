@@ -1,18 +1,19 @@
-"""What do layer-wise scales cost? Time of a step, of the first step, and memory.
+"""What do per-layer scales cost? Time of a step, of the first step, and memory.
 
-Compared are, on the same model, data and inner optimizer,
+On the same model, data and inner optimizer, it compares
 
     no scaling   plain float16
     Keras        `LossScaleOptimizer`
     adaptive     `wrap_model` and `AdaptiveLossScaleOptimizer`
 
 With `--subclasses` it compares two ways to write the same model, both wrapped: a Functional
-model, whose graph Keras knows, and a `keras.Model` with a `call` of its own, which is traced.
+model, whose graph Keras knows, and a subclass of `keras.Model` with its own `call`, which is
+traced.
 
-Each model has a process of its own, in which all of them are trained side by side, a step
-of each in turn, after one of a small model that starts the compiler up. The first step is
-tracing and compiling. Memory, with `--memory`, is the peak that the device reports on a
-GPU, and else by how much a process that does nothing else grew; it takes as long again.
+Each model has its own process, in which all ways take turns, a step each, after a step of a small
+model that starts the compiler. The first step is tracing and compiling. With `--memory`, it also
+measures the peak memory: as the device reports it on a GPU, otherwise by how much a separate
+process grew. This takes as long again.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from benchmarks import compute, report, zoo
 
 PLAIN, KERAS, OURS = WAYS = ("no scaling", "Keras", "adaptive")
 TWINS = OURS, SUBCLASS = OURS, "adaptive, as a subclass"
-FIRST_STEPS = 4  # of twins, each of a model made anew
+FIRST_STEPS = 4  # for `--subclasses`, each with a new model
 MODES = (
     {"JAX": {"jit_compile": True}}
     if compute.ON_JAX
@@ -49,9 +50,9 @@ class Case:
     Args:
         build: `() -> keras.Model`.
         batch: `batch_size -> (x, y)`.
-        batch_size: On a CPU; a GPU gets eight times that.
-        steps: How many of each way are timed.
-        subclass: Like `build`, of the same layers in a model with a `call` of its own.
+        batch_size: Batch size on a CPU. A GPU gets eight times as many.
+        steps: Number of timed steps of each way.
+        subclass: Like `build`, with the same layers in a model with its own `call`.
     """
 
     build: Callable
@@ -68,7 +69,7 @@ def resnet50():
 
 
 def bert(blocks=4, width=512, heads=8, length=128, words=30_522):
-    """As BERT-small: post-norm blocks, here with ten classes at the end."""
+    """Like BERT-small: post-norm blocks, here with ten classes at the end."""
     inputs = keras.Input((length,), dtype="int32")
     x = layers.Embedding(words, width)(inputs)
     x = layers.LayerNormalization()(x)
@@ -128,7 +129,7 @@ class Block(layers.Layer):
 
 
 class Bert(keras.Model):
-    """`bert` as a subclass, of blocks that are layers of an author's own."""
+    """`bert` as a subclass. Its blocks are user-defined layers."""
 
     def __init__(self, blocks=4, width=512, heads=8, words=30_522):
         super().__init__()
@@ -174,7 +175,7 @@ CASES = {
 QUICK_CASES = {
     "20 tiny layers": Case(lambda: tiny_layers(20), floats(16), 32, 50, lambda: TinyLayers(20))
 }
-# How the cost grows.
+# Models that show how the cost grows.
 GROWTH_CASES = {
     f"{depth} tiny layers": Case(lambda depth=depth: tiny_layers(depth), floats(16), 32, 300)
     for depth in (10, 100, 200)
@@ -182,11 +183,11 @@ GROWTH_CASES = {
 ALL_CASES = CASES | QUICK_CASES | GROWTH_CASES
 
 
-# On a CPU: float16 convolutions take seconds there without XLA, whoever scales the loss.
+# On a CPU without XLA, float16 convolutions take seconds.
 ONLY_WITH_XLA = ("ResNet-20", "ResNet-50")
-# On a CPU, JAX has no attention in float16.
+# On a CPU, JAX has no float16 attention.
 WITH_ATTENTION = ("transformer", "BERT-small")
-# And on a GPU its LSTM, cuDNN's, has no float16.
+# And on a GPU, its LSTM from cuDNN has no float16.
 LSTM = ("LSTM",)
 
 
@@ -200,7 +201,8 @@ class Trainee:
         batch = case.batch(batch_size(case))
         model = case.subclass() if way == SUBCLASS else case.build()
         if not model.built:
-            model(keras.Input(batch_shape=batch[0].shape, dtype=batch[0].dtype.name))  # as `fit`
+            # as `fit` does
+            model(keras.Input(batch_shape=batch[0].shape, dtype=batch[0].dtype.name))
         if way in (OURS, SUBCLASS):
             model = als.wrap_model(model)
             optimizer = als.AdaptiveLossScaleOptimizer(optimizer)
@@ -212,7 +214,7 @@ class Trainee:
         self._optimizer = optimizer
 
     def seconds_of_a_step(self):
-        """How long the next step takes, until it has ended on the device, too."""
+        """Seconds of the next step, until it has ended on the device."""
         start = time.perf_counter()
         self._step()
         return time.perf_counter() - start
@@ -227,7 +229,7 @@ def batch_size(case):
 
 
 def times_of(name, mode):
-    """Seconds of the first step and of later ones by every way, in this process."""
+    """Seconds of the first step and of later steps in every way, in this process."""
     case = ALL_CASES[name]
     Trainee(QUICK_CASES["20 tiny layers"], PLAIN, mode).seconds_of_a_step()
     trainees = {way: Trainee(case, way, mode) for way in WAYS}
@@ -241,7 +243,7 @@ def times_of(name, mode):
 
 
 def times_of_twins(name, mode):
-    """Like `times_of`, of a Functional model and its twin; making a model is part of its first."""
+    """Like `times_of`, for a Functional model and its subclass; building is included."""
     case = ALL_CASES[name]
     Trainee(QUICK_CASES["20 tiny layers"], PLAIN, mode).seconds_of_a_step()
     first, trainees = {way: [] for way in TWINS}, {}
@@ -259,10 +261,10 @@ def times_of_twins(name, mode):
 
 
 def seconds_of_steps(trainees, steps):
-    """How long each of so many steps takes, taken in turn: a dict of lists by the way."""
+    """Seconds of steps that are taken in turn: a dict of lists by way."""
     seconds = {way: [] for way in trainees}
     for number in range(-2, steps):
-        # No way is always the first, or always after the same.
+        # The order changes, so that no way is always first, or always after the same other way.
         for way in trainees if number % 2 else reversed(trainees):
             time_taken = trainees[way].seconds_of_a_step()
             if number >= 0:
@@ -273,7 +275,7 @@ def seconds_of_steps(trainees, steps):
 def memory_of(name, mode, way):
     """Peak memory of one way, in this process, which does nothing else."""
     trainee = Trainee(ALL_CASES[name], way, mode)
-    # The backend itself takes several hundred megabytes. (5 resets the peak; see man 5 proc.)
+    # The backend alone takes several hundred megabytes. (5 resets the peak; see man 5 proc.)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = _memory_in_bytes("VmRSS")
     for _ in range(3):
@@ -292,7 +294,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def in_own_process(function, *arguments):
-    """What a function of this module returns, called in a process of its own."""
+    """Calls a function of this module in its own process."""
     command = [
         sys.executable,
         "-m",
@@ -309,7 +311,7 @@ def in_own_process(function, *arguments):
 
 
 def ratios(figures, way, to=KERAS):
-    """Ratios, pair by pair."""
+    """Ratios of paired times."""
     return [a / b for a, b in zip(figures[way], figures[to], strict=True)]
 
 

@@ -1,8 +1,8 @@
-"""Draws the pictures of README.md: what gradients do in a deep network while it trains.
+"""Draws the pictures of README.md: gradients of a deep network during training.
 
-Trains 17 layers without normalization, of which each divides the gradient by five at
-first, on handwritten digits. Writes the record of the run and, in light and dark, what
-`python -m tf_adaptive_ls` draws of it; and the same of a short run in float8.
+Trains a network of 17 layers without normalization, each of which divides the gradient by five at
+first, on handwritten digits. Writes the record of the run, and the pictures that
+`python -m tf_adaptive_ls` draws of it, in light and dark; and those of a short run in float8.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks import convergence, data, report, zoo
 from tf_adaptive_ls import plots
 
 BATCH_SIZE = 32
-# When all layers still learn from scratch.
+# A step at which all layers still learn.
 EARLY = 10
 
 
@@ -47,7 +47,7 @@ def main(argv=None):
 
 
 def train(float8, steps, *callbacks):
-    """The `Run` of what is seen after some steps."""
+    """The `Run` of a model after some steps."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("mixed_float16")
     model = als.wrap_model(zoo.vanishing_mlp(), float8=float8)

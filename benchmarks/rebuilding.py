@@ -1,10 +1,10 @@
-"""What stays in memory when a program builds and trains one model after another.
+"""How much memory remains when a program builds and trains one model after another?
 
-A search for hyperparameters does that, or a notebook. Each case runs in a process of its
-own: it builds a small convolutional network in mixed_float16, trains it for two steps,
-drops it, calls `keras.backend.clear_session()`, and does so again. Told is how much the
-memory of the process grows from one build to the next, over all builds but the first five,
-and how many custom gradients TensorFlow holds on to.
+A hyperparameter search does that, or a notebook. Each case has its own process. It builds a small
+convolutional network in mixed_float16, trains it for two steps, deletes it, calls
+`keras.backend.clear_session()`, and repeats. The table reports how much the memory of the process
+grows from one build to the next, without the first five builds, and how many custom gradients
+TensorFlow still holds.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def run_case(name, builds):
 
 
 def growth(values):
-    """How much a figure grows per build after the first few: the slope of a line."""
+    """The growth of a figure per build after the first few: the slope of a line."""
     values = values[WARM_UP:]
     return np.polyfit(np.arange(len(values)), values, 1)[0]
 

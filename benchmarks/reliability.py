@@ -1,16 +1,16 @@
-"""What goes wrong around a training run, on purpose: what is survived, what is lost?
+"""What goes wrong around a training run, on purpose: what survives, and what is lost?
 
 Parts, each in a module of `faults` that says what must hold:
 
     kills      processes killed while they train, or while they write a checkpoint
     numbers    Inf and NaN in data, targets, sample weights and weights
     soak       20,000 steps: memory, retracing, drift of scales
-    disk       a full, missing, vanishing or slow disk; a record that is somebody else's
+    disk       a full, missing, vanishing or slow disk; a record of someone else
     files      saved models, checkpoints and records, damaged in 300 ways each
     threads    several threads
 
-Prints a Markdown table, and what did not survive with the seed that brings it back; writes
-both, and every figure as JSON. Parts that were run before into the same directory stay in it.
+Prints a Markdown table, and each failure with the seed that reproduces it; writes both, and all
+figures as JSON. Parts from earlier runs into the same directory stay in the table.
 """
 
 import argparse
@@ -27,7 +27,7 @@ QUICK_PARTS = ("numbers", "disk", "files")
 
 
 def run_part(name, quick, advance):
-    """The outcomes of one part, ready for JSON."""
+    """The outcomes of one part for JSON."""
     part = importlib.import_module(f"benchmarks.faults.{name}")
     with tempfile.TemporaryDirectory() as directory:
         outcomes = part.outcomes(pathlib.Path(directory), quick, advance)

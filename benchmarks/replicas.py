@@ -1,15 +1,14 @@
-"""How the decision on all scales, and what it costs, grow with the number of replicas.
+"""How does the joint decision on all scales, and its cost, grow with the number of replicas?
 
-Each of 1 … 1,024 simulated replicas sees gradients of its own: normally distributed in
-log2, 30 layers at different places and with different spreads, each replica half a binade
-(standard deviation) off the others. It samples them as in training and makes counts of
-them; the counts are summed and put through the update until scales have settled. Then
+Each of 1 … 1,024 simulated replicas has its own gradients: normally distributed in log2, in 30
+layers with different means and spreads, with each replica off by half a binade (standard
+deviation). Each replica samples and counts them as in training. The counts are summed and put
+through the update until scales have settled. The table reports
 
-    bytes       what each replica sends per step, a collective of one tensor
+    bytes       what each replica sends per step, in a collective of one tensor
     update      seconds from the sum to the new scales, compiled, the best of 20
-    tail        how far the binade that 1e-3 of a layer's gradients lie below is from the
-                true one of all replicas together: mean and standard deviation over layers
-                and seeds
+    tail        error of the binade below which 1e-3 of a layer's gradients lie, against the true
+                one of all replicas together: mean and standard deviation over layers and seeds
     same        layers whose scale is the one that the rule gives for the true distribution;
                 and those within a binade of it
 """
@@ -48,7 +47,7 @@ NORMAL = statistics.NormalDist()
 
 
 class Gradients:
-    """log2 magnitudes of every layer's gradients: normal, on each replica shifted a little."""
+    """log2 magnitudes of each layer's gradients: normal, with a small shift per replica."""
 
     def __init__(self, rng, replicas):
         self._rng = rng
@@ -57,27 +56,27 @@ class Gradients:
         self._shifts = rng.normal(0, BETWEEN_REPLICAS, (replicas, LAYERS))
 
     def sample(self, replica, log2_scales):
-        """What a replica samples in float16, `[LAYERS, SAMPLE_SIZE]`, and the largest."""
+        """The float16 samples of a replica, `[LAYERS, SAMPLE_SIZE]`, and the largest."""
         means = self.means + self._shifts[replica] + log2_scales
         size = (LAYERS, SAMPLE_SIZE)
         sample = self._rng.normal(means[:, None], self.spreads[:, None], size)
-        # The largest of many is where a uniform number to the power of 1 / many says.
+        # The largest of many is at a uniform number to the power of 1 / many.
         tops = self._rng.uniform(size=LAYERS) ** (1 / ELEMENTS)
         largest = means + self.spreads * np.array([NORMAL.inv_cdf(top) for top in tops])
         with np.errstate(over="ignore"):
             return [np.exp2(x).astype("float16").astype("float32") for x in (sample, largest)]
 
     def true_tail(self, share=RULE.underflow):
-        """The binade that `share` of all gradients lie below, of all replicas, `[LAYERS]`."""
+        """The binade below which `share` of all gradients of all replicas lie, `[LAYERS]`."""
         return np.array([self._quantile(layer, share) for layer in range(LAYERS)])
 
     def true_counts(self, log2_scales):
-        """The spectra of all gradients of all replicas at some scales."""
+        """The spectra of all gradients of all replicas at given scales."""
         means = self.means + self._shifts + log2_scales
         edges = np.array([*FLOAT16.exponents, FLOAT16.max_exponent + 1])
         z = (edges[:, None, None] - means) / self.spreads
         below = np.mean(0.5 * (1 + _erf(z / math.sqrt(2))), axis=1)
-        binades = np.diff(below, axis=0, prepend=0.0)  # the lowest takes what is below it
+        binades = np.diff(below, axis=0, prepend=0.0)  # the lowest bin includes everything below it
         binades[1] += binades[0]
         counts = np.concatenate([np.zeros((1, LAYERS)), binades[1:], 1 - below[-1:]])
         return np.round(counts.T * ELEMENTS * len(self._shifts)).astype("float32")
@@ -106,7 +105,7 @@ def evidence_of_replica(sample, largest, log2_scales):
 
 
 def updater(replicas):
-    """The update of all scales from a sum of evidence, compiled."""
+    """The compiled update of all scales from a sum of evidence."""
 
     @tf.function(jit_compile=True)
     def compiled(layers, loss, total):

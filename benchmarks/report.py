@@ -1,4 +1,4 @@
-"""What every benchmark does with its figures: files, tables, progress."""
+"""What all benchmarks share: options, progress, files and tables of figures."""
 
 import datetime
 import importlib.metadata
@@ -38,7 +38,7 @@ def add_arguments(parser, name):
 
 
 def progress():
-    """A progress bar for a `with` statement."""
+    """A progress bar, a context manager."""
     return Progress(
         TextColumn("{task.description:28}"),
         BarColumn(),
@@ -86,7 +86,7 @@ def save_result(directory, result):
 
 
 def load_results(directory, order):
-    """All figures in `directory`, of the names in `order`."""
+    """All figures in `directory`, in the order of the names in `order`."""
     results = [json.loads(path.read_text()) for path in directory.glob("*.json")]
     by_name = {result["name"]: result for result in results}
     return [by_name[name] for name in order if name in by_name]
@@ -110,7 +110,7 @@ def markdown(header, rows):
 
 
 def provenance_text(results):
-    """One line for each way that results came about."""
+    """One line per version, hardware and command that results came from."""
     lines = {}
     for p in (p for result in results for p in (*result.get("earlier", ()), result["provenance"])):
         versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())

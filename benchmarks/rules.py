@@ -1,4 +1,4 @@
-"""What others do, as rules for the scale of every layer."""
+"""The scale rules of other libraries, applied to each layer."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import tf_adaptive_ls as als
 
 
 def _largest(samples, peaks, float_format):
-    """Binade of the largest gradient, and whether there is any."""
+    """The binade of the largest gradient, and whether there is any."""
     top = ops.maximum(
         als.top_exponent(samples, float_format), als.top_exponent(peaks, float_format)
     )
@@ -21,8 +21,8 @@ def _largest(samples, peaks, float_format):
 class AmaxHistoryRule(als.ScaleRule):
     """Transformer Engine's delayed scaling: `largest value / amax / 2**margin`.
 
-    amax is the largest magnitude of the last `history` steps; 1024 in Transformer
-    Engine, 38 in all results so far.
+    amax is the largest magnitude of the last `history` steps: 1024 in Transformer Engine, 38 in all
+    results so far.
     """
 
     margin: int = 0
@@ -45,8 +45,8 @@ class AmaxHistoryRule(als.ScaleRule):
 class LogMaxRule(als.ScaleRule):
     """OpenSeq2Seq's LogMax: `2**(16 - (mean + 3.09 deviations))` of log2(max|g|).
 
-    Both are moving averages. The deviation is taken from the moving mean, which is
-    the same whatever the scale.
+    Both are moving averages. The deviation is from the moving mean, and does not depend on the
+    scale.
     """
 
     mean_decay: float = 0.99

@@ -1,14 +1,14 @@
-"""Does training stand activations saved in 8 bits? Gradients, and whole runs.
+"""Does training tolerate activations saved in 8 bits? Gradients, and training runs.
 
-*Fidelity*: gradients against those of float32, at weights of float32 training, as in `float8`:
-the relative error of each weight's gradient, at the start and after some steps. Rows that are
-marked * are of other formats and roundings, which the library does not have: they are emulated.
+*Fidelity*: gradients against float32, at weights of float32 training, as in `float8`: the relative
+error of each weight's gradient, at the start and after some steps. Rows marked with * use other
+formats and roundings, which the library does not offer; they are emulated.
 
 *Training*: mean loss over the last tenth of the batches, from the same weights on the same batches
-for every way, once for every seed.
+for each way, once per seed.
 
-Prints Markdown tables; writes them, and every figure as JSON. Cases that were run before into the
-same directory stay in the tables, and so does training in ways that were.
+Prints Markdown tables; writes them, and all figures as JSON. Cases from earlier runs into the same
+directory stay in the tables, and so do training runs in other ways.
 """
 
 import argparse
@@ -49,11 +49,11 @@ TRAINED = ("ResNet-20", "Transformer", "VGG, not normalized")
 
 @dataclasses.dataclass(frozen=True)
 class Emulated:
-    """Rounds what is kept to another format, without any memory being saved.
+    """Rounds saved activations to another format, without saving memory.
 
     Args:
         name: Short name for tables.
-        rounded: Function `tensor -> tensor` of its dtype.
+        rounded: Function from a tensor to a tensor of the same dtype.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Emulated:
 
     @contextlib.contextmanager
     def everywhere(self):
-        """Context in which models are built and compiled that keep this."""
+        """Context manager in which models that save this format are built and compiled."""
         modules = (held_call, kept_results)
         before = [(each.packed, each.unpacked) for each in modules]
         for each in modules:
@@ -74,7 +74,7 @@ class Emulated:
 
 
 def scaled(x, axes=None):
-    """Rounded to e4m3 by the power of two that its largest magnitude, over axes, still fits at."""
+    """Rounds to e4m3, scaled by the power of two that brings the amax, over axes, into range."""
     wide = ops.cast(x, "float32")
     largest = ops.max(ops.abs(wide), axis=axes, keepdims=True)
     exponent = ops.floor(ops.log2(448.0 / ops.maximum(largest, 1e-30)))
@@ -87,11 +87,11 @@ def by_channel(x):
 
 
 def stochastic(x):
-    """Rounded to e5m2, up as often as it is nearer to what is above."""
+    """Rounds to e5m2 stochastically."""
     wide = ops.cast(x, "float32")
     exponent = ops.floor(ops.log2(ops.maximum(ops.abs(wide), 2.0**-14)))
     unit = ops.power(2.0, exponent - 2)
-    # The backward pass runs anew from these, so that both may be of different numbers.
+    # The backward pass starts again from these, so both may differ from the originals.
     return ops.cast(ops.floor(wide / unit + keras.random.uniform(ops.shape(x))) * unit, x.dtype)
 
 
@@ -104,7 +104,7 @@ ORDER = [each.name for each in (*WAYS, *EMULATED)]
 
 
 def fidelity(case, images):
-    """Figures of every way, by moment: of what the library has, then of what is emulated."""
+    """Figures of each way by moment: first the library's, then emulated ones."""
 
     def figures(ways):
         found = float8.fidelity(case, [("", each) for each in ways], images)
@@ -117,7 +117,7 @@ def fidelity(case, images):
 
 
 def training(case, images, seeds, known):
-    """Losses of every way, over seeds, but of those known."""
+    """Losses of each way over seeds, except those already known."""
     ways = [("", each) for each in WAYS if len(known.get(each.name, ())) != len(seeds)]
     found = float8.training(case, ways, images, seeds)
     for of_way in found:
@@ -204,7 +204,7 @@ def main(argv=None):
 
 
 def run_case(case, args):
-    """Adds the parts asked for to the figures of one case."""
+    """Adds the requested parts to the figures of one case."""
     seeds = args.seeds
     if args.quick:
         case, seeds = dataclasses.replace(case, steps=20, moments=(0,)), 1

@@ -1,4 +1,4 @@
-"""The ways to scale a loss that the benchmarks compare."""
+"""The loss scalings that benchmarks compare."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Strategy:
     Args:
         name: Short name for tables.
         optimizer: `inner optimizer -> optimizer`.
-        wrapped: Whether the model's layers are to be wrapped.
+        wrapped: Whether the model is wrapped.
         policy: The dtype policy to build it under.
     """
 
@@ -31,7 +31,7 @@ class Strategy:
 
 
 def fixed(scale):
-    """One scale for good; nothing looks at overflows."""
+    """A constant loss scale; overflows are not detected."""
 
     def optimizer(inner):
         inner.loss_scale_factor = scale
@@ -41,7 +41,7 @@ def fixed(scale):
 
 
 def layerwise(name, rule, **kwargs):
-    """A scale for every layer, by `rule`."""
+    """A scale per layer, by `rule`."""
 
     def optimizer(inner):
         return als.AdaptiveLossScaleOptimizer(inner, rule=rule, **kwargs)
@@ -62,7 +62,7 @@ STRATEGIES = (
     layerwise(OURS, als.QuantileRule()),
 )
 
-# Ours with one setting changed, to choose the defaults by.
+# Ours with one setting changed, to choose defaults.
 VARIATIONS = (
     layerwise("no memory", als.QuantileRule(forget=1000.0)),
     layerwise("forget 0.1", als.QuantileRule(forget=0.1)),

@@ -1,29 +1,27 @@
-"""Does training stand weights of 16 bits?
+"""Does training tolerate 16-bit weights?
 
 Mean loss and accuracy over the last tenth of the batches, from the same weights on the same batches
-for every way, once for every seed, with SGD (momentum) and AdamW, whose rates fall to zero by a
-cosine:
+for each way, once per seed, with SGD (momentum) and AdamW and a cosine schedule:
 
-    32 bits                 weights are float32: Keras's policies mixed_float16, mixed_bfloat16
-    16 bits, nearest        Keras's policies float16, bfloat16; all that the optimizer keeps has 16
+    32 bits                 float32 weights: Keras's policies mixed_float16, mixed_bfloat16
+    16 bits, nearest        Keras's policies float16, bfloat16; the optimizer's variables have 16
                             bits, too
     16 bits, stochastic     the same policies with `stochastic_rounding=True`: the optimizer
-                            computes in float32, and weights are rounded at random, with an exact
-                            mean
-
+                            computes in float32, and weights are rounded stochastically, with an
+                            exact mean
     * computed in float32   the optimizer computes in float32, and weights are rounded to nearest,
-                            which the library does not have: what rounding alone costs
-    Mellempudi et al.       the whole of their paper: weights in float16, rounded stochastically,
-                            all products but those of the first and the last layer from e5m2,
-                            float32 between them, a loss scale with a rising minimum
+                            which the library does not offer: the cost of rounding alone
+    Mellempudi et al.       everything in their paper: float16 weights, stochastic rounding, e5m2
+                            operands in all matmuls but those of the first and the last layer,
+                            float32 between them, and a loss scale with a rising minimum
 
-All are wrapped, with a scale for every layer. The last layer is float32. The ResNet computes in
+All models are wrapped, with a scale per layer. The last layer is float32. The ResNet computes in
 float32 in all ways, so that only weights differ.
 
-*Bytes*: of weights and of what the optimizer keeps, per number that is trained.
+*Bytes*: of weights and of the optimizer's variables, per trained number.
 
-Prints Markdown tables; writes them, and every figure as JSON. Ways that were run before into the
-same directory stay in the tables.
+Prints Markdown tables; writes them, and all figures as JSON. Ways from earlier runs into the same
+directory stay in the tables.
 """
 
 import argparse
@@ -67,7 +65,7 @@ def stochastically(inner):
 
 
 class Nearest(als.AdaptiveLossScaleOptimizer):
-    """As with stochastic rounding, but weights are rounded to nearest."""
+    """Like stochastic rounding, but weights are rounded to nearest."""
 
     def __init__(self, inner):
         super().__init__(inner, stochastic_rounding=True)
@@ -88,7 +86,7 @@ def mellempudi(steps):
 
 
 def ways(steps, computed_wide):
-    """All ways, by name, of training for so many steps."""
+    """All ways, by name, of training for `steps` steps."""
     found = []
     for dtype in DTYPES:
         narrow = WeightsOf(dtype) if computed_wide else dtype
@@ -105,14 +103,14 @@ def ways(steps, computed_wide):
 
 
 def training(case, way, images, seeds):
-    """Figures of every seed, and bytes per number that is trained."""
+    """Figures of each seed, and bytes per trained number."""
     (found,) = float8.training(case, [("", way)], images, seeds)
     runs = [run["None"] for run in found[""][way.name]]
     return {"runs": runs, **bytes_of(float8.Trainee(case, way, case.optimizer(1)).model)}
 
 
 def bytes_of(model):
-    """Bytes of weights and of the optimizer's variables per number that is trained."""
+    """Bytes of weights and of the optimizer's variables per trained number."""
     trained = [v for v in model.trainable_variables if not hasattr(v, "loss_scaled")]
     kept = model.optimizer.inner_optimizer.variables
     number = sum(int(np.prod(v.shape)) for v in trained)
@@ -183,7 +181,7 @@ def main(argv=None):
 
 
 def run_case(case, args):
-    """Adds the ways that are not known yet to the figures of one case."""
+    """Adds missing ways to the figures of one case."""
     steps, seeds = (20, 1) if args.quick else (case.steps, args.seeds)
     case = dataclasses.replace(case, steps=steps)
     images = data.digits() if args.quick else data.cifar10(args.data)

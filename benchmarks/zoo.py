@@ -1,7 +1,7 @@
-"""Models whose gradients are hard for float16, or easy, each with a task on images.
+"""Models whose gradients are hard for float16, and easy ones, each with a task on images.
 
-Models are built under the dtype policy in force; under `mixed_float16` they end in
-float32, as Keras recommends. Sizes are such that a CPU can train them for some hundred steps.
+Models are built under the current dtype policy. Under `mixed_float16`, they end in float32, as
+Keras recommends. A CPU can train them for some hundred steps.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ CLASSES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model and what it is trained to do.
+    """A model and its task.
 
     Args:
         name: Short name for tables.
         build: `() -> keras.Model`.
-        examples: `(images, labels) -> (x, y)`, on NumPy arrays.
+        examples: `(images, labels) -> (x, y)`, NumPy arrays.
         loss: `(y, outputs) -> scalar`, float32.
         learning_rate: Of Adam.
-        batch_size: Of training and of the batches that gradients are compared on.
+        batch_size: For training, and for the batches on which gradients are compared.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Task:
     batch_size: int = 16
 
 
-# Images and what to make of them.
+# Images, and tasks on them.
 
 
 def normalized(images):
@@ -44,7 +44,7 @@ def normalized(images):
 
 
 def gray(images, side):
-    """Images `[n, side, side]` in [0, 1]: the middle, with pixels averaged if it is small."""
+    """Gray images `[n, side, side]` in [0, 1]: the middle, averaged for a small `side`."""
     x = images.mean(axis=-1)
     k = SIDE // side
     edge = (SIDE - k * side) // 2
@@ -80,7 +80,7 @@ def classify_and_reconstruct(images, labels):
 
 
 def measure_brightness(size):
-    """Regression to the mean brightness of the image's middle, times `size`."""
+    """Regression to the mean brightness of the middle of the image, times `size`."""
 
     def examples(images, labels):
         x, _ = classify_vector(images, labels)
@@ -91,10 +91,10 @@ def measure_brightness(size):
 
 
 def detect(images, labels):
-    """Finds a shrunken image on a canvas: class and box for every cell of two grids.
+    """Finds a small image on a canvas: class and box for each cell of two grids.
 
-    Class 0 is the background. A box holds the object's offset from the cell's
-    center and its size, in cells.
+    Class 0 is the background. A box is the object's offset from the center of the cell and its
+    size, in cells.
     """
     n = len(images)
     rng = np.random.default_rng(int(labels.sum()))
@@ -136,7 +136,7 @@ def unequal_pair(targets, outputs):
 
 
 def detection(targets, outputs):
-    """SSD's loss: cross entropy of classes, smooth L1 of boxes, per object."""
+    """The loss of SSD: cross entropy of classes and smooth L1 of boxes, per object."""
     total = 0.0
     for target, scores, box in zip(targets, outputs[::2], outputs[1::2], strict=True):
         label, place, found = target[..., 0], target[..., 1:4], target[..., 4]
@@ -151,7 +151,7 @@ def detection(targets, outputs):
 
 
 def _wide():
-    """The dtype that models end in: float32, but for a float64 model."""
+    """The dtype in which models end: float32, or float64 for a float64 model."""
     return keras.config.dtype_policy().variable_dtype
 
 
@@ -185,7 +185,7 @@ def resnet(depth=20):
 
 
 def vgg(shape=(SIDE, SIDE, 3)):
-    """Ten convolutions and two dense layers, nothing normalized."""
+    """Ten convolutions and two dense layers, without normalization."""
     inputs = x = keras.Input(shape)
     for filters in (16, 32, 64, 64, 64):
         for _ in range(2):
@@ -196,9 +196,9 @@ def vgg(shape=(SIDE, SIDE, 3)):
 
 
 def plain_mlp(depth, gain, activation="relu", bias=0.0, units=64):
-    """Dense layers whose weights make signals grow by `gain` per layer, either way.
+    """Dense layers whose weights make signals grow by `gain` per layer, in both directions.
 
-    A `bias` keeps the signal up on the way forward where `gain` is small.
+    A `bias` keeps the signal up in the forward pass if `gain` is small.
     """
     inputs = x = keras.Input((256,))
     scale = gain**2 * (2.0 if activation == "relu" else 1.0)
@@ -291,7 +291,7 @@ def two_losses():
 
 
 def regression(size):
-    """An MLP whose output starts out as small as targets of `size` are, if they are."""
+    """An MLP whose outputs start as small as its targets of size `size`."""
     inputs = x = keras.Input((256,))
     for _ in range(3):
         x = layers.Dense(64, activation="relu", kernel_initializer="he_normal")(x)

@@ -196,6 +196,19 @@ class Around(keras.Model):
         return cls(keras.saving.deserialize_keras_object(config["inner"]))
 
 
+def test_points_next_to_a_padded_shortcut_run_in_a_graph():
+    # As in the ResNets of the paper. Plain Keras crashes TensorFlow with a convolution of one pixel
+    # there whose padding is "valid": `keras.Model(x, ops.pad(x, …) + layers.Conv2D(8, 1)(x))`.
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(8, 3, padding="same")(inputs)
+    shortcut = ops.pad(inputs, ((0, 0), (0, 0), (0, 0), (2, 3)))
+    model = randomized(keras.Model(inputs, shortcut + x))
+    options = {**QUICK, "method": "multipoint", "budget": 0.5, "first_and_last_bits": None}
+    quantized, report = als.quantize_weights(model, IMAGES, 4, **options)
+    assert report.kernels[0].points.max() > 1
+    np.testing.assert_allclose(quantized.predict(IMAGES, verbose=0), quantized(IMAGES), rtol=1e-5)
+
+
 def test_points_do_what_their_sum_does():
     """The wide layers against the same points summed up in one kernel."""
     x = inputs = keras.Input((8, 8, 3))

@@ -108,7 +108,7 @@ def _sums(layer: Any, adds: Array, name: str) -> Any:
         adds: 0/1 array `[channels, sums]`, or with leading axes of length 1.
         name: Name of the new layer.
     """
-    options = {
+    options: dict[str, Any] = {
         "use_bias": layer.use_bias,
         "activation": layer.activation,
         "name": name,
@@ -119,7 +119,9 @@ def _sums(layer: Any, adds: Array, name: str) -> Any:
     else:
         dimensions = len(layer.kernel_size)
         adds = adds.reshape((1,) * dimensions + adds.shape[-2:])
-        options["data_format"] = layer.data_format
+        # "valid" is the same for a window of 1, but TensorFlow 2.21 on a CPU crashes when its graph
+        # optimizer fuses such a convolution, its bias, and an addition of a padded tensor.
+        options |= {"data_format": layer.data_format, "padding": "same"}
         made = _DIMENSIONS[dimensions](adds.shape[-1], 1, **options)
     made.build(_shape(layer, adds.shape[-2]))
     made.set_weights([adds, *([layer.bias.numpy()] if layer.use_bias else [])])
