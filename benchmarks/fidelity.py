@@ -278,9 +278,25 @@ def table(results, names):
             figure = f"{worst:.2f}" if worst < 10 else f"{worst:.0e}".replace("e+0", "e")
             cells.append(f"**{figure}**" if not bad else f"{figure} ({bad})")
         lines.append(cells)
-    good = [sum(all(is_good(r, n) for r in rows_of(result)) for result in results) for n in names]
-    lines.append(["models without a bad tensor", "", *(f"{g} of {len(results)}" for g in good)])
+    good = [f"{models_without_bad_tensors(results, name)} of {len(results)}" for name in names]
+    lines.append(["models without a bad tensor", "", *good])
     return report.markdown(["model", "tensors", *names], lines)
+
+
+def models_without_bad_tensors(results, name):
+    return sum(all(is_good(row, name) for row in rows_of(result)) for result in results)
+
+
+def plot_models(results, names):
+    """A bar per strategy: the number of models without a bad tensor."""
+    figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    counts = [models_without_bad_tensors(results, name) for name in names]
+    colors = ["tab:blue" if name == OURS else "0.6" for name in names]
+    bars = axes.barh(names, counts, color=colors)
+    axes.bar_label(bars, [f"{count} of {len(results)}" for count in counts], padding=4)
+    axes.set(xlim=(0, len(results) * 1.1), xlabel="models whose gradients are all good")
+    axes.invert_yaxis()
+    return figure
 
 
 def plot_ratios(results, names):
@@ -321,6 +337,30 @@ def plot_layers(result, names):
     return figure
 
 
+def write_report(directory, names):
+    """Writes table and plots of all models with figures in `directory`."""
+    results = report.load_results(directory, order=list(zoo.TASKS))
+    report.save_plot(directory, "models", plot_models(results, names))
+    report.save_plot(directory, "ratios", plot_ratios(results, names))
+    for result in results:
+        if result["name"] == "MLP 17, vanishing":
+            report.save_plot(directory, "layers", plot_layers(result, names))
+    moments = ", ".join(str(moment) for moment in results[0]["moments"])
+    text = f"""# Fidelity of float16 gradients
+
+Error of each float16 gradient tensor against float32, divided by the error of the *oracle*: the
+smallest error that any single loss scale could give this tensor. 1.00 is ideal. The table shows the
+worst tensor of each model. In brackets: number of bad tensors, which have more than {ERROR_BAR}
+times the oracle's error, or lose more than {LOST_BAR:g} of their elements in addition to the
+oracle. Measured after {moments} steps on {results[0]["images"]}, seed {results[0]["seed"]}.
+
+{table(results, names)}
+
+{report.provenance_text(results)}
+"""
+    report.save_text(directory, text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -353,26 +393,7 @@ def main(argv=None):
             result["images"] = images.name
             report.save_result(args.output, result)
 
-    results = report.load_results(args.output, order=list(zoo.TASKS))
-    names = [s.name for s in strategies]
-    report.save_plot(args.output, "ratios", plot_ratios(results, names))
-    for result in results:
-        if result["name"] == "MLP 17, vanishing":
-            report.save_plot(args.output, "layers", plot_layers(result, names))
-    moments = ", ".join(str(moment) for moment in results[0]["moments"])
-    text = f"""# Fidelity of float16 gradients
-
-Error of each float16 gradient tensor against float32, divided by the error of the *oracle*: the
-smallest error that any single loss scale could give this tensor. 1.00 is ideal. The table shows the
-worst tensor of each model. In brackets: number of bad tensors, which have more than {ERROR_BAR}
-times the oracle's error, or lose more than {LOST_BAR:g} of their elements in addition to the
-oracle. Measured after {moments} steps on {results[0]["images"]}, seed {results[0]["seed"]}.
-
-{table(results, names)}
-
-{report.provenance_text(results)}
-"""
-    report.save_text(args.output, text)
+    write_report(args.output, [s.name for s in strategies])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ matmuls, may differ there. Each model is in mixed float16, on JAX, under SGD wit
     Keras        `LossScaleOptimizer`
     ours         `wrap_model` and `AdaptiveLossScaleOptimizer`
     in float8    ours with `Float8()`
-    8 bits kept  ours with `saved_activations`
+    saved in 8 bits  ours with `saved_activations`
     RematScope   Keras's, with all layers rematerialized
 
     kernels      launched in a step; for a conditional, those of the longer branch
@@ -44,6 +44,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax  # noqa: E402
 import keras  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from keras import layers  # noqa: E402
@@ -57,8 +58,8 @@ PLAIN, KERAS, OURS, FLOAT8, SAVED, BOTH, REMAT = WAYS = (
     "Keras",
     "ours",
     "in float8",
-    "8 bits kept",
-    "in float8, 8 bits kept",
+    "saved in 8 bits",
+    "in float8, saved in 8 bits",
     "RematScope",
 )
 # Bytes that cuBLAS reserves, whatever the model.
@@ -279,9 +280,33 @@ of kernels outside of graphs; `s`: seconds to trace and compile. In brackets: re
 """
 
 
+def plot_memory(results, title):
+    """A bar per way and model: temporary memory relative to Keras's."""
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    ways = (OURS, SAVED, REMAT)
+    for i, way in enumerate(ways):
+        places, heights = [], []
+        for place, ways_of_model in enumerate(each["ways"] for each in results):
+            if way in ways_of_model and KERAS in ways_of_model:
+                memory = [ways_of_model[w]["temporary"] - WORKSPACE for w in (way, KERAS)]
+                places.append(place + (i - 1) * 0.27)
+                heights.append(memory[0] / memory[1])
+        bars = axes.bar(places, heights, 0.25, label=way)
+        axes.bar_label(bars, fmt="%.2f", fontsize="small")
+    axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(results)), [each["name"].split(", ")[0] for each in results])
+    axes.set(ylabel="temporary memory, relative to Keras's", title=title)
+    axes.legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, -0.25))
+    return figure
+
+
 def write_report(directory):
     names = [f"{name}, {gpu_name}" for name in CASES for gpu_name in GPUS]
     results = report.load_results(directory, names)
+    for gpu_name in GPUS:
+        of_gpu = [each for each in results if each["name"].endswith(f", {gpu_name}")]
+        if of_gpu:
+            report.save_plot(directory, f"memory_{gpu_name.lower()}", plot_memory(of_gpu, gpu_name))
     parts = [INTRODUCTION]
     for result in results:
         parts.append(f"## {result['name']}\n\nBatches of {result['batch_size']}.\n")

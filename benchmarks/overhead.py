@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 from keras import layers
 
@@ -373,6 +374,49 @@ each.
 """
 
 
+def plot_cost(results):
+    """The ratio to Keras over the time of Keras's step, by device and mode."""
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    by_place = {}
+    for result in results:
+        by_place.setdefault(result["name"].split(", ", 1)[1], []).append(result)
+    for place, color in zip(by_place, plt.colormaps["Dark2"].colors, strict=False):
+        points = []
+        for result in by_place[place]:
+            steps = result["step_seconds"]
+            quartiles = statistics.quantiles(ratios(steps, OURS), n=4, method="inclusive")
+            points.append((1e3 * statistics.median(steps[KERAS]), *quartiles))
+        x, low, middle, high = np.array(sorted(points)).T
+        spread = [middle - low, high - middle]
+        label = place if place.startswith("JAX") else f"TensorFlow, {place}"
+        label = label if "on a GPU" in place else f"{label} on a CPU"
+        axes.errorbar(x, middle, spread, label=label, color=color, marker="o", linewidth=1)
+    axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
+    axes.set(xscale="log", xlabel="Keras's step, ms", ylabel="time of a step, relative to Keras's")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def write_report(directory):
+    """Writes tables and plot of all cases with figures in `directory`."""
+    places = ("XLA", "graph", "JAX", "XLA on a GPU", "graph on a GPU", "JAX on a GPU")
+    order = [f"{name}, {place}" for place in places for name in ALL_CASES]
+    results = report.load_results(directory, order)
+    twins = report.load_results(directory, [f"{name}, twins" for name in order])
+    report.save_plot(directory, "cost", plot_cost(results))
+    text = f"""# What layer-wise scales cost
+
+Time of a step relative to Keras's `LossScaleOptimizer`, in alternating steps of the same model on
+one batch of random data: median of the ratios, with quartiles. "of means": ratio of the mean times,
+which include the sample on every tenth step.
+
+{table(results)}
+{section_of_twins(twins) if twins else ""}
+{report.provenance_text([*results, *twins])}
+"""
+    report.save_text(directory, text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -415,21 +459,7 @@ def main(argv=None):
             report.save_result(args.output, result)
             progress.advance(task)
 
-    places = ("XLA", "graph", "JAX", "XLA on a GPU", "graph on a GPU", "JAX on a GPU")
-    order = [f"{name}, {place}" for place in places for name in ALL_CASES]
-    results = report.load_results(args.output, order)
-    twins = report.load_results(args.output, [f"{name}, twins" for name in order])
-    text = f"""# What layer-wise scales cost
-
-Time of a step relative to Keras's `LossScaleOptimizer`, in alternating steps of the same model on
-one batch of random data: median of the ratios, with quartiles. "of means": ratio of the mean times,
-which include the sample on every tenth step.
-
-{table(results)}
-{section_of_twins(twins) if twins else ""}
-{report.provenance_text([*results, *twins])}
-"""
-    report.save_text(args.output, text)
+    write_report(args.output)
 
 
 if __name__ == "__main__":

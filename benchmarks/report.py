@@ -118,4 +118,4 @@ def provenance_text(results):
         device = ", ".join(hardware["gpus"]) or f"no GPU, {hardware['cores']} cores"
         line = f"{p['date']}, {hardware['cpu']}, {device}; {versions}."
         lines.setdefault(line, p["command"])
-    return "\n".join(f"`{command}`: {line}" for line, command in lines.items())
+    return "\n".join(f"- `{command}`: {line}" for line, command in lines.items())

@@ -39,9 +39,9 @@ def way(name, **settings):
 FLOAT32, FLOAT16 = (each.name for each in WIDE)
 WAYS = (
     *WIDE,
-    way("8 bits kept", saved_activations=SAVED),
+    way("saved in 8 bits", saved_activations=SAVED),
     way("products in float8", float8=FLOAT8),
-    way("products in float8, 8 bits kept", float8=FLOAT8, saved_activations=SAVED),
+    way("products in float8, saved in 8 bits", float8=FLOAT8, saved_activations=SAVED),
 )
 PARTS = ("fidelity", "training")
 TRAINED = ("ResNet-20", "Transformer", "VGG, not normalized")
@@ -154,9 +154,9 @@ def training_rows(figures):
         )
 
 
-INTRODUCTION = f"""# What 8 bits kept for the backward pass change
+INTRODUCTION = f"""# What saved in 8 bits for the backward pass change
 
-`8 bits kept`: `saved_activations="{SAVED}"`.
+`saved in 8 bits`: `saved_activations="{SAVED}"`.
 
 *Fidelity*: relative errors of gradients against float32, median / worst over weights, at the
 weights of float32 training after the number of steps in the column; and cosine of the whole

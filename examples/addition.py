@@ -1,8 +1,8 @@
-"""Trains a small transformer to add numbers of three digits, symbol by symbol, in float16.
+"""Trains a small transformer to add three-digit numbers, symbol by symbol, in float16.
 
-A sum is a line of text such as "347+85=234", whose result is written backwards, so that each
-digit follows from those before it. The transformer predicts each symbol from the symbols to its
-left. Prints the share of right results for sums that it was not trained on, and the scales of all
+A sum is a line of text such as "347+85=234". The result is written backwards, so that each digit
+follows from those before it. The transformer predicts each symbol from the symbols to its left.
+Prints the share of correct results for sums that it was not trained on, and the scales of all
 layers. (On a CPU, JAX has no float16 attention: use TensorFlow there, or a GPU.)
 """
 
@@ -16,11 +16,11 @@ import tf_adaptive_ls as als
 DIGITS = 3
 SYMBOLS = "0123456789+= "
 LENGTH = 3 * DIGITS + 3
-STEPS = 600  # of an epoch
+STEPS = 600  # per epoch
 
 
 def lines_of(pairs):
-    """Lines "a+b=c" with c backwards, as codes of symbols `[n, LENGTH]`."""
+    """Lines "a+b=c" with c backwards, as symbol codes `[n, LENGTH]`."""
     lines = [f"{a}+{b}={str(a + b)[::-1]}".ljust(LENGTH) for a, b in pairs]
     return np.array([[SYMBOLS.index(symbol) for symbol in line] for line in lines], "int32")
 
@@ -41,7 +41,7 @@ def build_model(blocks=2, width=64, heads=4):
 
 
 def results(model, lines):
-    """The lines, with results that the model writes after "=", symbol by symbol."""
+    """The lines, with the results that the model writes after "="."""
     lines = lines.copy()
     equals = (lines == SYMBOLS.index("=")).argmax(axis=1)
     for place in range(1, LENGTH):
@@ -60,7 +60,7 @@ def main(argv=None):
     test, lines = lines_of(pairs[:1000]), lines_of(new[: args.batch_size * STEPS])
     (lines,) = common.whole_batches(args, lines)
     answers = lines[:, 1:]
-    # Only results are to be learned.
+    # The model should learn the results only.
     weights = np.cumsum(lines == SYMBOLS.index("="), axis=1)[:, :-1].astype("float32")
 
     model = als.wrap_model(build_model())

@@ -1,8 +1,8 @@
-"""Trains ResNet-20 on CIFAR-10 in float16, by the recipe of the paper on adaptive loss scaling.
+"""Trains ResNet-20 on CIFAR-10 in float16, with the recipe of the paper on adaptive loss scaling.
 
-Batches of 128, SGD with a momentum of 0.9, a learning rate of 0.1 that falls by ten at epochs 81
-and 122 of 164, weight decay of 1e-4 (Zhao et al. 2019; network and recipe: He et al. 2016). Images
-are shifted and mirrored at random. Prints the test accuracy and what each layer's gradients do.
+Batches of 128, SGD with momentum 0.9, a learning rate of 0.1 that is divided by ten at epochs 81
+and 122 of 164, and weight decay 1e-4 (Zhao et al. 2019; network and recipe: He et al. 2016). Images
+are randomly shifted and mirrored. Prints the test accuracy, and the scales of all layers.
 """
 
 import pathlib
@@ -51,7 +51,7 @@ def normalized(x):
 
 
 class Shifted(keras.utils.PyDataset):
-    """Batches of images, shifted by up to four pixels and mirrored at random."""
+    """Batches of images, randomly shifted by up to four pixels and mirrored."""
 
     def __init__(self, x, y, batch_size, seed):
         super().__init__()
@@ -112,7 +112,7 @@ def main(argv=None):
     batches = Shifted(x_train, y_train, args.batch_size, args.seed)
 
     model = als.wrap_model(build_model())
-    # A shorter run falls at the same parts of it.
+    # A shorter run decays at the same fractions of its length.
     falls = [round(args.epochs * epoch / 164) * len(batches) for epoch in (81, 122)]
     rate = keras.optimizers.schedules.PiecewiseConstantDecay(falls, [0.1, 0.01, 0.001])
     optimizer = als.AdaptiveLossScaleOptimizer(keras.optimizers.SGD(rate, momentum=0.9))

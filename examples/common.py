@@ -1,4 +1,4 @@
-"""What the examples share: options, and what they say in the end."""
+"""What the examples share: options, the set-up, and the output at the end."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ import tf_adaptive_ls as als
 
 
 def parser(description, epochs, batch_size, output):
-    """An `ArgumentParser` with the options that every example has."""
+    """An `ArgumentParser` with the options that all examples have."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,7 +31,7 @@ def parser(description, epochs, batch_size, output):
 
 
 def begin(args, policy="mixed_float16"):
-    """Sets the seed and the dtype policy, before a model is built."""
+    """Sets the seed and the dtype policy. Call it before a model is created."""
     if args.tiny:
         args.epochs = 1
     keras.utils.set_random_seed(args.seed)
@@ -45,14 +45,14 @@ def whole_batches(args, *arrays):
 
 
 def say(model, optimizer):
-    """Prints the scales of all layers that have one."""
+    """Prints the scales of all scaled layers."""
     print(f"Skipped steps: {optimizer.skipped_steps} of {optimizer.steps}")
     print(f"Loss scale S: 2^{math.log2(optimizer.loss_scale):g}\n")
     print(als.scale_table(model, optimizer).scaled)
 
 
 def save(model, path):
-    """Saves a wrapped model as plain Keras."""
+    """Saves a wrapped model as a plain Keras model."""
     path.parent.mkdir(parents=True, exist_ok=True)
     als.strip_model(model).save(path)
     print(f"\nSaved the model, plain Keras again, to {path}")

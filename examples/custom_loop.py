@@ -1,9 +1,10 @@
-"""Trains the network of digits.py in a loop of one's own, on TensorFlow or on JAX.
+"""Trains the network of digits.py in a custom training loop, on TensorFlow or on JAX.
 
-What differs from a loop with plain Keras: the loss is scaled before it is differentiated, and
-all of `model.trainable_variables` go to the optimizer, those of the scales among them. It
-unscales gradients, skips a step that is not finite, and moves the scales. Prints the loss of
-every epoch, the test accuracy, and what each layer's gradients do.
+There are two differences from a loop with plain Keras: the loss is scaled before it is
+differentiated, and the optimizer gets all of `model.trainable_variables`, which include the
+variables of the scales. The optimizer unscales gradients, skips steps with non-finite gradients,
+and adapts the scales. Prints the loss of each epoch, the test accuracy, and the scales of all
+layers.
 """
 
 import common
@@ -17,7 +18,7 @@ LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def tensorflow_step(model, optimizer):
-    """A function `(x, y) -> loss` that updates the model, and one that does nothing."""
+    """A function `(x, y) -> loss` that updates the model, and a function that does nothing."""
     import tensorflow as tf
 
     @tf.function(jit_compile=True)
@@ -33,13 +34,13 @@ def tensorflow_step(model, optimizer):
 
 
 def jax_step(model, optimizer):
-    """A function `(x, y) -> loss` that updates a state, and one that gives it to the model."""
+    """A function `(x, y) -> loss` that updates a state, and one that writes it to the model."""
     import jax
 
     def loss_of(weights, others, optimizer_variables, x, y):
         y_pred, others = model.stateless_call(weights, others, x, training=True)
         loss = LOSS(y, y_pred)
-        # The scale is a variable of the optimizer.
+        # The loss scale is a variable of the optimizer.
         with keras.StatelessScope(list(zip(optimizer.variables, optimizer_variables, strict=True))):
             return optimizer.scale_loss(loss), (loss, others)
 

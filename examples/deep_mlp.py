@@ -1,11 +1,12 @@
-"""A deep network that plain float16 cannot train, and whose gradients no one scale holds at first.
+"""Trains a deep network that plain float16 cannot train.
 
-Seventeen layers with small weights, of which each divides the gradient by five on its way back:
-the first layer's is 2^37 times smaller than the last one's, while float16 holds 40 binades, and
-the gradients of one layer spread over twenty of them. Trains it on handwritten digits four ways,
-and prints how many weights ever had a gradient, and what was learnt. Keras's one scale reaches all
-weights in the end, once gradients have grown; from seed to seed accuracy differs more than between
-the ways that train at all.
+The network has seventeen layers with small weights, each of which divides the gradient by five in
+the backward pass. The gradient of the first layer is 2^37 times smaller than that of the last one,
+and the gradients of one layer spread over twenty binades, but float16 has only 40 binades. At
+first, no single loss scale fits all layers. The example trains the network on handwritten digits in
+four ways, and prints how many weights ever had a non-zero gradient, and the accuracy. Keras's
+single loss scale reaches all weights in the end, once gradients have grown. The accuracy differs
+more between seeds than between the ways that train at all.
 """
 
 import common
@@ -32,11 +33,11 @@ def build_model(depth=17):
 
 
 def train(way, args, x, y):
-    """A model trained in one of `WAYS`, and its optimizer for weights."""
+    """A model trained in one of `WAYS`, and its inner optimizer."""
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy("float32" if way == WAYS[0] else "mixed_float16")
     model = build_model()
-    # Adam's steps are as large for small gradients as for others, as long as there are any.
+    # Adam takes steps of the same size for small and large gradients, as long as they are not zero.
     inner = optimizer = keras.optimizers.Adam(1e-3, epsilon=1e-20)
     if way == WAYS[2]:
         optimizer = keras.optimizers.LossScaleOptimizer(inner)
@@ -50,7 +51,7 @@ def train(way, args, x, y):
 
 
 def share_reached(optimizer):
-    """The share of weights for which Adam's mean of squared gradients is not zero."""
+    """The share of weights whose mean squared gradient in Adam is not zero."""
     seen = [v.numpy() > 0 for v in optimizer.variables if v.path.endswith("kernel_velocity")]
     return sum(each.sum() for each in seen) / sum(each.size for each in seen)
 

@@ -1,8 +1,8 @@
-"""Trains on handwritten digits in float16, and deploys the model with weights of 4 bits.
+"""Trains on handwritten digits in float16, and deploys the model with 4-bit weights.
 
-Trains the small residual network of `digits.py`, makes its float32 twin, quantizes that with 128
-images, exports it for LiteRT, and runs the file on test images. Prints the accuracy and the bytes
-of each.
+Trains the small residual network of `digits.py`, makes its float32 twin, quantizes it with 128
+calibration images, exports it for LiteRT, and runs the file on test images. Prints the accuracy and
+the size of each model.
 """
 
 import common
@@ -18,7 +18,7 @@ def accuracy(scores, labels):
 
 
 def run_litert(path, images):
-    """What LiteRT's interpreter makes of images; `None` where it is not installed."""
+    """The outputs of LiteRT's interpreter for images. `None` if it is not installed."""
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:

@@ -1,9 +1,9 @@
 """Trains a small ResNet on handwritten digits, with and without float16.
 
-Three ways: in float32, in float16 with one loss scale, and in float16 with a loss scale for each
-layer. Prints the three accuracies, whether one loss scale would have been enough, the number of
-skipped steps, and the scales of all layers. Saves the last model as plain Keras. The 1,797 images
-come with scikit-learn.
+It trains in three ways: in float32, in float16 with one loss scale, and in float16 with a loss
+scale per layer. Prints the three accuracies, whether one loss scale would have been enough, the
+number of skipped steps, and the scales of all layers. Saves the last model as a plain Keras model.
+The 1,797 images come with scikit-learn.
 """
 
 import common
@@ -28,7 +28,7 @@ def build_model():
 
 
 def residual_block(x, filters, stride, name):
-    """Two convolutions, normalized before each, around a short cut."""
+    """Two convolutions, each after a normalization, with a shortcut around them."""
     y = layers.ReLU()(layers.BatchNormalization(momentum=0.9, name=f"{name}_norm1")(x))
     if stride > 1:
         x = layers.Conv2D(filters, 1, stride, use_bias=False, name=f"{name}_shortcut")(y)

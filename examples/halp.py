@@ -22,9 +22,10 @@ import tf_adaptive_ls as als
 PENALTY = 0.02
 LEARNING_RATE = 0.5
 BATCH_SIZE = 64
-# Of HALP, by bits. Steps between offsets of 2 bits are coarse: a larger mu makes them finer.
+# `mu` for HALP, by bits. With 2 bits, steps between offsets are coarse; a larger mu makes them
+# finer.
 MU = {2: 0.6, 4: 0.15, 8: 0.15, 16: 0.15}
-# The weights of the optimum are smaller.
+# The largest weight. Those of the optimum are smaller.
 LARGEST_WEIGHT = 1.0
 WAYS = ("SGD", "SGD, 8 bits", "SVRG", *(f"HALP, {bits} bits" for bits in MU))
 

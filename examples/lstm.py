@@ -1,7 +1,7 @@
 """Trains an LSTM that reads handwritten digits pixel by pixel, in float16.
 
-What a loss tells the first of 64 steps has come through all the others: gradients of an LSTM
-spread far. Prints the test accuracy and what each layer's gradients do.
+The gradient of the first of 64 time steps has passed through all the others, so the gradients of an
+LSTM have a wide range. Prints the test accuracy, and the scales of all layers.
 """
 
 import common

@@ -1,15 +1,15 @@
 """Trains the network of digits.py on several processes, with Keras on JAX.
 
-Every process runs this file, with Keras's environment variables that say where the first
-one is, how many there are and which one this is:
+Each process runs this file with Keras's environment variables, which say where the first process
+is, how many there are, and which one this is:
 
     KERAS_BACKEND=jax
     KERAS_DISTRIBUTION_JOB_ADDRESSES=10.0.0.1:1234
     KERAS_DISTRIBUTION_NUM_PROCESSES=2
     KERAS_DISTRIBUTION_PROCESS_ID=0
 
-`--demo 2` starts two of them on this machine. They draw the same conclusions from the
-gradients of all: each prints its scales at the end, which are equal.
+`--demo 2` starts two of them on this machine. All processes compute the same scales from the
+gradients of all; each prints its scales at the end, which are equal.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 
 
 def start_processes(number, arguments):
-    """Runs this file in `number` processes; when one of them fails, stops the others."""
+    """Runs this file in `number` processes. If one of them fails, stops the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -51,7 +51,7 @@ def start_processes(number, arguments):
 
 
 def train(epochs, batch_size, record):
-    """One of the processes."""
+    """Trains in one of the processes."""
     import keras
     from digits import build_model, load_data
 
@@ -61,7 +61,7 @@ def train(epochs, batch_size, record):
     process = int(os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", 0))
     if number > 1:
         keras.distribution.initialize()
-    # This process reads a part of the data of its own.
+    # Each process reads its own part of the data.
     parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
     keras.distribution.set_distribution(parallel)
 
@@ -83,7 +83,7 @@ def train(epochs, batch_size, record):
         batch_size // number,
         epochs,
         verbose=2 if process == 0 else 0,
-        # Of all processes the first writes it.
+        # Only the first process writes it.
         callbacks=[als.LossScaleMonitor(record, every=10)],
     )
     total = [

@@ -226,7 +226,7 @@ def test_saved(tmp_path, capsys):
     assert list(of_moment) == saved.ORDER[1:]
     float16, kept, float8_products = (
         np.median(of_moment[name]["error"])
-        for name in (saved.FLOAT16, "8 bits kept", "products in float8")
+        for name in (saved.FLOAT16, "saved in 8 bits", "products in float8")
     )
     assert float16 < kept < float8_products
     assert list(result["training"]) == [way.name for way in saved.WAYS]

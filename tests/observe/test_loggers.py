@@ -55,9 +55,10 @@ def test_weights_and_biases(fit, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mlflow(fit, tmp_path):
+def test_mlflow(fit, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     callback = pytest.importorskip("mlflow.keras").MlflowCallback
+    monkeypatch.chdir(tmp_path)  # for artifacts
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs.db")
     with mlflow.start_run() as run:
         scale = fit(callback())
