@@ -98,7 +98,7 @@ def trained(name, way, seed, images):
             "widened": len(widening.names),
             "layers": len(model.layers),
             "share_narrow": widening.share_narrow,
-            "unmended": list(widening.unmended),
+            "remaining": list(widening.remaining),
         }
     figures["error"] = error_of(case, model, seed, x[order[:LOOKED_AT]], way)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

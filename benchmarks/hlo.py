@@ -131,7 +131,7 @@ class Program:
 def _owner_of(path, function):
     name = f"{path.stem}.{function}"
     if "tf_adaptive_ls" in path.parts and "benchmarks" not in path.parts:
-        if path.stem in ("companion", "held_call", "planned_call"):
+        if path.stem in ("companion", "functional_call", "planned_call"):
             return MODEL, "other"  # where a layer runs
         return (OPTIMIZER, name) if function == "_apply_inner" else (SCALING, name)
     text = path.as_posix()

@@ -25,7 +25,7 @@ import tf_adaptive_ls as als
 from benchmarks import data, float8, report
 from benchmarks.float8_ways import WIDE, Way
 from tf_adaptive_ls.numerics import packing
-from tf_adaptive_ls.training import held_call, kept_results
+from tf_adaptive_ls.training import functional_call, kept_results
 
 SAVED = packing.FORMAT
 FLOAT8 = als.Float8()
@@ -62,7 +62,7 @@ class Emulated:
     @contextlib.contextmanager
     def everywhere(self):
         """Context manager in which models that save this format are built and compiled."""
-        modules = (held_call, kept_results)
+        modules = (functional_call, kept_results)
         before = [(each.packed, each.unpacked) for each in modules]
         for each in modules:
             each.packed, each.unpacked = self.rounded, lambda kept, dtype: kept

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import tf_adaptive_ls as als
-from tf_adaptive_ls.backend.model_copy import made_anew
+from tf_adaptive_ls.backend.model_copy import rebuilt_from_config
 from tf_adaptive_ls.deploy.folding import folded
 
 ON_JAX = keras.backend.backend() == "jax"
@@ -74,7 +74,7 @@ def normalizations(model):
 
 
 def test_normalizations_are_folded(model):
-    result = folded(made_anew(model))
+    result = folded(rebuilt_from_config(model))
     assert normalizations(model) == 5 and normalizations(result) == 0
     expected = model.predict(IMAGES, verbose=0)
     np.testing.assert_allclose(result.predict(IMAGES, verbose=0), expected, rtol=1e-4, atol=1e-4)
@@ -91,7 +91,7 @@ def test_what_cannot_be_folded_stays(case):
     if case == "shared":
         z = z + dense(z)
     model = randomized(keras.Model(inputs, [z, y] if case == "output" else z))
-    copy = made_anew(model)
+    copy = rebuilt_from_config(model)
     assert folded(copy) is copy
 
 
@@ -369,13 +369,13 @@ def test_bad_arguments(name, model):
 
 def test_bad_models(model):
     with pytest.raises(ValueError, match=r"plain model.*LossScaling|plain model.*plain_copy"):
-        als.quantize_weights(als.wrap_model(made_anew(model)), IMAGES)
+        als.quantize_weights(als.wrap_model(rebuilt_from_config(model)), IMAGES)
     inputs = keras.Input((4,))
     with pytest.raises(ValueError, match=r"model 'bare', which has none\."):
         als.quantize_weights(keras.Model(inputs, layers.ReLU()(inputs), name="bare"), normal(2, 4))
     with pytest.raises(ValueError, match=r"built keras\.Model"):
         als.quantize_weights(keras.Sequential([layers.Dense(2)]), normal(2, 4))
-    broken = made_anew(model)
+    broken = rebuilt_from_config(model)
     broken.get_layer("head").kernel.assign(np.full((8, 3), np.nan))
     with pytest.raises(ValueError, match="'head/kernel' with NaN or infinity"):
         als.quantize_weights(broken, IMAGES)

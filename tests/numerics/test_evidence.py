@@ -44,7 +44,7 @@ def test_what_arrived_is_told_at_its_scale_and_at_that_of_the_layer():
         )
     )
     assert report.arrived.at_s == 2.0**-24
-    assert report.arrived.set_out_from == TOP < 4 * 65504
+    assert report.arrived.largest_at_own_scale == TOP < 4 * 65504
     assert (report.arrived.broken, report.arrived.shifted_broken) == (0, 1)
     assert report.arrived.number == 2
     np.testing.assert_array_equal(report.arrived.sample[:3], [0, 2.0**-24, 0])
@@ -106,14 +106,14 @@ def test_what_is_not_finite_is_told(value, mode):
     arrived, produced = read(arrived()), read(produced())
     arrived, produced = arrived.arrived, produced.produced
     assert arrived.broken == arrived.shifted_broken == produced.broken == 1
-    assert arrived.at_s == arrived.set_out_from == TOP
+    assert arrived.at_s == arrived.largest_at_own_scale == TOP
     assert produced.largest == produced.least == TOP
 
 
 def test_what_is_too_small_for_any_narrow_format_is_told_as_no_zero():
     tiny = np.float32(2.0**100)
     report = report_of_arrived([SMALL], [tiny], at_s=[False], narrow=[True])
-    assert read(report).arrived.set_out_from == BOTTOM
+    assert read(report).arrived.largest_at_own_scale == BOTTOM
 
 
 def test_reports_add_up():

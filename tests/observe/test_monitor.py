@@ -378,7 +378,7 @@ def test_an_overflow_of_the_forward_pass(mixed_float16):
     names = [part.name for part in als.forward_range(model, [X], room=0).flagged]
     assert names and f"In the forward pass '{names[0]}'" in str(error)
     assert "`tf_adaptive_ls.widen(model, batches)` makes them compute in float32" in str(error)
-    assert als.widen(model, [X], room=0).unmended == {}
+    assert als.widen(model, [X], room=0).remaining == {}
 
 
 def test_inf_in_the_loss(mixed_float16):

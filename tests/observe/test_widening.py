@@ -57,7 +57,7 @@ class TestEachKind:
         model = model_of(middle)
         weights = model.get_weights()
         widening = als.widen(model, ONES)
-        assert set(widening.names) == expected and widening.unmended == {}
+        assert set(widening.names) == expected and widening.remaining == {}
         by_layer = {layer.name: layer.compute_dtype for layer in model.layers}
         assert {name for name, dtype in by_layer.items() if dtype == "float32"} - {
             "last",
@@ -132,7 +132,7 @@ class TestWhatIsMadeOfLayers:
         model = Stream()
         model(ONES[0])
         widening = als.widen(model, ONES)
-        assert widening.unmended == {}
+        assert widening.remaining == {}
         # TensorFlow does not add float32 to float16: there all that is added has to be wide.
         assert widening.names == (("embed",) if ON_JAX else ("embed", "branch0", "branch1"))
         assert widening.share_narrow == (2 / 3 if ON_JAX else 0.0)
@@ -165,7 +165,7 @@ class TestWhatIsMadeOfLayers:
         model = Outer()
         model(ONES[0])
         widening = als.widen(model, ONES)
-        assert widening.unmended == {} and f"{model.graph.name}/wide" in widening.names
+        assert widening.remaining == {} and f"{model.graph.name}/wide" in widening.names
         assert np.all(np.isfinite(outputs_of(model)))
 
     def test_names_are_asked_for_again_in_a_model_made_anew(self):
@@ -224,7 +224,7 @@ def test_training_goes_on_without_nan(wrap):
 def test_a_cast_that_is_written_out_is_not_mended():
     model = model_of(lambda x: ops.tanh(ops.cast(ops.cast(x, "float32") * 2.0**16, "float16")))
     widening = als.widen(model, ONES)
-    assert widening.names == () and list(widening.unmended.values()) == ["output"]
+    assert widening.names == () and list(widening.remaining.values()) == ["output"]
     assert "Not repaired:\n  cast" in str(widening)
 
 

@@ -9,7 +9,7 @@ from numpy.testing import assert_array_equal
 import tf_adaptive_ls as als
 from tests.backends import JIT, ON_JAX
 from tf_adaptive_ls.backend import autodiff
-from tf_adaptive_ls.training.max_pooling import keeps_places, pool
+from tf_adaptive_ls.training.max_pooling import pool, saves_positions
 
 CASES = [
     (layers.MaxPooling1D, (2, 7, 3), 2),
@@ -44,7 +44,7 @@ def test_of_equal_numbers_the_first_has_the_gradient(make, shape, size, padding,
             shape
         )  # there all would have it
     layer = make(size, padding=padding, data_format=data_format)
-    assert keeps_places(layer)
+    assert saves_positions(layer)
     if data_format == "channels_first":
         x = np.moveaxis(x, -1, 1)
     expected, actual = both_gradients(layer, x)
@@ -71,7 +71,7 @@ def test_a_gradient_that_is_not_finite_stays_in_its_place(bad):
     ids=["overlapping", "large", "average", "global"],
 )
 def test_others_are_left_alone(layer):
-    assert not keeps_places(layer)
+    assert not saves_positions(layer)
 
 
 def test_in_a_model_of_any_size(mixed_float16):

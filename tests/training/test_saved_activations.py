@@ -14,7 +14,7 @@ from tests.graphs import floats
 from tests.steps import assert_equal, assert_gradients_within, layer_stepper, randomize_scales
 from tests.training.test_layers_exact import CASES, WITH_XLA, built, training_of
 from tf_adaptive_ls.backend import routes
-from tf_adaptive_ls.training.held_call import run_again_from_8_bits
+from tf_adaptive_ls.training.functional_call import rematerialized_from_8_bits
 
 FORMAT = "float8_e5m2"
 
@@ -301,7 +301,7 @@ def test_the_second_run_waits_for_gradients(jit_compile):
     def step(x, gradient):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            again = run_again_from_8_bits(
+            again = rematerialized_from_8_bits(
                 layers.Layer(), lambda x: ([tf.square(x)], None), lambda tensors: tensors
             )
             ((y,), _) = again(x)

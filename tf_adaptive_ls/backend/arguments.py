@@ -44,7 +44,7 @@ def is_scale_value(value: Any) -> bool:
     return mantissa == 0.5 and abs(exponent - 1) <= MAX_LOG2_SCALE
 
 
-def only_settings(config: dict[str, Any], kind: str, names: Iterable[str]) -> dict[str, Any]:
+def checked_settings(config: dict[str, Any], kind: str, names: Iterable[str]) -> dict[str, Any]:
     """`config`, as read from a file, if it contains the given settings and nothing else.
 
     Args:

@@ -285,7 +285,7 @@ def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
     return compute
 
 
-def run_again_from(
+def rematerialized_from(
     function: Callable[..., Any],
     keep: Callable[[Sequence[Tensor]], Any],
     restore: Callable[[Any], list[Tensor]],
@@ -298,7 +298,7 @@ def run_again_from(
         restore: Function from this structure to the arguments, or approximations of them.
     """
     if keras.backend.backend() == "jax":
-        return _run_again_on_jax(function, keep, restore)
+        return _rematerialized_on_jax(function, keep, restore)
     import tensorflow as tf
 
     def compute(*tensors: Tensor) -> tuple[list[Tensor], Any]:
@@ -346,7 +346,7 @@ def _not_before(gradients: Sequence[Tensor], kept: Any) -> Any:
     return tf.nest.map_structure(wait, kept)
 
 
-def _run_again_on_jax(
+def _rematerialized_on_jax(
     function: Callable[..., Any], keep: Callable[..., Any], restore: Callable[..., Any]
 ) -> Callable[..., Any]:
     import jax

@@ -234,7 +234,7 @@ def _rematerialized(
     return type(layer).rematerialized_call(layer, call, *args, **kwargs)
 
 
-def rematerialized_unless_held(
+def rematerialized_unless_routed(
     layer: keras.layers.Layer,
     call: Callable[..., Any],
     args: tuple[Any, ...],
@@ -271,7 +271,7 @@ def not_rematerialized(layer: keras.layers.Layer) -> Iterator[None]:
 MOMENTS = "_moments"
 
 
-def lead_moments(layer: keras.layers.Layer, run: Callable[..., Any]) -> None:
+def route_moments(layer: keras.layers.Layer, run: Callable[..., Any]) -> None:
     """Routes the moments of a batch normalization through `run`, as a `Route` does."""
     if routes.route_of(layer, MOMENTS) is None:
         routes.Route(layer, MOMENTS, run)
@@ -339,7 +339,7 @@ def with_policies(policies: list[tuple[keras.layers.Layer, Any]]) -> Iterator[No
             layer._dtype_policy = policy
 
 
-def made_float32(layers: list[keras.layers.Layer], model: keras.Model) -> list[Callable[[], None]]:
+def make_float32(layers: list[keras.layers.Layer], model: keras.Model) -> list[Callable[[], None]]:
     """Makes layers compute in float32, without changing their weights, as `with_policies` does.
 
     Returns a list of functions that undo it.
@@ -357,7 +357,7 @@ def made_float32(layers: list[keras.layers.Layer], model: keras.Model) -> list[C
     return undo
 
 
-def made_to_take_float32(model: keras.Model) -> list[Callable[[], None]]:
+def make_inputs_float32(model: keras.Model) -> list[Callable[[], None]]:
     """Makes a Functional model take float32 inputs; returns a list of functions to undo it."""
     graph: Any = graph_of(model)
     layers = [each for each in layers_in(model) if isinstance(each, keras.layers.InputLayer)]
@@ -435,7 +435,7 @@ def no_autocast() -> contextlib.AbstractContextManager[Any]:
     return AutocastScope(None)
 
 
-def take_as_called(model: keras.Model, other: keras.Model) -> None:
+def copy_called_flag(model: keras.Model, other: keras.Model) -> None:
     """Marks a model as called if `other` was. Keras exports only called models to ONNX."""
     model._called = other._called
 

@@ -7,13 +7,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from tf_adaptive_ls.backend.keras_internals import parts_of, take_as_called
+from tf_adaptive_ls.backend.keras_internals import copy_called_flag, parts_of
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 _POLICIES = (*FLOATS, "mixed_float16", "mixed_bfloat16")
 
 
-def made_anew(
+def rebuilt_from_config(
     model: Any,
     plain_class: Any = None,
     dtype: str | None = None,
@@ -52,7 +52,7 @@ def made_anew(
         copy.set_weights([ops.convert_to_numpy(w) for w in weights])
     finally:
         keras.config.set_dtype_policy(policy)
-    take_as_called(copy, model)
+    copy_called_flag(copy, model)
     return copy
 
 

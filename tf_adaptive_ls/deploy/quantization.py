@@ -13,7 +13,7 @@ from tf_adaptive_ls.backend.batches import batches_of
 from tf_adaptive_ls.backend.functions import belong_to
 from tf_adaptive_ls.backend.keras_internals import layers_in, parts_of
 from tf_adaptive_ls.backend.layer_filter import LayerFilter, check_layer_filter, with_path
-from tf_adaptive_ls.backend.model_copy import made_anew
+from tf_adaptive_ls.backend.model_copy import rebuilt_from_config
 from tf_adaptive_ls.backend.routes import Route
 from tf_adaptive_ls.deploy import adaround, grids
 from tf_adaptive_ls.deploy.budget import with_budget
@@ -118,9 +118,9 @@ def quantize_weights(
 def _copy(model: keras.Model) -> keras.Model:
     """A copy in float32 with batch normalizations folded."""
     try:
-        copy = made_anew(model, dtype="float32")
+        copy = rebuilt_from_config(model, dtype="float32")
         result = folded(copy)
-        return copy if result is copy else made_anew(result)
+        return copy if result is copy else rebuilt_from_config(result)
     except Exception as error:
         raise ValueError(
             "`quantize_weights` expected a built model that can be made anew from its config. "
@@ -250,7 +250,7 @@ def _with_points(model: keras.Model, sites: list[Site], points: list[Points]) ->
                 for each, p in zip(split(layer), own, strict=True)
                 for part in (wide(each, p) if p.scales[1:].any() else [each])
             ]
-    return made_anew(rebuilt(model, parts)) if parts else model
+    return rebuilt_from_config(rebuilt(model, parts)) if parts else model
 
 
 def _layers_of_graphs(model: keras.Model) -> set[int]:

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 import keras
 
-from tf_adaptive_ls.backend.model_copy import layers_of_other_dtypes, made_anew
+from tf_adaptive_ls.backend.model_copy import layers_of_other_dtypes, rebuilt_from_config
 from tf_adaptive_ls.models.wrapping import check_is_model, strip_model
 
 Model = TypeVar("Model", bound=keras.Model)
@@ -41,7 +41,7 @@ def plain_copy(model: Model, dtype: str | None = None) -> Model:
         )
     plain_class = getattr(model, "base_class", None) or type(model)
     try:
-        copy = made_anew(model, plain_class, dtype, strip_model)
+        copy = rebuilt_from_config(model, plain_class, dtype, strip_model)
     except Exception as error:
         raise ValueError(
             f"Expected a built model that can be made anew from its config. Received: model "

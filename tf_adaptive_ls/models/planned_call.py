@@ -82,7 +82,7 @@ class PlannedCall:
         with scale_plan.running(plan, from_inputs):
             outputs = original(*args, **kwargs)
             self._has_run = True
-            if not scale_plan.was_kept():
+            if not scale_plan.was_in_order():
                 raise RuntimeError(
                     f"Expected model '{self._layer.name}' (of type {type(self._layer).__name__}) "
                     "to call its layers as it did when it was traced on symbolic tensors. "

@@ -22,9 +22,9 @@ from tf_adaptive_ls.training.optimizer import AdaptiveLossScaleOptimizer
 from tf_adaptive_ls.training.saved_bytes import forget_saved
 from tf_adaptive_ls.training.saved_config import (
     WITH_WRAPPERS,
+    checked_config,
     is_with_wrappers,
-    opened,
-    stamped,
+    with_version,
 )
 
 _registered = keras.saving.register_keras_serializable("tf_adaptive_ls", "LossScaledModel")
@@ -127,12 +127,14 @@ class LossScaledModel(WithHiddenVariables):
         walked = vars(self)[_WALK]
         config = {**super().get_config(), "base_class": registered}
         config |= walked.walk.config(walked.path)
-        return stamped(config, WITH_WRAPPERS) if self.is_with_wrappers else stamped(config)
+        return (
+            with_version(config, WITH_WRAPPERS) if self.is_with_wrappers else with_version(config)
+        )
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> keras.Model:
         with_wrappers = is_with_wrappers(config)
-        config = opened(config, "wrapped model", ["base_class"], optional=None)
+        config = checked_config(config, "wrapped model", ["base_class"], optional=None)
         choice = _choice_of(config)
         if with_wrappers:  # in such a file, the scaled layers are already wrapped
             choice = dataclasses.replace(choice, wants=lambda layer, path: False)

@@ -274,7 +274,7 @@ def _recorded(
     seen = [*inputs, *running.twins(), *(x for node in nodes for x in node.output_tensors)]
     tensors = [(key_of(tensor), weakref.ref(tensor)) for tensor in seen]
     for node in [*nodes, *all_nodes]:
-        _take_apart(node)
+        _free(node)
     return graph, running.called_often(), tensors
 
 
@@ -351,7 +351,7 @@ def _takes_values(node: Any) -> bool:
     return any(map(is_value, tree.flatten((node.arguments.args, node.arguments.kwargs))))
 
 
-def _take_apart(node: Any) -> None:
+def _free(node: Any) -> None:
     """Frees the tensors of a node now, instead of leaving them to the garbage collector."""
     for tensor in node.outputs:
         vars(tensor).pop("_keras_history", None)

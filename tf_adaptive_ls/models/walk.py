@@ -91,7 +91,7 @@ class Walk:
             self._float8[path] = float8
         companion = attach(layer, float8, self._choice.saved_activations)
         if not layer.built:
-            companion.asks_first(lambda: self._is_now_walked(layer, path))
+            companion.on_built(lambda: self._is_now_walked(layer, path))
         self._undo.append(lambda: detach(layer) if companion_of(layer) else None)
 
     def _save(self, layer: keras.layers.Layer) -> None:

@@ -136,7 +136,7 @@ def evidence_of(
     if narrow_at_s.any():
         largest_of_weights = ops.max(ops.where(narrow_at_s, of_weights_at_s, 0.0), axis=1)
         largest_at_s = ops.maximum(largest_at_s, largest_of_weights)
-    of_one = ops.stack([largest_at_s, reports.arrived.set_out_from, largest, smallest])
+    of_one = ops.stack([largest_at_s, reports.arrived.largest_at_own_scale, largest, smallest])
     at_s, set_out, largest, smallest = ops.unstack(_counts(of_one[..., None]), 4)
     # An output that nothing uses sends zeros back on purpose.
     made = (largest * _NONZERO + smallest) * _flag(any_produced)[:, None]

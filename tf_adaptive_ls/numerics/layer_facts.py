@@ -59,12 +59,12 @@ class Flow(NamedTuple):
         call_order: Position of each layer in the forward pass, `[layers]`.
         passes_from: Whether layer i receives the gradients that layer j produces, and passes them
             on without a report on arrival, boolean `[i, j]`.
-        held_to: Whether the scale of layer i must not exceed that of layer j, `[i, j]`.
+        limited_by: Whether the scale of layer i must not exceed that of layer j, `[i, j]`.
     """
 
     call_order: np.ndarray
     passes_from: np.ndarray
-    held_to: np.ndarray
+    limited_by: np.ndarray
 
     @classmethod
     def of_unrelated(cls, num_layers: int) -> "Flow":

@@ -17,7 +17,7 @@ from tf_adaptive_ls.backend import arrays, devices
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
-from tf_adaptive_ls.numerics.tiny_unit import NUM_UNITS, heard, told
+from tf_adaptive_ls.numerics.tiny_unit import NUM_UNITS, decoded, encoded
 
 # Elements that are looked at of each gradient of a weight, and of the gradients of all
 # inputs and of all outputs of a layer. The binade that a share of 1e-3 lies below is then
@@ -37,7 +37,7 @@ class Arrived(NamedTuple):
         broken: Of all gradients.
         shifted_broken: Of narrow gradients, at the scale of the layer.
         at_s: Largest magnitude of narrow gradients that arrived at scale S.
-        set_out_from: Largest magnitude of all narrow gradients, at the scale of the layer.
+        largest_at_own_scale: Largest magnitude of all narrow gradients, at the scale of the layer.
         number: Number of elements of the sample.
         sample: Magnitudes of the gradients of `at_s`.
     """
@@ -45,7 +45,7 @@ class Arrived(NamedTuple):
     broken: Tensor
     shifted_broken: Tensor
     at_s: Tensor
-    set_out_from: Tensor
+    largest_at_own_scale: Tensor
     number: Tensor
     sample: Tensor
 
@@ -105,7 +105,7 @@ class _Layout(NamedTuple):
 
     def unpacked(self, vectors: Tensor) -> Any:
         """The reading from vectors `[…, size]`."""
-        numbers = heard(vectors)
+        numbers = decoded(vectors)
         *figures, number = (numbers[..., i] for i in range(self.num_figures))
         return self.kind(*figures, ops.round(number), numbers[..., self.num_figures :])
 
@@ -160,7 +160,7 @@ def report_of_rounded(
         peak = spectrum.peaks(gradients)
         beyond = ops.logical_and(peak > np.float32(float_format.largest), ops.isfinite(peak))
         figures = [peak, ops.cast(beyond, "float32"), np.array([sample.shape[0]], "float32")]
-        return told([*figures, before, sample, after])
+        return encoded([*figures, before, sample, after])
 
     return _of_all_parts(of_part, [gradient], _OF_ROUNDED.is_figure)
 
@@ -185,14 +185,14 @@ def report_of_arrived(
         gradients, divisors = tensors[: len(at_s)], tensors[len(at_s) :]
         peaks = spectrum.peaks(gradients)
         divisors = divisors[0] if len(divisors) == 1 else ops.stack(divisors)
-        set_out_from = _largest(peaks / divisors, narrow)
+        largest_at_own_scale = _largest(peaks / divisors, narrow)
         figures = [
             _is_broken(peaks),
-            ops.cast(set_out_from >= COUNTING_FORMAT.overflow, "float32"),
+            ops.cast(largest_at_own_scale >= COUNTING_FORMAT.overflow, "float32"),
             _largest(peaks, at_s),
-            set_out_from,
+            largest_at_own_scale,
         ]
-        return told(_parts(figures, _chosen(gradients, at_s)), rest=_OF_PRODUCED.size)
+        return encoded(_parts(figures, _chosen(gradients, at_s)), rest=_OF_PRODUCED.size)
 
     return _of_all_parts(of_part, [*map(arrays.real_numbers, gradients), *divisors], _IS_FIGURE)
 
@@ -211,7 +211,7 @@ def report_of_produced(gradients: list[Tensor], *, narrow: list[bool]) -> Tensor
     def of_part(gradients: list[Tensor]) -> Tensor:
         peaks = spectrum.peaks(gradients)
         figures = [_is_broken(peaks), _largest(peaks, narrow), _smallest(peaks, narrow)]
-        return told(_parts(figures, _chosen(gradients, narrow)), place=_OF_ARRIVED.size)
+        return encoded(_parts(figures, _chosen(gradients, narrow)), place=_OF_ARRIVED.size)
 
     return _of_all_parts(of_part, list(map(arrays.real_numbers, gradients)), _IS_FIGURE)
 
@@ -225,14 +225,14 @@ def _of_all_parts(
     those of the whole, and the sample has the size of a single device's.
     """
 
-    def told_by(tensors: list[Tensor], part: int, num_parts: int) -> Tensor:
+    def report_of_part(tensors: list[Tensor], part: int, num_parts: int) -> Tensor:
         vector = of_part(tensors)
         if num_parts == 1:
             return vector
         places = np.arange(len(is_figure))
         return ops.where(ops.logical_or(is_figure, places % num_parts == part), vector, 0.0)
 
-    return devices.max_over_shards(told_by, tensors)
+    return devices.max_over_shards(report_of_part, tensors)
 
 
 def _parts(figures: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:

@@ -12,10 +12,10 @@ from keras import ops
 
 from tf_adaptive_ls.backend.arguments import (
     MAX_LOG2_SCALE,
+    checked_settings,
     is_number,
     is_scale_value,
     is_whole,
-    only_settings,
 )
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
@@ -107,7 +107,7 @@ class ScaleRule(abc.ABC):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ScaleRule":
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**only_settings(config, cls.__name__, names))
+        return cls(**checked_settings(config, cls.__name__, names))
 
 
 @keras.saving.register_keras_serializable("tf_adaptive_ls")

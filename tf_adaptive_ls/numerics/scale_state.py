@@ -96,7 +96,7 @@ def factor_of(packed: Tensor) -> Tensor:
     return power_of_two(log2_scale_of(packed))
 
 
-def is_known(packed: np.ndarray) -> bool:
+def has_statistics(packed: np.ndarray) -> bool:
     """Whether a scale weight `[2]` was written by code that knows scales."""
     return bool(packed[1] > 0)
 
@@ -109,7 +109,7 @@ def restored(saved: np.ndarray) -> np.ndarray:
     r, factor = map(float, saved)
     if r.is_integer() and abs(r) <= MAX_LOG2_SCALE and factor == 2.0**r:
         saved = np.array([r, 1.0], "float32") * UNIT
-    if not is_known(saved):
+    if not has_statistics(saved):
         return np.zeros(2, "float32")
     return np.array(packed_scale(log2_scale_of(saved)))
 

@@ -108,7 +108,7 @@ def update(
     # A change of S by the rule moves no layer.
     taken_back = ops.where(finite, log2_scale - loss.log2_scale, 0.0)
     log2_scales = _bounded(layers.log2_scales + move - taken_back)
-    log2_scales = _held(log2_scales, move, facts.flow.held_to)
+    log2_scales = _limited(log2_scales, move, facts.flow.limited_by)
 
     # Of steps skipped in a row the first is remembered. What then overflows at ever smaller
     # scales is no matter of scales, or will be seen again.
@@ -324,12 +324,12 @@ def next_sample(
     return ops.where(at_once, 0, wait)
 
 
-def _held(log2_scales: Tensor, move: Tensor, held_to: np.ndarray) -> Tensor:
+def _limited(log2_scales: Tensor, move: Tensor, limited_by: np.ndarray) -> Tensor:
     """R of layers, limited by r of the layers that they are held to, if any of them changed."""
-    if not held_to.any():
+    if not limited_by.any():
         return log2_scales
-    moved = ops.max(ops.where(held_to, ops.abs(move), 0.0), axis=1) + ops.abs(move) > 0
-    limit = ops.min(ops.where(held_to, log2_scales, _UNLIMITED), axis=1)
+    moved = ops.max(ops.where(limited_by, ops.abs(move), 0.0), axis=1) + ops.abs(move) > 0
+    limit = ops.min(ops.where(limited_by, log2_scales, _UNLIMITED), axis=1)
     return ops.where(moved, ops.minimum(log2_scales, limit), log2_scales)
 
 

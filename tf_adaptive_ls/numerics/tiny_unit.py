@@ -16,15 +16,15 @@ UNIT = np.float32(2.0**-84)
 
 NUM_UNITS = 2
 
-# What is larger or smaller is told as that: float16 holds neither.
+# What is larger or smaller is encoded as that: float16 holds neither.
 BOTTOM, TOP = np.float32(2.0**-40), np.float32(2.0**17)
 
 # More than there are calls of a layer in a step, or micro-batches that anybody adds up.
 _MOST_CALLS = 1024
 
 
-def told(parts: list[Tensor], place: int = 0, rest: int = 0) -> Tensor:
-    """A float32 vector of the magnitudes of several vectors, to be read by `heard`.
+def encoded(parts: list[Tensor], place: int = 0, rest: int = 0) -> Tensor:
+    """A float32 vector of the magnitudes of several vectors, to be read by `decoded`.
 
     Magnitudes are zero, or from `BOTTOM` to `TOP`. Vectors of the same length from several calls
     can be added.
@@ -41,7 +41,7 @@ def told(parts: list[Tensor], place: int = 0, rest: int = 0) -> Tensor:
     return ops.where(magnitudes < TOP, magnitudes, TOP) * UNIT  # NaN is not below anything
 
 
-def heard(vectors: Tensor) -> Tensor:
+def decoded(vectors: Tensor) -> Tensor:
     """The sums of magnitudes `[…, n]` from vectors `[…, 2 + n]`, or from sums of such vectors.
 
     A factor by which the vectors were multiplied, for example by clipping, is divided out, except

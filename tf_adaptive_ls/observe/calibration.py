@@ -162,7 +162,7 @@ def calibrate(model: keras.Model, batches: Any, *, batch_size: int = 32) -> Cali
     if first is None:
         raise ValueError("`calibrate` expected at least one batch. Received: none.")
     seen: list[Snapshot] = []  # after each batch since the last overflow
-    with _standing_still(model) as optimizer:
+    with _without_updates(model) as optimizer:
         for batch in itertools.chain([first], batches):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
             model.train_on_batch(x, y, sample_weight)
@@ -192,7 +192,7 @@ def _is_settled(snapshots: list[Snapshot]) -> bool:
     return bool(np.all(np.abs(totals - totals[-1]) <= _STILL_BINADES))
 
 
-class _Still(keras.optimizers.Optimizer):
+class _NoUpdates(keras.optimizers.Optimizer):
     """An optimizer that does not change weights."""
 
     def update_step(
@@ -202,7 +202,7 @@ class _Still(keras.optimizers.Optimizer):
 
 
 @contextlib.contextmanager
-def _standing_still(model: keras.Model) -> Iterator[AdaptiveLossScaleOptimizer]:
+def _without_updates(model: keras.Model) -> Iterator[AdaptiveLossScaleOptimizer]:
     """Context manager in which training a model does not change it.
 
     Yields the `AdaptiveLossScaleOptimizer` that changes the scales in it.
@@ -211,7 +211,7 @@ def _standing_still(model: keras.Model) -> Iterator[AdaptiveLossScaleOptimizer]:
     variables = [*model.variables, *model.metrics_variables]
     before = [(v, np.array(keras.ops.convert_to_numpy(v))) for v in variables]
     still = AdaptiveLossScaleOptimizer(
-        _Still(0.0), initial_scale=optimizer.loss_scale, rule=optimizer.rule, sample_every=1
+        _NoUpdates(0.0), initial_scale=optimizer.loss_scale, rule=optimizer.rule, sample_every=1
     )
     model.optimizer, model.train_function = still, None
     try:
@@ -221,7 +221,7 @@ def _standing_still(model: keras.Model) -> Iterator[AdaptiveLossScaleOptimizer]:
         for variable, value in before:
             variable.assign(value)
         if optimizer.built:
-            optimizer.show_on_layers()
+            optimizer.link_layers()
 
 
 def _calibration(

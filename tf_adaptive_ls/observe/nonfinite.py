@@ -20,7 +20,7 @@ from tf_adaptive_ls.numerics.gradient_tap import gradient_tap
 from tf_adaptive_ls.observe.checks import check_ready
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
 from tf_adaptive_ls.training.call_tensors import CallTensors, is_inexact
-from tf_adaptive_ls.training.held_variables import is_scaled_weight
+from tf_adaptive_ls.training.given_variables import is_scaled_weight
 
 # How many of the tensors before the first non-finite one are printed.
 _SHOWN = 8

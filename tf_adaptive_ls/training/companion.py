@@ -83,7 +83,7 @@ class Companion(LayerScaling):
         if self.has_started and (store.keys() or self._refused is not None):
             super().load_own_variables(store)
 
-    def asks_first(self, is_left: Callable[[], bool]) -> None:
+    def on_built(self, is_left: Callable[[], bool]) -> None:
         """Sets a callback for the built layer. It may detach the layer; it returns whether."""
         object.__setattr__(self, "_is_left", is_left)
 
@@ -107,7 +107,7 @@ class Companion(LayerScaling):
         """Stops being part of the layer, but goes on to run it."""
         keras_internals.take_out(self.layer, ATTRIBUTE, self)
 
-    def lead_layer(self) -> None:
+    def route_calls(self) -> None:
         """Routes calls of the layer through this companion."""
         led: dict[str, Callable[..., Any]] = {
             "call": self.run,
@@ -118,8 +118,8 @@ class Companion(LayerScaling):
         }
         self._routes = [routes.Route(self.layer, name, run) for name, run in led.items()]
 
-    def let_go(self) -> None:
-        """Undoes `lead_layer`."""
+    def end_routes(self) -> None:
+        """Undoes `route_calls`."""
         for route in self._routes:
             route.end()
 
@@ -156,7 +156,7 @@ class Companion(LayerScaling):
         )  # otherwise, `call` was called directly
 
         def plain_call(*args: Any, **kwargs: Any) -> Any:
-            call = keras_internals.rematerialized_unless_held(
+            call = keras_internals.rematerialized_unless_routed(
                 layer, way_of_computing(layer, original), args, kwargs
             )
             token = _running.set(_running.get() | {id(self)})
@@ -210,7 +210,7 @@ def attach(
     companion = Companion(layer, float8, saved_activations)
     object.__setattr__(layer, _COMPANION, companion)
     layer.autocast = False
-    companion.lead_layer()
+    companion.route_calls()
     try:
         if layer.built and keras_internals.may_be_trained(layer):
             companion.start()
@@ -224,7 +224,7 @@ def detach(layer: keras.layers.Layer) -> None:
     """Undoes `attach`."""
     companion = companion_of(layer)
     assert companion is not None
-    companion.let_go()
+    companion.end_routes()
     layer.autocast = companion.casts_inputs
     companion.leave()
     del vars(layer)[_COMPANION]

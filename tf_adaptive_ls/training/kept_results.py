@@ -1,7 +1,7 @@
 """Results that the second run of a layer takes from the first run.
 
-Some layers run a second time in the backward pass (see `held_call`). A layer with a ReLU would
-compute its matmul again only for the derivative of the ReLU, which can also be computed from
+Some layers run a second time in the backward pass (see `functional_call`). A layer with a ReLU
+would compute its matmul again only for the derivative of the ReLU, which can also be computed from
 the ReLU's result. A batch normalization would reduce its whole input again to a few statistics.
 """
 
@@ -66,7 +66,7 @@ class KeptResults:
         self._trace = functions.current_trace()
         if given is None:
             self.noted = []
-        _lead_moments(layer)
+        _route_moments(layer)
         token = _of_call.set(self)
         try:
             with computing(_ways_of_keeping(layer)):
@@ -122,11 +122,11 @@ def _ways_of_keeping(layer: keras.layers.Layer) -> list[tuple[keras.layers.Layer
     ]
 
 
-def _lead_moments(layer: keras.layers.Layer) -> None:
+def _route_moments(layer: keras.layers.Layer) -> None:
     """Routes the moments of all batch normalizations inside of `layer` through `_moments`."""
     for part in keras_internals.parts_of(layer):
         if type(part) is layers.BatchNormalization and not part.synchronized:
-            keras_internals.lead_moments(part, functools.partial(_moments, part))
+            keras_internals.route_moments(part, functools.partial(_moments, part))
 
 
 class _WithActivation:

@@ -28,13 +28,13 @@ from tf_adaptive_ls.training.call_tensors import CallTensors
 from tf_adaptive_ls.training.float8.call import Float8Call, next_seed
 from tf_adaptive_ls.training.float8.products import in_float8, products_in
 from tf_adaptive_ls.training.float8.settings import Float8, check_is_float8
-from tf_adaptive_ls.training.held_call import (
+from tf_adaptive_ls.training.functional_call import (
     Surroundings,
-    call_held,
     check_gradients,
-    runs_again,
+    functional_call,
+    is_second_run,
 )
-from tf_adaptive_ls.training.held_variables import ReadElsewhere, scaled_weights_of
+from tf_adaptive_ls.training.given_variables import ReadElsewhere, scaled_weights_of
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
 from tf_adaptive_ls.training.readings import LayerSnapshot
 
@@ -196,12 +196,12 @@ class LayerScaling(keras.layers.Layer):
         (snapshot,) = snapshots_of([self])
         return snapshot
 
-    def shown_by(self) -> Any:
+    def linked_optimizer(self) -> Any:
         """The optimizer that knows the statistics of the layer, or `None`."""
         # Not a property, because Keras would try to save its value.
         return None if self._optimizer is None else self._optimizer()
 
-    def shows(self, optimizer: Any) -> None:
+    def link_optimizer(self, optimizer: Any) -> None:
         """Takes `snapshot` from `optimizer` from now on."""
         self._optimizer = weakref.ref(optimizer)
 
@@ -213,7 +213,7 @@ class LayerScaling(keras.layers.Layer):
             self.called_at_s = True
             with scale_plan.running(None):
                 return run(*args, **kwargs)
-        if not runs_again():
+        if not is_second_run():
             scale_plan.note_call(self)
         if self._read_elsewhere is None:
             try:
@@ -238,12 +238,12 @@ class LayerScaling(keras.layers.Layer):
         reports = self._is_to_report(args, kwargs)
         border = Border(self, reports=reports)
         float8_call = self._next_float8_call(reports)
-        if not runs_again():
+        if not is_second_run():
             self.last_call = Call(next(_clock), border.passes_from, border.passes_with)
         weights = scaled_weights_of(self.layer)
         args, kwargs, weights = border.tap_inputs(args, kwargs, weights)
         self._check_gradients(run, weights, args, kwargs)
-        outputs, losses = call_held(
+        outputs, losses = functional_call(
             self.layer,
             run,
             weights,
@@ -351,13 +351,14 @@ def snapshots_of(layers: Sequence[LayerScaling]) -> list[LayerSnapshot]:
     """The `LayerSnapshot` of each layer. The state of each optimizer is read once."""
     of_optimizers: dict[int, list[LayerScaling]] = {}
     for layer in layers:
-        of_optimizers.setdefault(id(layer.shown_by()), []).append(layer)
+        of_optimizers.setdefault(id(layer.linked_optimizer()), []).append(layer)
     found: dict[int, LayerSnapshot] = {}
     for group in of_optimizers.values():
-        optimizer = group[0].shown_by()
+        optimizer = group[0].linked_optimizer()
         if optimizer is None:
             snapshots = [
-                LayerSnapshot.of_unknown(each.log2_scale, each.float_format) for each in group
+                LayerSnapshot.without_statistics(each.log2_scale, each.float_format)
+                for each in group
             ]
         else:
             snapshots = optimizer.layer_snapshots(group)

@@ -14,7 +14,7 @@ from tf_adaptive_ls.training.layer_scaling import (
     check_saved_activations,
 )
 from tf_adaptive_ls.training.noted_calls import note_call
-from tf_adaptive_ls.training.saved_config import opened, stamped
+from tf_adaptive_ls.training.saved_config import checked_config, with_version
 
 _OPTIONAL = ("name", "trainable", "float8", "saved_activations")
 
@@ -168,13 +168,13 @@ class LossScaled(LayerScaling, keras_internals.StandIn):
             config["float8"] = keras.saving.serialize_keras_object(self.float8)
         if self.saved_activations is not None:
             config["saved_activations"] = self.saved_activations
-        return stamped(config)
+        return with_version(config)
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "LossScaled":
-        config = opened(config, "LossScaled layer", ["layer"], _OPTIONAL)
+        config = checked_config(config, "LossScaled layer", ["layer"], _OPTIONAL)
         for name in ("layer", "float8"):
             if name in config:
                 config[name] = keras.saving.deserialize_keras_object(

@@ -19,7 +19,7 @@ _KINDS = (layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D)
 _LARGEST_WINDOW = 16
 
 
-def keeps_places(layer: keras.layers.Layer) -> bool:
+def saves_positions(layer: keras.layers.Layer) -> bool:
     """Whether a layer is max pooling whose windows do not overlap."""
     return (
         type(layer) in _KINDS
@@ -32,7 +32,7 @@ def pool(layer: keras.layers.Layer, call: Callable[[Tensor], Tensor], x: Tensor)
     """The outputs of a max pooling that saves positions for its backward pass.
 
     Args:
-        layer: A layer for which `keeps_places` is true.
+        layer: A layer for which `saves_positions` is true.
         call: Its `call`.
         x: Its inputs, a tensor.
     """

@@ -16,10 +16,10 @@ from tf_adaptive_ls.backend.wide_updates import is_of_16_bits, update_in_float32
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.rounding import NOISE_BITS_OF_16, rounded_to_16_bits
 from tf_adaptive_ls.numerics.scale_rules import QuantileRule, ScaleRule
-from tf_adaptive_ls.numerics.scale_state import LayerStates, is_known
+from tf_adaptive_ls.numerics.scale_state import LayerStates, has_statistics
 from tf_adaptive_ls.training.layer_scaling import LayerScaling, is_of_scaling
 from tf_adaptive_ls.training.readings import LayerSnapshot
-from tf_adaptive_ls.training.saved_config import opened, stamped
+from tf_adaptive_ls.training.saved_config import checked_config, with_version
 from tf_adaptive_ls.training.scale_keeper import ScaleKeeper, Signals, is_overwritten, is_scale
 
 # The largest power of two in float16.
@@ -204,7 +204,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         # optimizer.
         object.__setattr__(self, "_model_variables", list(var_list))
         object.__setattr__(self, "_keeper", keeper)
-        self.show_on_layers()
+        self.link_layers()
 
     def build_once(self, var_list: list[keras.Variable]) -> None:
         """Calls `build` unless the optimizer is built, in the name scope of the first `apply`."""
@@ -215,18 +215,18 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _add_state(self, name: str, value: Tensor) -> keras.Variable:
         return _added(self, name, value)
 
-    def show_on_layers(self) -> None:
+    def link_layers(self) -> None:
         """Makes the layers take their `snapshot` from this optimizer."""
         for layer in self._keeper.layers:
-            layer.shows(self)
+            layer.link_optimizer(self)
 
     def layer_snapshots(self, layers: Sequence[LayerScaling]) -> list[LayerSnapshot]:
         """The `LayerSnapshot` of each layer; an empty one if the optimizer does not know it."""
         known = self._keeper.known_of_layers() if self.built else {}
 
         def snapshot(layer: LayerScaling) -> LayerSnapshot:
-            if id(layer) not in known or not is_known(layer.loss_scale.numpy()):
-                return LayerSnapshot.of_unknown(layer.log2_scale, layer.float_format)
+            if id(layer) not in known or not has_statistics(layer.loss_scale.numpy()):
+                return LayerSnapshot.without_statistics(layer.log2_scale, layer.float_format)
             state = LayerStates(layer.log2_scale, **known[id(layer)])
             return LayerSnapshot.of(state, layer.float_format, layer.operand_format)
 
@@ -456,7 +456,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return {str(i): value for i, value in enumerate(values)}
 
     def get_config(self) -> dict[str, Any]:
-        return stamped(
+        return with_version(
             {
                 "name": self.name,
                 "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
@@ -471,7 +471,7 @@ class AdaptiveLossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "AdaptiveLossScaleOptimizer":
-        config = opened(
+        config = checked_config(
             config,
             "AdaptiveLossScaleOptimizer",
             ["inner_optimizer", "rule"],

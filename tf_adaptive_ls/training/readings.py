@@ -59,7 +59,7 @@ class LayerSnapshot:
         )
 
     @classmethod
-    def of_unknown(cls, log2_scale: int, float_format: FloatFormat) -> "LayerSnapshot":
+    def without_statistics(cls, log2_scale: int, float_format: FloatFormat) -> "LayerSnapshot":
         """The snapshot of a layer of which only r is known."""
         counts = np.zeros(spectrum.num_bins(float_format), "float32")
         nothing = Spectrum(counts, float_format)

@@ -11,7 +11,7 @@ _KNOWN = (2, 3, VERSION)
 _KEY = "tf_adaptive_ls"
 
 
-def stamped(config: dict[str, Any], version: int = VERSION) -> dict[str, Any]:
+def with_version(config: dict[str, Any], version: int = VERSION) -> dict[str, Any]:
     """`config` with the version of the file format: its names, and the variables saved with it."""
     return {_KEY: version, **config}
 
@@ -21,10 +21,10 @@ def is_with_wrappers(config: Any) -> bool:
     return isinstance(config, dict) and config.get(_KEY, 1) in (2, WITH_WRAPPERS)
 
 
-def opened(
+def checked_config(
     config: Any, kind: str, required: Sequence[str], optional: Sequence[str] | None = ()
 ) -> dict[str, Any]:
-    """Checks a config that `stamped` has made, and removes the version.
+    """Checks a config that `with_version` has made, and removes the version.
 
     Args:
         config: Dict, as read from a file.

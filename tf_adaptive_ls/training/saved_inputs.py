@@ -10,7 +10,7 @@ from tf_adaptive_ls.backend import autodiff, keras_internals, routes
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.training import max_pooling
 from tf_adaptive_ls.training.call_tensors import CallTensors
-from tf_adaptive_ls.training.held_call import run_again_from_8_bits
+from tf_adaptive_ls.training.functional_call import rematerialized_from_8_bits
 from tf_adaptive_ls.training.kept_results import is_repeatable
 from tf_adaptive_ls.training.neutral_scales import are_scales_neutral
 
@@ -25,7 +25,7 @@ def saves_inputs(layer: keras.layers.Layer) -> bool:
     """Whether a layer has no weights and needs only its inputs in the backward pass."""
     if type(layer) is layers.Activation:
         return layer.activation not in _WITH_LOGITS
-    return type(layer) in (*_KINDS, layers.ReLU) or max_pooling.keeps_places(layer)
+    return type(layer) in (*_KINDS, layers.ReLU) or max_pooling.saves_positions(layer)
 
 
 def save_inputs(layer: keras.layers.Layer) -> Callable[[], None]:
@@ -40,7 +40,7 @@ def save_inputs(layer: keras.layers.Layer) -> Callable[[], None]:
             or not autodiff.is_differentiated(given.tensors)
         ):
             return original(*args, **kwargs)
-        if max_pooling.keeps_places(layer):
+        if max_pooling.saves_positions(layer):
             return max_pooling.pool(layer, original, given.tensors[0])
 
         def function(*tensors: Tensor) -> tuple[list[Tensor], Any]:
@@ -50,7 +50,7 @@ def save_inputs(layer: keras.layers.Layer) -> Callable[[], None]:
         def keep(tensors: Any) -> Any:
             return function(*tensors)[0] if repeatable else tensors
 
-        (outputs,), _ = run_again_from_8_bits(layer, function, keep)(*given.tensors)
+        (outputs,), _ = rematerialized_from_8_bits(layer, function, keep)(*given.tensors)
         return outputs
 
     return routes.Route(layer, "call", run).end

@@ -179,7 +179,7 @@ def note_call(layer: keras.layers.Layer) -> None:
         run.called.append(layer)
 
 
-def was_kept() -> bool:
+def was_in_order() -> bool:
     """Whether the layers were called in the order that the running plan expects."""
     run = _running.get()
     return (

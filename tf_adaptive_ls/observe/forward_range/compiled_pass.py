@@ -70,14 +70,14 @@ class CompiledPass:
         """Array with a row of `_SeenCall.magnitudes` for each call."""
         self._seen = []
         with self._calls.seen(zip(self._model.variables, values, strict=True)):
-            self._calls.as_it_is(x, training=True)
+            self._calls.as_built(x, training=True)
             self._calls.in_float32(self._note, x, training=True)
         rows = [ops.stack(call.magnitudes) for call in self._seen]
         return ops.stack(rows) if rows else ops.zeros((0, 4))
 
     def _note(self, reading: Reading, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inputs = CallTensors((args, kwargs)).tensors
-        if not self._calls.are_seen(inputs):
+        if not self._calls.are_outside_loops(inputs):
             return original(*args, **kwargs)
         outputs = original(*args, **kwargs)
         returned = CallTensors(outputs).tensors

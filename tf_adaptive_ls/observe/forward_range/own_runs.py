@@ -34,7 +34,7 @@ class OwnRuns:
     Attributes:
         first_nonfinite: Name of the first part that returned Inf or NaN in float32 for finite
             inputs. Empty if there was none.
-        finite_as_it_is: Whether all outputs of the unchanged model were finite.
+        finite_as_built: Whether all outputs of the unchanged model were finite.
     """
 
     def __init__(self, model: keras.Model, room: float, only: str | None = None) -> None:
@@ -42,7 +42,7 @@ class OwnRuns:
         self._room, self._only = room, only
         self._number_of_call: dict[int, int] = {}
         self.first_nonfinite = ""
-        self.finite_as_it_is = True
+        self.finite_as_built = True
 
     def read_batch(self, x: Any, training: bool) -> Any:
         """Reads the parts on one batch. Returns the outputs of the model, computed in float32."""
@@ -52,8 +52,8 @@ class OwnRuns:
             # a tensor that is not computed from inputs
             np.errstate(over="ignore", invalid="ignore"),
         ):
-            outputs = CallTensors(self.calls.as_it_is(x, training)).tensors
-            self.finite_as_it_is = self.finite_as_it_is and magnitudes(outputs).finite
+            outputs = CallTensors(self.calls.as_built(x, training)).tensors
+            self.finite_as_built = self.finite_as_built and magnitudes(outputs).finite
             return self.calls.in_float32(self._read, x, training)
 
     def ranges(self) -> list[PartRange]:
@@ -62,7 +62,7 @@ class OwnRuns:
 
     def _read(self, reading: Reading, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inputs = CallTensors((args, kwargs)).tensors
-        if not self.calls.are_seen(inputs):
+        if not self.calls.are_outside_loops(inputs):
             return original(*args, **kwargs)
         part = reading.part
         number = self._number_of_call.get(id(reading), 0)
@@ -111,7 +111,7 @@ class OwnRuns:
         """Calls a part inside of the part that runs by itself: computes in float32, then casts."""
         up = CallTensors((args, kwargs))
         args, kwargs = up.replaced([_cast(tensor, "float32") for tensor in up.tensors])
-        with self.calls.lead_to(straight_on), keras_internals.AutocastScope("float32"):
+        with self.calls.intercepting(straight_on), keras_internals.AutocastScope("float32"):
             outputs = original(*args, **kwargs)
         if not reading.returns_narrow:
             return outputs
@@ -151,11 +151,11 @@ class _OwnRun:
         # Both start from the same rounded inputs, so that comparisons inside of the part have the
         # same results.
         wide_args, wide_kwargs = found.replaced([_cast(tensor, "float32") for tensor in inputs])
-        with self._runs.calls.lead_to(straight_on):
+        with self._runs.calls.intercepting(straight_on):
             wide = self._run(wide_args, wide_kwargs, "float32")
         args, kwargs = found.replaced(inputs)
         with (
-            self._runs.calls.lead_to(self._runs.force),
+            self._runs.calls.intercepting(self._runs.force),
             keras_internals.with_policies(self._reading.policies),
         ):
             narrow = self._run(args, kwargs, self._reading.dtype)

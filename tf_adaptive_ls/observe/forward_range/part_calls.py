@@ -50,7 +50,7 @@ class PartCalls:
             yield
 
     @contextlib.contextmanager
-    def lead_to(self, run: Callable[..., Any]) -> Iterator[None]:
+    def intercepting(self, run: Callable[..., Any]) -> Iterator[None]:
         """Context manager in which every call becomes `run(reading, call, args, kwargs)`."""
         before, self._run = self._run, run
         try:
@@ -58,22 +58,22 @@ class PartCalls:
         finally:
             self._run = before
 
-    def are_seen(self, tensors: list[Any]) -> bool:
+    def are_outside_loops(self, tensors: list[Any]) -> bool:
         """Whether these tensors are outside of loops. A loop belongs to the part that runs it."""
         return functions.belong_to(self._trace, tensors)
 
-    def as_it_is(self, x: Any, training: bool) -> Any:
+    def as_built(self, x: Any, training: bool) -> Any:
         """The outputs of the unchanged model. Readings record the dtypes."""
         for reading in self.readings:
             reading.dtypes = []
-        with keras.StatelessScope(self._state), self.lead_to(self._look):
+        with keras.StatelessScope(self._state), self.intercepting(self._look):
             return self._model(x, training=training)
 
     def in_float32(self, run: Callable[..., Any], x: Any, training: bool) -> Any:
         """The outputs of the model computed in float32, with calls of parts going to `run`."""
         with (
             keras.StatelessScope(self._state),
-            self.lead_to(run),
+            self.intercepting(run),
             keras_internals.computing_in_float32(self._model),
         ):
             return self._model(x, training=training)
@@ -83,7 +83,7 @@ class PartCalls:
 
     def _look(self, reading: Reading, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensors = CallTensors((args, kwargs)).tensors
-        if not self.are_seen(tensors):
+        if not self.are_outside_loops(tensors):
             return original(*args, **kwargs)
         dtypes = list(map(dtype_of, tensors))
         outputs = original(*args, **kwargs)

@@ -84,7 +84,7 @@ def ranges_of(
         )
     parts = runs.ranges()
     parts = [part for part in parts if only in (None, part.name)]
-    return ForwardRange(tuple(parts), room, runs.finite_as_it_is)
+    return ForwardRange(tuple(parts), room, runs.finite_as_built)
 
 
 def _inputs(batches: Any) -> Iterator[Tensor]:

@@ -77,7 +77,7 @@ class RoomWatch:
         inside = self._overflow_inside(rooms)
         parts.sort(key=lambda part: part.room)
         reasons = {part.name: self._reason(part, inside) for part in parts}
-        self._tell(step, {name: reason for name, reason in reasons.items() if reason})
+        self._warn(step, {name: reason for name, reason in reasons.items() if reason})
         return rooms
 
     def _overflow_inside(self, rooms: dict[str, float]) -> set[str]:
@@ -110,7 +110,7 @@ class RoomWatch:
         at = _step_of_overflow(recent)
         return "" if at is None else f"{left}: going on like that it overflows at step {at:.0f}"
 
-    def _tell(self, step: int, reasons: dict[str, str]) -> None:
+    def _warn(self, step: int, reasons: dict[str, str]) -> None:
         new = {name: reason for name, reason in reasons.items() if name not in self._told}
         self._told |= new.keys()
         if not new:

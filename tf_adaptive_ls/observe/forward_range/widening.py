@@ -32,7 +32,7 @@ class Widening:
 
     Attributes:
         reasons: Dict of reasons, by the name of each part that computes in float32 now.
-        unmended: Dict of reasons, by the name of each part that still overflows.
+        remaining: Dict of reasons, by the name of each part that still overflows.
         rounds: Number of times that the model was searched.
         share_narrow: Share of the multiplications by weights and in attention that are still
             computed in a narrow dtype, of those that were. From 0 to 1; `None` if parts were
@@ -40,7 +40,7 @@ class Widening:
     """
 
     reasons: dict[str, str]
-    unmended: dict[str, str]
+    remaining: dict[str, str]
     rounds: int
     share_narrow: float | None
     _undo: list[Callable[[], None]] = dataclasses.field(repr=False)
@@ -64,8 +64,9 @@ class Widening:
             lines = ["Computed in float32:", *lines]
             if self.share_narrow is not None:
                 lines.append(f"{100 * self.share_narrow:.0f} % of multiplications stay narrow.")
-        if self.unmended:
-            lines += ["Not repaired:"] + [f"  {name}: {why}" for name, why in self.unmended.items()]
+        if self.remaining:
+            lines.append("Not repaired:")
+            lines += [f"  {name}: {reason}" for name, reason in self.remaining.items()]
         return "\n".join(lines)
 
 
@@ -180,7 +181,7 @@ class _Work:
             self._costs = {part.name: part.multiplications for part in result.parts}
             # Parts that contain parts come last: fixing the inner ones may be enough.
             flagged = sorted(result.flagged, key=lambda part: self._parts[part.name].is_open)
-            if not any([self._mend(part, look) for part in flagged]):
+            if not any([self._fix(part, look) for part in flagged]):
                 break
             result, rounds = look(), rounds + 1
         for part in result.flagged:
@@ -189,7 +190,7 @@ class _Work:
             self._unmended[self._model.name] = "outputs are not finite, for no part by itself"
         return self.result(first, rounds)
 
-    def _mend(self, found: PartRange, look: Callable[..., ForwardRange]) -> bool:
+    def _fix(self, found: PartRange, look: Callable[..., ForwardRange]) -> bool:
         """Widens what removes the verdicts of a part. Returns whether anything was widened."""
         part, verdicts = self._parts[found.name], ", ".join(found.verdicts)
         if found.name in self._unmended:
@@ -199,12 +200,12 @@ class _Work:
             return feeder is not None and self._widen(feeder, f"feeds {part.name}: {verdicts}")
         if part.is_graph:
             return self._widen(part.name, verdicts)
-        around = part if part.is_open else self._authors_part_around(part)
+        around = part if part.is_open else self._user_part_around(part)
         if around is None:
             return self._widen(part.name, verdicts)
         return self._widen_least([part.name], around, part, verdicts, look)
 
-    def _authors_part_around(self, part: Part) -> Part | None:
+    def _user_part_around(self, part: Part) -> Part | None:
         """The innermost user-defined layer or model that contains a part, or `None`."""
         around = [
             each
@@ -294,11 +295,11 @@ class _Work:
 
     def _widen(self, name: str, reason: str) -> bool:
         part = self._parts[name]
-        undo = keras_internals.made_float32(
+        undo = keras_internals.make_float32(
             [layer for layer in part.inside if is_narrow(layer)], self._model
         )
         if part.is_graph:
-            undo += keras_internals.made_to_take_float32(part.operation)
+            undo += keras_internals.make_inputs_float32(part.operation)
         if not undo:
             return False
         self._undo += undo

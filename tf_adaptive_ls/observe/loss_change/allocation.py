@@ -29,7 +29,7 @@ from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.observe.checks import check_ready
 from tf_adaptive_ls.observe.loss_change.quadrature import RULES
 from tf_adaptive_ls.observe.named_layers import named_layers, owners_of_variables
-from tf_adaptive_ls.training.held_variables import is_scaled_weight
+from tf_adaptive_ls.training.given_variables import is_scaled_weight
 from tf_adaptive_ls.training.neutral_scales import neutral_scales
 
 DTYPES = ("float32", "as trained")

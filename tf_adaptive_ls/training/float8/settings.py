@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from tf_adaptive_ls.backend.arguments import only_settings
+from tf_adaptive_ls.backend.arguments import checked_settings
 from tf_adaptive_ls.backend.layer_filter import LayerFilter, check_layer_filter
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 from tf_adaptive_ls.training.float8.operand import Operand
@@ -146,7 +146,7 @@ class Float8:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Float8":
-        return cls(**only_settings(config, "Float8", _SAVED))
+        return cls(**checked_settings(config, "Float8", _SAVED))
 
 
 def check_is_float8(value: Any) -> None:

@@ -14,11 +14,11 @@ from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.packing import packed, unpacked
 from tf_adaptive_ls.training import scale_plan
 from tf_adaptive_ls.training.call_tensors import CallTensors
-from tf_adaptive_ls.training.held_variables import HeldVariables, ReadElsewhere, values_of
+from tf_adaptive_ls.training.given_variables import GivenVariables, ReadElsewhere, values_of
 from tf_adaptive_ls.training.kept_results import KeptResults
 from tf_adaptive_ls.training.saved_bytes import note_saved
 
-_runs_again = contextvars.ContextVar("runs_again", default=False)
+_is_second_run = contextvars.ContextVar("is_second_run", default=False)
 
 
 class Surroundings(NamedTuple):
@@ -33,12 +33,12 @@ class Surroundings(NamedTuple):
     receivers: tuple[Tensor, ...] = ()
 
 
-def runs_again() -> bool:
+def is_second_run() -> bool:
     """Whether this is the second run of a call, in the backward pass."""
-    return _runs_again.get()
+    return _is_second_run.get()
 
 
-def call_held(
+def functional_call(
     layer: keras.layers.Layer,
     run: Callable[..., Any],
     weights: list[tuple[keras.Variable, Tensor]],
@@ -73,7 +73,7 @@ def call_held(
     again = saves_8_bits or keras_internals.is_rematerialized(layer, args, kwargs)
     call: Callable[..., Any] = _call
     if again:
-        call = functools.partial(_call_twice, packs=len(inputs) if saves_8_bits else None)
+        call = functools.partial(_rematerialized_call, packs=len(inputs) if saves_8_bits else None)
     with keras_internals.not_rematerialized(layer):
         outputs, losses, updates, _ = call(layer, run, values, args, kwargs, around)
     for variable, value in updates:
@@ -89,7 +89,7 @@ def _call(
     kwargs: dict[str, Any],
     around: Surroundings,
 ) -> Any:
-    held = HeldVariables(layer, values, around.receivers)
+    held = GivenVariables(layer, values, around.receivers)
     with scale_plan.running(None), held, around.context(around.receivers):
         outputs = run(*args, **kwargs)
         losses = held.take_losses(layer)
@@ -112,15 +112,15 @@ def check_gradients(
 
     Args:
         layer: The layer.
-        run: As in `call_held`.
-        weights: As in `call_held`.
-        args: As in `call_held`.
-        kwargs: As in `call_held`.
+        run: As in `functional_call`.
+        weights: As in `functional_call`.
+        args: As in `functional_call`.
+        kwargs: As in `functional_call`.
     """
     values = values_of(layer, weights)
 
-    def held_call() -> list[Tensor]:
-        with scale_plan.running(None), HeldVariables(layer, values) as held:
+    def call_with_given_values() -> list[Tensor]:
+        with scale_plan.running(None), GivenVariables(layer, values) as held:
             outputs = run(*args, **kwargs)
             read[:] = map(held.was_read, variables)
             return CallTensors((outputs, list(held.losses))).tensors
@@ -134,7 +134,7 @@ def check_gradients(
     read: list[bool] = []
     inputs = CallTensors((args, kwargs)).tensors
     with keras_internals.not_rematerialized(layer):
-        missing = autodiff.independent(held_call, tensors, inputs)
+        missing = autodiff.independent(call_with_given_values, tensors, inputs)
     doubtful = [
         v for v, yes, was_read in zip(variables, missing, read, strict=True) if yes and was_read
     ]
@@ -146,7 +146,7 @@ def check_gradients(
             raise ReadElsewhere(f"has gradients of {', '.join(names)} that only variables get")
 
 
-def run_again_from_8_bits(
+def rematerialized_from_8_bits(
     layer: keras.layers.Layer,
     function: Callable[..., Any],
     keep: Callable[[Sequence[Tensor]], Sequence[Tensor]],
@@ -179,14 +179,14 @@ def run_again_from_8_bits(
         results.give(noted)
         return [*map(unpacked, bits, dtypes), *others]
 
-    return autodiff.run_again_from(function, pack, unpack)
+    return autodiff.rematerialized_from(function, pack, unpack)
 
 
 class _FirstRun(NamedTuple):
     """What the first of two runs of a call has found.
 
     Attributes:
-        found: As `HeldVariables.found`.
+        found: As `GivenVariables.found`.
         results: `CallTensors` of the outputs and losses.
         updated: The variables that the call updates.
     """
@@ -196,7 +196,7 @@ class _FirstRun(NamedTuple):
     updated: list[keras.Variable]
 
 
-def _call_twice(
+def _rematerialized_call(
     layer: keras.layers.Layer,
     run_layer: Callable[..., Any],
     values: list[tuple[keras.Variable, Tensor]],
@@ -225,7 +225,7 @@ def _call_twice(
         new_args, new_kwargs, held, new_receivers = given.replaced(tensors)
         found_before: list[Any] = [] if first is None else first.found
         new_values = [*zip(variables, held, strict=True), *found_before]
-        token = _runs_again.set(first is not None or runs_again())
+        token = _is_second_run.set(first is not None or is_second_run())
         try:
             with (
                 keras_internals.in_call_context(context),
@@ -241,7 +241,7 @@ def _call_twice(
                     Surroundings(around.context, new_receivers),
                 )
         finally:
-            _runs_again.reset(token)
+            _is_second_run.reset(token)
         results = CallTensors((outputs, losses))
         if first is None:
             first = _FirstRun(found, results, [variable for variable, _ in updates])
@@ -252,7 +252,7 @@ def _call_twice(
     if packs is None:
         runs_twice = autodiff.rematerialized(run)
     else:
-        runs_twice = run_again_from_8_bits(layer, run, lambda tensors: tensors, packs, kept)
+        runs_twice = rematerialized_from_8_bits(layer, run, lambda tensors: tensors, packs, kept)
     tensors, (others, masks, updates) = runs_twice(*given.tensors)
     assert first is not None
     results = first.results

@@ -24,7 +24,7 @@ class ReadElsewhere(BaseException):
         self.how = how
 
 
-class HeldVariables(VariableScope):
+class GivenVariables(VariableScope):
     """A scope in which variables have given values, and in which assignments are recorded only.
 
     Args:
@@ -48,7 +48,7 @@ class HeldVariables(VariableScope):
         self._weights = {id(v): value for v, value in values if is_scaled_weight(v)}
         self._updates: dict[int, tuple[keras.Variable, Tensor]] = {}
 
-    def __enter__(self) -> "HeldVariables":
+    def __enter__(self) -> "GivenVariables":
         self._reads.__enter__()
         return super().__enter__()
 
