@@ -52,9 +52,9 @@ _PICTURES = {
     "Training": plots.plot_training,
 }
 _PICTURES_OF_LOSS_CHANGES = {
-    "What each layer's gradients bought": plots.plot_loss_change,
-    "What each layer's gradients bought, over time": plots.plot_loss_change_map,
-    "What each layer's gradients bought in all": plots.plot_loss_change_layers,
+    "The loss, and how much each layer lowered it": plots.plot_loss_change,
+    "How much each layer lowered the loss, over time": plots.plot_loss_change_map,
+    "How much each layer lowered the loss in total": plots.plot_loss_change_layers,
 }
 
 
