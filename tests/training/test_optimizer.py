@@ -6,6 +6,7 @@ with gradients, it does it to unscaled ones, and to those of weights alone.
 """
 
 import copy
+import itertools
 import pickle
 import warnings
 
@@ -39,7 +40,7 @@ INNER = {
 
 def fitted(model, optimizer, **options):
     keras.utils.set_random_seed(7)
-    options.setdefault("jit_compile", JIT)
+    options.setdefault("jit_compile", JIT and not options.get("run_eagerly"))
     model.compile(optimizer, loss="mse", **options)
     model.fit(X, Y, batch_size=4, epochs=2, shuffle=False, verbose=0)
     return model
@@ -57,6 +58,11 @@ def times(message, caught):
 def assert_all_equal(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def assert_all_close(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def twin(plain):
@@ -80,12 +86,14 @@ def test_inner_optimizer_features_act_as_on_a_plain_model(inner, eager):
     optimizer = als.AdaptiveLossScaleOptimizer(INNER[inner](), sample_every=2)
     fitted(wrapped, optimizer, run_eagerly=eager)
     assert any(end[i].any() for i in range(len(end)))
-    assert_all_equal(weights_of(wrapped), end)
+    # JAX compiles our conditional also in eager code: a product and a sum are then rounded once.
+    assert_same = assert_all_close if ON_JAX and eager else assert_all_equal
+    assert_same(weights_of(wrapped), end)
     assert int(optimizer.iterations) == int(plain.optimizer.iterations)
     if inner == "schedule":
         assert float(optimizer.learning_rate) == float(plain.optimizer.learning_rate)
     # One slot per weight and none for scales.
-    assert_all_equal(
+    assert_same(
         [v.numpy() for v in optimizer.inner_optimizer.variables],
         [v.numpy() for v in plain.optimizer.variables],
     )
@@ -206,12 +214,23 @@ def test_where_no_report_comes_the_loss_scale_moves_as_in_keras_but_within_bound
         optimizer.build(variables if optimizer is ours else weights)
     ours.scale_loss(0.0)
 
+    def apply_of_keras(gradients):
+        if not ON_JAX:
+            return keras_own.apply(gradients, weights)
+        # There, Keras's own `apply` works in compiled code only.
+        own = keras_own.variables
+        values = keras_own.stateless_apply(
+            [v.value for v in own], gradients, [v.value for v in weights]
+        )
+        for v, value in zip([*weights, *own], itertools.chain(*values), strict=True):
+            v.assign(value)
+
     def step(value):
         gradients = [
             None if v.overwrite_with_gradient else value * ops.ones(v.shape) for v in variables
         ]
         ours.apply(gradients, variables)
-        keras_own.apply([g for g in gradients if g is not None], weights)
+        apply_of_keras([g for g in gradients if g is not None])
         return ours.loss_scale, float(keras_own.dynamic_scale)
 
     for _ in range(2):
