@@ -403,7 +403,8 @@ def write_report(directory):
     order = [f"{name}, {place}" for place in places for name in ALL_CASES]
     results = report.load_results(directory, order)
     twins = report.load_results(directory, [f"{name}, twins" for name in order])
-    report.save_plot(directory, "cost", plot_cost(results))
+    if results:
+        report.save_plot(directory, "cost", plot_cost(results))
     text = f"""# What layer-wise scales cost
 
 Time of a step relative to Keras's `LossScaleOptimizer`, in alternating steps of the same model on

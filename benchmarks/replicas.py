@@ -144,12 +144,12 @@ def simulate(replicas, seed):
         seconds.append(time.perf_counter() - start)
 
     evidence = Evidence.unpacked(total, LAYERS, replicas)
-    tail = np.array(spectrum.quantile_exponent(evidence.produced, RULE.underflow, FLOAT16))
+    tail = np.array(spectrum.quantile_exponent(evidence.produced.sample, RULE.underflow, FLOAT16))
     errors = tail - before - gradients.true_tail()
     scales = np.array(layers.log2_scales) + float(loss.log2_scale)
     ideal, _ = RULE(
         gradients.true_counts(before),
-        evidence.produced_peaks,
+        evidence.produced.peaks,
         np.array(layers.memory) + before[:, None].astype("float32"),
         FLOAT16,
     )

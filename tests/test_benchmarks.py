@@ -66,6 +66,7 @@ def test_convergence(tmp_path, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*overflow encountered in cast")  # planted
 def test_forward(tmp_path):
     forward.main(["--quick", "--output", str(tmp_path)])
     by_name = {result["name"]: result for result in results(tmp_path)}

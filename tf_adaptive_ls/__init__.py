@@ -109,7 +109,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Only when it is asked for: it needs matplotlib.
+    # Imported on first use, because it needs matplotlib.
     if name == "plots":
         return importlib.import_module("tf_adaptive_ls.observe.plots")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

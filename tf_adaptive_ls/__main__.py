@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
-    # Here, for its error is about a package and comes after those about arguments.
+    # Imported here, so that errors about arguments come before an error about a missing package.
     from tf_adaptive_ls import plots
 
     pictures = {}

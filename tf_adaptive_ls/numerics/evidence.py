@@ -108,7 +108,7 @@ def evidence_of(
     scales = ownership.scales(log2_scales)
     beyond_all = np.finfo("float32").max
 
-    # The peaks of weights, at the scales that the layers wrote them at.
+    # The peaks of weight gradients, at the scales at which the layers wrote them.
     peaks = ops.concatenate([spectrum.peaks(gradients), np.zeros(1, "float32")])
     of_weights_at_s = ops.take(peaks, ownership.places, axis=0)
     of_weights = of_weights_at_s * scales[:, None]
@@ -117,7 +117,7 @@ def evidence_of(
     made_narrow = ops.where(np.logical_and(narrow, answerable), largest, 0.0)
     made_wide = ops.where(np.logical_and(np.logical_not(narrow), answerable), largest, 0.0)
 
-    # Together with those of inputs.
+    # Together with the gradients of inputs.
     any_input = reports.produced.number > 0
     largest = ops.maximum(reports.produced.largest, ops.where(narrow, largest, 0.0))
     smallest = ops.minimum(
@@ -138,7 +138,7 @@ def evidence_of(
         largest_at_s = ops.maximum(largest_at_s, largest_of_weights)
     of_one = ops.stack([largest_at_s, reports.arrived.largest_at_own_scale, largest, smallest])
     at_s, set_out, largest, smallest = ops.unstack(_counts(of_one[..., None]), 4)
-    # An output that nothing uses sends zeros back on purpose.
+    # The gradient of an output that nothing uses is zero, and not lost.
     made = (largest * _NONZERO + smallest) * _flag(any_produced)[:, None]
 
     def samples() -> Tensor:
@@ -167,7 +167,7 @@ def _counts_of_rounded(reading: Rounded, sampled: Any) -> Counts:
     """`Counts` of a `Rounded` of arrays `[layers]`."""
 
     def finite(values: Tensor) -> Tensor:
-        # What is finite stays so, in a wider format, too.
+        # A gradient that is finite in a narrow format is finite in a wider one.
         limited = ops.minimum(values, np.float32(COUNTING_FORMAT.largest))
         return ops.where(ops.isfinite(values), limited, values)
 
@@ -184,7 +184,7 @@ def _counts(values: Tensor) -> Tensor:
     return spectrum.spectrum(values, COUNTING_FORMAT)
 
 
-# 1 for every bin of a spectrum but the one of zeros.
+# 1 for every bin of a spectrum except the zero bin.
 _NONZERO = np.ones(spectrum.num_bins(COUNTING_FORMAT), "float32")
 _NONZERO[spectrum.ZERO] = 0.0
 

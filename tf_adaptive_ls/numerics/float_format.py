@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import ml_dtypes
 
-# It has no types.
+# ml_dtypes has no type hints.
 _finfo: Any = ml_dtypes.finfo
 
 
@@ -95,9 +95,9 @@ class FloatFormat:
         return range(self.min_exponent, self.max_exponent + 1)
 
 
-# What spectra of layers of several formats are counted in: it has every binade that any
-# narrow format has. And what is taken for the format of layers that have a wide one, whose
-# neighbors may have a narrow one.
+# Spectra of layers of different formats are counted in this format, because it has the binades of
+# all narrow formats. It also stands for the format of layers that compute in a wide format, because
+# their neighbors may compute in a narrow one.
 COUNTING_FORMAT = FloatFormat("float16")
 
 

@@ -103,10 +103,11 @@ def redirect_gradient(value: Tensor, tensor: Tensor) -> Tensor:
 def _divide(x: Tensor, divisor: Tensor) -> Tensor:
     """`x / divisor` in `x`'s dtype, rounded once."""
     if keras.backend.standardize_dtype(x.dtype).startswith("complex"):
-        # Each by itself: times a complex number zeros would become NaN beside infinities.
+        # Real and imaginary parts separately: multiplying by a complex number would turn zeros
+        # beside infinities into NaN.
         parts = (_divide(part, divisor) for part in (ops.real(x), ops.imag(x)))
         return arrays.complex_number(*parts)
-    # In float16 the divisor alone would overflow at 2**16.
+    # Not in float16, because the divisor itself would overflow at 2**16.
     wide = keras.backend.result_type(x.dtype, "float32")
     divisor = ops.cast(divisor, wide)
     return ops.cast(arrays.divide_by_power_of_two(ops.cast(x, wide), divisor), x.dtype)
@@ -126,7 +127,7 @@ def _refuse_second_order(gradients: list[Tensor]) -> list[Tensor]:
 
         return tuple(tensors), backward
 
-    # `tf.IndexedSlices` are let through: their source is guarded.
+    # `tf.IndexedSlices` pass unguarded, because the op that creates them is guarded.
     dense = [not arrays.is_sparse(gradient) for gradient in gradients]
     if not any(dense):
         return gradients

@@ -13,7 +13,8 @@ from tf_adaptive_ls.backend.types import Tensor
 
 FORMAT = "float8_e5m2"
 
-# Of float16, without the sign: infinity, the largest that is kept, the smallest, and a NaN.
+# Bits of float16 without the sign: infinity, the largest and the smallest number that packing
+# keeps, and a NaN.
 _INFINITY, _LARGEST, _SMALLEST, _NAN = 0x7C00, 0x7B00, 0x0100, 0x7E00
 
 
@@ -54,7 +55,7 @@ def _as_float16(x: Tensor) -> Tensor:
     largest = np.float32(np.finfo("float16").max)
     wide = ops.cast(x, "float32")
     held = ops.clip(wide, -largest, largest)
-    # Nothing but zero becomes zero.
+    # Only zero becomes zero.
     least = np.float32(np.finfo("float16").smallest_subnormal)
     held = ops.where(ops.abs(held) < least, ops.sign(held) * least, held)
     return ops.cast(ops.where(ops.isfinite(wide), held, wide), "float16")

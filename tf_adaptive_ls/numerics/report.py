@@ -19,10 +19,10 @@ from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT, FloatFormat
 from tf_adaptive_ls.numerics.tiny_unit import NUM_UNITS, decoded, encoded
 
-# Elements that are looked at of each gradient of a weight, and of the gradients of all
-# inputs and of all outputs of a layer. The binade that a share of 1e-3 lies below is then
-# known to 1.2 (standard deviation, over weight gradients of a VGG and a transformer; 1.9
-# with 256, 0.8 with 4096), and the default rule moves a scale by half of that.
+# Number of sampled elements of each weight gradient, and of the gradients of all inputs and all
+# outputs of a layer. The standard deviation of the estimated binade below which a share of 1e-3
+# lies is then 1.2 (over weight gradients of a VGG and a transformer; 1.9 with 256 elements, 0.8
+# with 4096). The default rule moves a scale by half of the estimate.
 SAMPLE_SIZE = 1008
 
 

@@ -12,11 +12,11 @@ from tf_adaptive_ls.backend.arrays import power_of_two
 from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
-# Random bits per number. The mean over all that they can be is exactly a number of
-# float16, whose last bit is 2**-15 of the last of any float8 format at least.
+# Random bits per number. The last bit of a float16 number is at least 2**-15 of the last bit in any
+# float8 format, so the mean over all random bits is exactly the float16 number.
 NOISE_BITS = 16
 
-# Bound of log2 of a factor: its inverse is a normal number of float32, too.
+# Bound of log2 of a factor, so that the inverse is also a normal float32 number.
 _MAX_LOG2_FACTOR = 100
 
 _FLOAT32 = np.finfo(np.float32)
@@ -58,7 +58,7 @@ def rounded(
     magnitude = ops.bitwise_and(bits, _MAGNITUDE)
     size = arrays.bitcast(magnitude, "float32")
 
-    # Where the format has all its bits: so many of float32's are dropped.
+    # For normal numbers of the format: drop this many bits of float32.
     dropped = _FLOAT32.nmant - float_format.mantissa_bits
     if noise is None:
         last = ops.bitwise_and(ops.right_shift(magnitude, dropped), np.int32(1))
@@ -66,7 +66,7 @@ def rounded(
     else:
         up = ops.left_shift(noise, dropped - NOISE_BITS)
     normal = ops.bitwise_and(magnitude + up, np.int32(-(2**dropped)))
-    # And where it has a fixed point.
+    # For subnormal numbers of the format, which have a fixed point.
     steps = size * np.float32(2.0**-float_format.min_exponent)
     if noise is None:
         steps = ops.round(steps)
@@ -83,7 +83,8 @@ def rounded(
     result = arrays.bitcast(ops.bitwise_or(arrays.bitcast(result, "int32"), sign), "float32")
     result = ops.where(size <= _FLOAT32.max, result, wide)
     if cast:
-        # What XLA looks for: the cast back, and nothing but a product with a number after it.
+        # The pattern that XLA looks for: a cast back, followed only by a multiplication by a
+        # scalar.
         narrow = ops.cast(ops.cast(result, x.dtype), float_format.name)
         result = ops.cast(narrow, x.dtype)
         return result if factor is None else result * ops.cast(1 / factor, x.dtype)
@@ -92,7 +93,7 @@ def rounded(
     return ops.cast(result, x.dtype)
 
 
-# Random bits per number of `rounded_to_16_bits` and `rounded_to_integers`.
+# Random bits per number in `rounded_to_16_bits` and `rounded_to_integers`.
 NOISE_BITS_OF_16 = 31
 
 
@@ -120,14 +121,15 @@ def rounded_to_16_bits(x: Tensor, dtype: str, noise: Tensor) -> Tensor:
     magnitude = ops.bitwise_and(bits, _MAGNITUDE)
     size = arrays.bitcast(magnitude, "float32")
 
-    # Where the format has all its bits: so many of float32's are dropped.
+    # For normal numbers of the format: drop this many bits of float32.
     dropped = _FLOAT32.nmant - float_format.mantissa_bits
     low = ops.bitwise_and(magnitude, np.int32(-(2**dropped)))
     chance = ops.left_shift(magnitude - low, NOISE_BITS_OF_16 - dropped)
     normal = low + ops.where(noise < chance, np.int32(2**dropped), np.int32(0))
     result = arrays.bitcast(normal, "float32")
 
-    if float_format.smallest_normal > _FLOAT32.tiny:  # and where it has a fixed point
+    # for subnormal numbers, which have a fixed point
+    if float_format.smallest_normal > _FLOAT32.tiny:
         steps = size * np.float32(2.0**-float_format.min_exponent)
         below = ops.floor(steps)
         chance = ops.cast((steps - below) * np.float32(2.0**NOISE_BITS_OF_16), "int32")

@@ -21,7 +21,7 @@ from tf_adaptive_ls.backend.types import Tensor
 from tf_adaptive_ls.numerics import spectrum
 from tf_adaptive_ls.numerics.float_format import FloatFormat
 
-# An exponent below any that a gradient has.
+# An exponent below that of any gradient.
 NOTHING_SEEN = -1024.0
 
 
@@ -79,26 +79,25 @@ class ScaleRule(abc.ABC):
     def __call__(
         self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
     ) -> tuple[Tensor, Tensor]:
-        """Change of log2 scale, in whole binades, of each layer for itself.
+        """The change of each layer's log2 scale, in whole binades.
 
-        The loss scale S is moved by the same call, as if it were one more layer.
+        Each layer is treated by itself. The loss scale S is updated by the same call, as one more
+        layer.
 
         Args:
-            samples: Spectra `[layers, bins]` of a sample of each layer's
-                gradients at its present scale. All zero on most steps: taking
-                them is not free.
-            peaks: Spectra `[layers, bins]` of the exact largest magnitude of
-                each tensor that the sample was taken from: zero for a tensor of
-                zeros. The gradient that the layer set out from is counted too,
-                unless it is zero.
-            memory: Float32 `[layers, memory_size]`, what the rule returned on the
-                step before. It is to hold exponents at the layer's scale, and moves
-                along with that; `NOTHING_SEEN` at first.
-            float_format: The `FloatFormat` that the gradients are written in.
+            samples: Spectra `[layers, bins]` of a sample of each layer's gradients, at its current
+                scale. All zero on most steps, because samples take time.
+            peaks: Spectra `[layers, bins]` of the largest magnitude of each tensor, exact. A tensor
+                of zeros counts as zero. The largest narrow gradient inside of the layer, at the
+                scale of the layer, counts as well, unless it is zero.
+            memory: Float32 `[layers, memory_size]`, the memory that the rule returned on the last
+                step; `NOTHING_SEEN` at first. It must consist of exponents at the scale of the
+                layer, because it is shifted along with the scale.
+            float_format: The `FloatFormat` of the gradients.
 
         Returns:
-            Whole numbers `[layers]`, float32, 0 for a layer that saw nothing; and
-            the new memory, at the scale before that change.
+            Float32 `[layers]`, whole numbers, 0 for a layer without gradients; and the new memory,
+            at the scale before the change.
         """
 
     def get_config(self) -> dict[str, Any]:
@@ -150,14 +149,14 @@ class QuantileRule(ScaleRule):
         ValueError: If a setting is impossible.
     """
 
-    # Defaults are chosen by `./dev benchmark convergence --variations`, by how many of 2,000
-    # steps are skipped (three seeds) on the model whose gradients change most: 17 layers
-    # that vanish at first.
-    # Nothing differs between 1e-1 and 1e-3, which is the paper's share.
+    # Defaults were chosen by `./dev benchmark convergence --variations`: the number of skipped
+    # steps out of 2,000 (three seeds) on the model whose gradients change most, 17 layers with
+    # vanishing gradients. The share makes no difference between 1e-1 and 1e-3, the share of the
+    # paper.
     underflow: float = 1e-3
-    # The smallest that loses no step: 1 loses eleven, 3 some in two of eight runs.
+    # The smallest headroom that skips no step: 1 skips eleven, 3 skips some in two of eight runs.
     headroom: int = 5
-    # The largest that loses no step: 0.1 loses three, no memory at all 107. Scales still
+    # The largest factor that skips no step: 0.1 skips three, no memory at all 107. Scales still
     # follow a loss that shrinks by 2**20 in 2,000 steps.
     forget: float = 0.01
 
@@ -178,10 +177,10 @@ class QuantileRule(ScaleRule):
         self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
     ) -> tuple[Tensor, Tensor]:
         seen = _top(samples, peaks, float_format)
-        # What is not finite was too large by a binade at least.
+        # A non-finite gradient was too large by at least one binade.
         overflowed = peaks[..., spectrum.NONFINITE] > 0
         now = ops.where(overflowed, float_format.max_exponent + 1.0, seen)
-        # The lowest binade stands for anything smaller, too: not worth remembering.
+        # The lowest binade also contains everything smaller, so it is not remembered.
         remembered = ops.where(now > float_format.min_exponent, now, NOTHING_SEEN)
         remembered = ops.maximum(remembered, memory[:, 0] - self.forget)
         top = ops.maximum(now, ops.ceil(remembered))
@@ -236,8 +235,8 @@ class GaussianRule(ScaleRule):
     def __call__(
         self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
     ) -> tuple[Tensor, Tensor]:
-        # The mean square over a binade [v, 2v) of even density is 7/3 v**2. The
-        # exponents are taken relative to the top, lest float32 leave its range.
+        # The mean square over a binade [v, 2v) of uniform density is 7/3 v**2. Exponents are
+        # relative to the top one, to stay in the range of float32.
         exponents = np.asarray(float_format.exponents, "float32")
         top = spectrum.top_exponent(samples, float_format)
         relative = ops.minimum(exponents - top[..., None], 0.0)
@@ -309,8 +308,9 @@ class RisingMinimumRule(ScaleRule):
     def __call__(
         self, samples: Tensor, peaks: Tensor, memory: Tensor, float_format: FloatFormat
     ) -> tuple[Tensor, Tensor]:
-        # All that is remembered moves with the scale: the first number by nothing else, so that it
-        # tells the scale, and the others count from there. Whole numbers: all sums are exact.
+        # The whole memory is shifted with the scale. Nothing else changes the first number, so it
+        # tells the scale, and the other numbers count relative to it. All are whole numbers, so
+        # sums are exact.
         start = memory[:, 0]
         log2_scale, steps, calm = start - NOTHING_SEEN, memory[:, 1] - start, memory[:, 2] - start
         overflowed = peaks[..., spectrum.NONFINITE] > 0

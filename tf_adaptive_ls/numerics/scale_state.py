@@ -19,7 +19,7 @@ from tf_adaptive_ls.numerics.float_format import COUNTING_FORMAT
 from tf_adaptive_ls.numerics.scale_rules import NOTHING_SEEN
 from tf_adaptive_ls.numerics.tiny_unit import UNIT
 
-NUM_SPECTRA = 2  # of the sample, and of the peaks
+NUM_SPECTRA = 2  # of the sample and of the peaks
 
 
 class LayerStates(NamedTuple):
@@ -85,10 +85,10 @@ def packed_scales(log2_scales: Tensor, number: int) -> list[Tensor]:
 
 
 def log2_scale_of(packed: Tensor) -> Tensor:
-    """R of scale weights `[…, 2]`, integers `[…]`; 0 if the weight is not a valid scale."""
+    """The integers r of scale weights `[…, 2]`, `[…]`; 0 if a weight is not a valid scale."""
     amount, unit = packed[..., 0], packed[..., 1]
     r = ops.round(amount / ops.where(unit > 0, unit, 1.0))
-    return ops.where(ops.abs(r) <= MAX_LOG2_SCALE, r, 0.0)  # NaN is not
+    return ops.where(ops.abs(r) <= MAX_LOG2_SCALE, r, 0.0)  # false for NaN
 
 
 def factor_of(packed: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def sample(x: Tensor, size: int) -> Tensor:
         places = ((np.arange(size) + 0.5) / size).astype("float32")
         total = ops.shape(x)[0]
         places = ops.cast(places * ops.cast(total, "float32"), "int32")
-        # What has no elements, as of a replica without examples, has none to be taken.
+        # A tensor without elements, such as that of a replica without examples, has no samples.
         number = size * ops.minimum(total, 1)
         taken = ops.take(x, places[:number])
         x = ops.reshape(ops.concatenate([taken, ops.zeros(size - number, x.dtype)]), (size,))
@@ -81,7 +81,8 @@ def _peaks(tensors: list[Tensor], dtype: str) -> Tensor:
     no_sign = np.array(np.iinfo(bits).max, bits)
     magnitudes = [ops.bitwise_and(arrays.bitcast(x, bits), no_sign) for x in tensors]
     largest = arrays.largest_of_each(magnitudes)
-    # What is empty only at run time gives the least integer, which is minus zero.
+    # The maximum of a tensor that turns out to be empty is the smallest integer, which is minus
+    # zero.
     largest = ops.minimum(largest, infinity.view(bits))
     return ops.cast(arrays.bitcast(largest, dtype), "float32")
 
@@ -90,8 +91,8 @@ def spectrum(values: Tensor, float_format: FloatFormat) -> Tensor:
     """Spectrum `[..., bins]` of magnitudes `values[..., n]`, float32; NaN counts as infinite."""
     values = ops.where(ops.isnan(values), np.finfo("float32").max, values)
     edges = np.ldexp(np.float32(1), float_format.exponents)
-    # The lowest binade also takes what is smaller still in float32, but for its
-    # subnormals: processors may flush those to zero.
+    # The lowest binade also counts smaller float32 numbers, except subnormals, which processors may
+    # flush to zero.
     edges[0] = 0.0
     edges = np.maximum(edges, np.finfo(np.float32).tiny)
     edges = np.append(edges, 2 * edges[-1])

@@ -16,10 +16,11 @@ UNIT = np.float32(2.0**-84)
 
 NUM_UNITS = 2
 
-# What is larger or smaller is encoded as that: float16 holds neither.
+# Magnitudes outside of these limits are clipped; float16 represents neither of the limits.
 BOTTOM, TOP = np.float32(2.0**-40), np.float32(2.0**17)
 
-# More than there are calls of a layer in a step, or micro-batches that anybody adds up.
+# More than a layer has calls in a step, and more than the number of micro-batches that anyone
+# accumulates.
 _MOST_CALLS = 1024
 
 
@@ -34,11 +35,11 @@ def encoded(parts: list[Tensor], place: int = 0, rest: int = 0) -> Tensor:
         place: Number of zeros before the magnitudes.
         rest: Number of zeros after them.
     """
-    # One concatenation of all: XLA may compile for hours what concatenates parts of it.
+    # One concatenation for all parts: XLA may need hours to compile nested ones.
     before, units = np.zeros(place, "float32"), np.ones(NUM_UNITS, "float32")
     magnitudes = ops.abs(ops.concatenate([before, units, *parts, np.zeros(rest, "float32")]))
     magnitudes = ops.where(magnitudes > 0, ops.maximum(magnitudes, BOTTOM), magnitudes)
-    return ops.where(magnitudes < TOP, magnitudes, TOP) * UNIT  # NaN is not below anything
+    return ops.where(magnitudes < TOP, magnitudes, TOP) * UNIT  # false for NaN
 
 
 def decoded(vectors: Tensor) -> Tensor:
