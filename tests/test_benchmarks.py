@@ -83,7 +83,7 @@ def test_forward(tmp_path):
 def test_overhead_of_subclasses(tmp_path, monkeypatch):
     monkeypatch.setattr(overhead, "FIRST_STEPS", 1)
     overhead.main(["--quick", "--subclasses", "--output", str(tmp_path)])
-    assert "| 20 tiny layers, XLA | 32" in (tmp_path / "README.md").read_text()
+    assert "| 20 tiny layers, XLA, twins | 32" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.long
